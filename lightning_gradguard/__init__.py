@@ -1,0 +1,70 @@
+"""GradGuard: one callback that inspects every backward pass of a Lightning training.
+
+Importing the package loads neither torch nor lightning; each public name is loaded when it is first used (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gradguard.callback import GradGuard
+    from lightning_gradguard.clippers import ClipNorm, Clipper, ClipValue
+    from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Vanishing
+    from lightning_gradguard.errors import GradientError, GradientWarning, GuardWarning, SinkWarning
+    from lightning_gradguard.guard import Guard
+    from lightning_gradguard.policy import Action
+    from lightning_gradguard.record import Alert, Culprit, Decision, Measurement, Position, Record, Verdict
+    from lightning_gradguard.sinks import Sink
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Action",
+    "Alert",
+    "ClipNorm",
+    "ClipValue",
+    "Clipper",
+    "Culprit",
+    "Decision",
+    "Detector",
+    "Explosion",
+    "GradGuard",
+    "GradientError",
+    "GradientWarning",
+    "Guard",
+    "GuardWarning",
+    "Measurement",
+    "NonFinite",
+    "Position",
+    "Record",
+    "Sink",
+    "SinkWarning",
+    "Vanishing",
+    "Verdict",
+]
+
+_MODULE_OF = {
+    "callback": ["GradGuard"],
+    "clippers": ["ClipNorm", "ClipValue", "Clipper"],
+    "detectors": ["Detector", "Explosion", "NonFinite", "Vanishing"],
+    "errors": ["GradientError", "GradientWarning", "GuardWarning", "SinkWarning"],
+    "guard": ["Guard"],
+    "policy": ["Action"],
+    "record": ["Alert", "Culprit", "Decision", "Measurement", "Position", "Record", "Verdict"],
+    "sinks": ["Sink"],
+}
+_HOME = {name: module for module, names in _MODULE_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,229 @@
+"""GradGuard: the adapter between Lightning's hooks and one `Guard` per optimizer."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.clippers import Clipper
+from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Vanishing
+from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.guard import Guard
+from lightning_gradguard.parameters import WatchedParameters
+from lightning_gradguard.policy import Action, ActionName, require_int
+from lightning_gradguard.record import Alert, Position, Record
+from lightning_gradguard.settings import Settings
+from lightning_gradguard.sinks import Sink
+from lightning_gradguard.summary import summarize
+from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
+from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.sinks import built_in_sinks
+
+
+class GradGuard(Callback):
+    """Inspects every backward pass: measures, logs, clips, and keeps bad updates from being applied.
+
+    Args:
+        clip: largest global norm, or a clipper; None: no clipping.
+        nonfinite: what to do about NaN and Inf: an action's name, a configured detector, or None for off.
+        explosion: the same for gradients that are finite but far too large.
+        vanishing: the same for gradients that no longer reach a part of the model.
+        detectors: your own, beside the three.
+        every_backward: look at each micro-batch and its loss too, not only at each step.
+        log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
+        histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
+        sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
+            a record. They live on the first rank.
+
+    Raises:
+        ValueError: if an argument is wrong.
+        ConflictError: in `setup`, if Trainer and guard exclude each other.
+        GradientError: from the Trainer's `fit`, where an action is "raise".
+
+    >>> guard = GradGuard(clip=1.0, explosion="stop")
+    >>> guard.num_steps, guard.alerts, guard.stopped_by
+    (0, [], None)
+    """
+
+    def __init__(
+        self,
+        *,
+        clip: float | Clipper | None = None,
+        nonfinite: ActionName | Action | NonFinite | None = "skip",
+        explosion: ActionName | Action | Explosion | None = "warn",
+        vanishing: ActionName | Action | Vanishing | None = "warn",
+        detectors: Sequence[Detector] = (),
+        every_backward: bool = True,
+        log_every_n_steps: int | None = None,
+        histogram_every_n_steps: int | None = 100,
+        sinks: Sequence[Sink | Callable[[Record], object]] = (),
+    ) -> None:
+        self._settings = Settings.of(
+            clip=clip,
+            nonfinite=nonfinite,
+            explosion=explosion,
+            vanishing=vanishing,
+            detectors=detectors,
+            sinks=sinks,
+            histogram_every_n_steps=histogram_every_n_steps,
+        )
+        if log_every_n_steps is not None:
+            require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
+        self._every_backward = every_backward
+        self._log_every_n_steps = log_every_n_steps
+        self._guards: dict[int, Guard] = {}
+        self._restored: list[dict[str, Any]] = []
+        self._batch_idx = 0
+        self._is_attached = False
+        self._is_finished = False
+        self._last: Record | None = None
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """Reported findings of all optimizers, oldest first."""
+        return sorted((alert for guard in self._guards.values() for alert in guard.alerts), key=lambda alert: alert.step)
+
+    @property
+    def stopped_by(self) -> Alert | None:
+        """What ended the training; None if nothing did."""
+        return next((guard.stopped_by for guard in self._guards.values() if guard.stopped_by is not None), None)
+
+    @property
+    def last(self) -> Record | None:
+        """The last step."""
+        return self._last
+
+    @property
+    def num_steps(self) -> int:
+        """Decisions so far, skipped steps included; one for each step of each optimizer."""
+        return sum(guard.totals.num_steps for guard in self._guards.values())
+
+    @property
+    def num_skipped(self) -> int:
+        """Steps passed over so far."""
+        return sum(guard.totals.num_skipped for guard in self._guards.values())
+
+    @property
+    def num_clipped(self) -> int:
+        """Steps so far whose gradients were made smaller."""
+        return sum(guard.totals.num_clipped for guard in self._guards.values())
+
+    @property
+    def state_key(self) -> str:
+        """Key of the guard's state in a checkpoint."""
+        # The Trainer's constructor refuses two callbacks of one key, with a message about checkpoints. Until `setup` has had
+        # a chance to say it better, each guard has a key of its own.
+        return "GradGuard" if self._is_attached else f"GradGuard-{id(self)}"
+
+    # From here on in the order in which Lightning calls.
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse what can't go together, before anything is trained."""
+        if stage != "fit":
+            return
+        refuse_second_guard(trainer, GradGuard)
+        if self._settings.clipper is not None:
+            refuse_second_clipping(trainer, pl_module)
+        self._is_attached = True
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep a checkpoint's state until there are guards to take it."""
+        self._restored = state_dict["guards"]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make a guard for each optimizer; optimizers and a checkpoint's state are there by now."""
+        goes_on = trainer.global_step > 0 and not self._restored  # a second `fit` of the same Trainer
+        before = list(self._guards.values()) if goes_on else []
+        states = [guard.state_dict() for guard in before] or self._restored
+        settings = replace(self._settings, sinks=(*built_in_sinks(trainer), *self._own_sinks(trainer)))
+        interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
+        buffers = BufferRepair(pl_module.named_buffers())
+        self._guards = {
+            id(optimizer): Guard.from_settings(
+                settings.fresh(),
+                WatchedParameters(pl_module.named_parameters(), optimizer),
+                log_every_n_steps=interval,
+                buffers=buffers,
+            )
+            for optimizer in trainer.optimizers
+        }
+        for guard, state in zip(self._guards.values(), states, strict=False):
+            guard.load_state_dict(state)
+        for guard, earlier in zip(self._guards.values(), before, strict=False):
+            guard.alerts = earlier.alerts
+        self._restored = []
+        self._is_finished = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Note where we are."""
+        self._batch_idx = batch_idx
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Note the loss; from the second micro-batch on, measure what the ones before have left."""
+        if self._every_backward:
+            for guard in self._guards.values():
+                guard.before_backward(loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """The step: measure, judge, decide, clip or skip, record."""
+        guard = self._guards[id(optimizer)]
+        for other in self._guards.values():
+            if other is not guard:
+                other.forget_backward()
+        try:
+            record = guard.step(self._position(trainer, optimizer))
+        finally:
+            self._last = guard.last
+        if record.decision.action is Action.STOP:
+            self._stop(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs to decide as one that ran through."""
+        return {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say what the run came to."""
+        self._finish()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say it also where the run ends by an error or an interrupt."""
+        self._finish()
+
+    def _own_sinks(self, trainer: Trainer) -> tuple[Sink, ...]:
+        return self._settings.sinks if trainer.is_global_zero else ()
+
+    def _position(self, trainer: Trainer, optimizer: Optimizer) -> Position:
+        return Position(
+            step=self.num_steps,
+            epoch=trainer.current_epoch,
+            batch_idx=self._batch_idx,
+            optimizer=list(self._guards).index(id(optimizer)),
+            num_optimizers=len(self._guards),
+            rank=trainer.global_rank,
+            log_step=log_step(trainer),
+        )
+
+    def _stop(self, trainer: Trainer) -> None:
+        if not trainer.should_stop and (reason := stop_is_deferred_by(trainer)):
+            warnings.warn(
+                f"GradGuard stops the training, but `{reason}` keeps the Trainer going until then. Bad steps stay skipped.",
+                GuardWarning,
+                stacklevel=2,
+            )
+        trainer.should_stop = True
+
+    def _finish(self) -> None:
+        if not self._guards or self._is_finished:
+            return
+        self._is_finished = True
+        for guard in self._guards.values():
+            guard.close()
+        rank_zero_info(summarize([guard.totals for guard in self._guards.values()], self.stopped_by))

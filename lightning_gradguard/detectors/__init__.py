@@ -1,0 +1,8 @@
+"""What judges a step: one file each."""
+
+from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.explosion import Explosion
+from lightning_gradguard.detectors.nonfinite import NonFinite
+from lightning_gradguard.detectors.vanishing import Vanishing
+
+__all__ = ["Detector", "Explosion", "NonFinite", "Vanishing"]

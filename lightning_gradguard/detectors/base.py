@@ -1,0 +1,69 @@
+"""What a detector is."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from lightning_gradguard.policy import Action, ActionName, Policy, to_action
+from lightning_gradguard.record import Measurement, Verdict
+
+
+class Detector(ABC):
+    """Judges one step after another.
+
+    A detector of your own needs a `name` and `observe`; the rest has defaults that mean "no limit, no memory".
+
+    Args:
+        action: what happens on a hit.
+        patience: consecutive hits before acting, >= 1; until then it warns.
+        cooldown: steps of silence after an alert, >= 0.
+        stop_after: training stops at that many hits in a row, whatever the action; None: never.
+
+    Raises:
+        ValueError: for values outside these ranges.
+
+    >>> class LargeBias(Detector):
+    ...     name = "large_bias"
+    ...     def observe(self, measurement):
+    ...         norm = measurement.by_name.get("head.bias", 0.0)
+    ...         if norm > 3.0:
+    ...             return Verdict(self.name, norm, 3.0, "the head's bias has a large gradient", "center the targets")
+    >>> LargeBias("skip", patience=2).policy.act(hits=2).value
+    'skip'
+    """
+
+    name: ClassVar[str] = ""
+    """Kind of its alerts; unique among the detectors of a guard."""
+
+    def __init__(
+        self,
+        action: Action | ActionName = "warn",
+        *,
+        patience: int = 1,
+        cooldown: int = 0,
+        stop_after: int | None = None,
+    ) -> None:
+        self.policy = Policy(to_action(action, parameter="action"), patience, cooldown, stop_after)
+
+    def limit(self) -> float:
+        """The global norm (> 0) that the next step may not exceed; infinite for none."""
+        return math.inf
+
+    @abstractmethod
+    def observe(self, measurement: Measurement) -> Verdict | None:
+        """Judge a step; None if there is nothing to say. Called once for every step, in order."""
+
+    def learn(self, measurement: Measurement) -> None:
+        """Take a step into the baseline.
+
+        Called after `observe`, and only for steps that were finite, applied, and not flagged by this detector.
+        """
+
+    def state_dict(self) -> dict[str, Any]:
+        """What has to survive a checkpoint, in plain types."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""

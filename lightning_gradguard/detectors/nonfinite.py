@@ -1,0 +1,79 @@
+"""NaN and infinity in gradients or loss."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.policy import Action, ActionName
+from lightning_gradguard.record import Measurement, Verdict
+
+
+class NonFinite(Detector):
+    """Fires when an element of a gradient, or the loss, is NaN or infinite.
+
+    A gradient that is finite but too large for its norm to be computed in float32 is no hit: it is `Explosion`'s.
+
+    Args:
+        action: what happens on a hit.
+        patience: consecutive hits before acting, >= 1. Anything above 1 applies damaged updates; think twice.
+        cooldown: steps of silence after an alert. 0, the default, reports every one: each costs a step.
+        stop_after: hits in a row at which training stops. After five, the cause is not one bad batch.
+
+    >>> NonFinite("skip").policy.stop_after
+    5
+    """
+
+    name = "nonfinite"
+
+    def __init__(
+        self,
+        action: Action | ActionName = "skip",
+        *,
+        patience: int = 1,
+        cooldown: int = 0,
+        stop_after: int | None = 5,
+    ) -> None:
+        super().__init__(action, patience=patience, cooldown=cooldown, stop_after=stop_after)
+
+    def observe(self, measurement: Measurement) -> Verdict | None:
+        """A hit if a gradient or a loss is NaN or infinite."""
+        if measurement.is_finite:
+            return None
+        in_gradients = not math.isfinite(measurement.global_norm)
+        return Verdict(
+            kind=self.name,
+            value=measurement.global_norm if in_gradients else _damaged_loss(measurement),
+            limit=math.inf,
+            message=_describe_gradients(measurement) if in_gradients else _describe_loss(measurement),
+            remedy=(
+                "Look at this batch for NaN, Inf or empty samples, and at the forward pass for log, sqrt, division or exp "
+                "at the edge of their domain. If it comes back on every batch, lower the learning rate."
+            ),
+            parameters=measurement.nonfinite,
+            micro_batch=_first_damaged(measurement),
+        )
+
+
+def _damaged_loss(measurement: Measurement) -> float:
+    losses = (micro.loss for micro in measurement.micro_batches)
+    return next(loss for loss in losses if loss is not None and not math.isfinite(loss))
+
+
+def _first_damaged(measurement: Measurement) -> int:
+    damaged = (index for index, micro in enumerate(measurement.micro_batches) if not micro.is_finite)
+    return next(damaged, max(len(measurement.micro_batches) - 1, 0))
+
+
+def _describe_gradients(measurement: Measurement) -> str:
+    worst = measurement.nonfinite[0]
+    counts = ((worst.num_nan, "NaN"), (worst.num_inf, "infinite"))
+    found = " and ".join(f"{count:,} {what}" for count, what in counts if count)
+    others = len(measurement.nonfinite) - 1
+    more = f", and {others} more of {int(measurement.has_grad.sum())} gradients are damaged" if others else ""
+    loss = "" if measurement.loss is None else f"; the loss is {measurement.loss:g}"
+    return f"the gradient of `{worst.name}` has {found} elements{more}{loss}"
+
+
+def _describe_loss(measurement: Measurement) -> str:
+    return f"the loss is {_damaged_loss(measurement):g} although every gradient is finite"

@@ -1,0 +1,132 @@
+"""The static facts about the watched parameters: names, sizes, and how they group."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Bools = NDArray[np.bool_]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+def clean_name(name: str) -> str:
+    """A parameter's name as the user wrote it, without what `torch.compile` puts in between.
+
+    >>> clean_name("net._orig_mod.0.weight")
+    'net.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def module_of(name: str) -> str:
+    """Path of the module that owns a parameter, `""` for the root.
+
+    >>> module_of("encoder.0.weight"), module_of("scale")
+    ('encoder.0', '')
+    """
+    return name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, eq=False)
+class Partition:
+    """Parameters sorted into named groups, so that a statistic of all groups is one numpy call.
+
+    Attributes:
+        names: one per group, in model order.
+        indices: parameters, group after group, [num_members].
+        starts: where in `indices` each group begins, [num_groups].
+    """
+
+    names: tuple[str, ...]
+    indices: Ints
+    starts: Ints
+
+    @classmethod
+    def by_key(cls, keys: Sequence[str], keep: Bools | None = None) -> Partition:
+        """Group parameters by key; those where `keep` is False belong to no group."""
+        members: dict[str, list[int]] = {}
+        for index, key in enumerate(keys):
+            if keep is None or keep[index]:
+                members.setdefault(key, []).append(index)
+        sizes = [len(group) for group in members.values()]
+        return cls(
+            names=tuple(members),
+            indices=np.array([index for group in members.values() for index in group], dtype=np.int64),
+            starts=np.cumsum([0, *sizes[:-1]], dtype=np.int64)[: len(sizes)],
+        )
+
+    def norms(self, norms: Floats) -> Floats:
+        """2-norm of each group from the 2-norms of all parameters."""
+        if not self.names:
+            return np.zeros(0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.sqrt(np.add.reduceat(norms[self.indices] ** 2, self.starts))
+
+    def totals(self, values: Ints) -> Ints:
+        """Sum of each group."""
+        return np.add.reduceat(values[self.indices], self.starts) if self.names else np.zeros(0, dtype=np.int64)
+
+    def any(self, flags: Bools) -> Bools:
+        """Whether any member of each group is flagged."""
+        return np.logical_or.reduceat(flags[self.indices], self.starts) if self.names else np.zeros(0, dtype=np.bool_)
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """Names and sizes of the watched parameters, in model order, shared by all measurements.
+
+    Attributes:
+        names: one per parameter.
+        numels: elements of each parameter, [num_parameters].
+        ndims: dimensions of each parameter, [num_parameters].
+    """
+
+    names: tuple[str, ...]
+    numels: Ints
+    ndims: Ints
+
+    @classmethod
+    def of(cls, names: Iterable[str], shapes: Iterable[tuple[int, ...]]) -> Layout:
+        """Build a layout from names and shapes.
+
+        >>> Layout.of(["net.weight", "net.bias"], [(4, 3), (4,)]).numels.tolist()
+        [12, 4]
+        """
+        sizes = [tuple(shape) for shape in shapes]
+        return cls(
+            names=tuple(names),
+            numels=np.array([int(np.prod(size, dtype=np.int64)) for size in sizes], dtype=np.int64),
+            ndims=np.array([len(size) for size in sizes], dtype=np.int64),
+        )
+
+    @cached_property
+    def groups(self) -> Partition:
+        """The parameters of each top-level module; parameters of the root go by their own name.
+
+        >>> Layout.of(["encoder.0.weight", "encoder.1.weight", "head.weight"], [(2, 2)] * 3).groups.names
+        ('encoder', 'head')
+        """
+        return Partition.by_key([name.partition(".")[0] for name in self.names])
+
+    @cached_property
+    def subgroups(self) -> Partition:
+        """One level deeper, where everything hangs under a single attribute and `groups` would say nothing."""
+        paths = [name.split(".") for name in self.names]
+        deeper = np.array([len(path) > 2 for path in paths], dtype=np.bool_)
+        if len(self.groups.names) > 1:
+            deeper[:] = False
+        return Partition.by_key([".".join(path[:2]) for path in paths], keep=deeper)
+
+    @cached_property
+    def weights(self) -> Partition:
+        """The matrices and kernels of each module, by module path.
+
+        Biases, gains and other vectors are left out: their gradients live on another scale, so that a
+        comparison by depth would mix two things.
+        """
+        return Partition.by_key([module_of(name) for name in self.names], keep=self.ndims >= 2)

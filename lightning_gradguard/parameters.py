@@ -1,0 +1,83 @@
+"""Which parameters are watched: those of an optimizer, under the names that the user gave them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from lightning_gradguard.layout import Layout, clean_name
+
+
+class WatchedParameters:
+    """The parameters of one optimizer, in model order, each once.
+
+    Follows the optimizer: `refresh()` notices groups that were added later, as fine-tuning callbacks do.
+
+    Args:
+        named_parameters: the model's parameters. A parameter that goes by two names (tied) keeps the first.
+        optimizer: whose parameters are watched. None: all of `named_parameters`.
+
+    Raises:
+        ValueError: if nothing is left to watch.
+    """
+
+    def __init__(
+        self, named_parameters: Iterable[tuple[str, torch.Tensor]], optimizer: torch.optim.Optimizer | None = None
+    ) -> None:
+        self._named = [(clean_name(name), parameter) for name, parameter in named_parameters]
+        self._optimizer = optimizer
+        self._group_sizes = self._sizes()
+        self._collect()
+        if not self.tensors:
+            raise ValueError(
+                "`named_parameters` must hold at least one parameter, got none. "
+                "Pass `model.named_parameters()`; an iterator can be used up only once."
+            )
+
+    @property
+    def layout(self) -> Layout:
+        """Names and sizes."""
+        return self._layout
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The parameters, in the order of `layout`."""
+        return self._tensors
+
+    def refresh(self) -> bool:
+        """Look whether the optimizer's groups have changed; True if the layout is a new one."""
+        if self._sizes() == self._group_sizes:
+            return False
+        self._group_sizes = self._sizes()
+        self._collect()
+        return True
+
+    def _sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self._optimizer.param_groups] if self._optimizer else []
+
+    def _collect(self) -> None:
+        named = list(_each_once(self._named))
+        if self._optimizer is not None:
+            inside = {id(parameter): (where, parameter) for where, parameter in _of_optimizer(self._optimizer)}
+            model_order = [(name, parameter) for name, parameter in named if id(parameter) in inside]
+            known = {id(parameter) for _, parameter in model_order}
+            # Parameters that the model doesn't list are trained all the same, so they are watched under a made-up name.
+            unnamed = [(where, parameter) for key, (where, parameter) in inside.items() if key not in known]
+            named = model_order + unnamed
+        self._tensors = [parameter for _, parameter in named]
+        self._layout = Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in self._tensors))
+
+
+def _each_once(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    seen: set[int] = set()
+    for name, parameter in named:
+        if id(parameter) not in seen:
+            seen.add(id(parameter))
+            yield name, parameter
+
+
+def _of_optimizer(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            yield f"param_groups[{group_index}][{index}]", parameter

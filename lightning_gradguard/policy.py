@@ -1,0 +1,136 @@
+"""What to do about a verdict: the actions, and how a detector escalates to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
+
+ActionName = Literal["log", "warn", "skip", "rollback", "stop", "raise"]
+
+
+class Action(str, Enum):
+    """What happens when a detector fires, from mildest to strongest.
+
+    Members compare by severity, so `max(actions)` is the strongest. `STOP` and `RAISE` skip the bad
+    step as well: it is never applied.
+
+    >>> Action("warn") < Action.SKIP < Action.STOP
+    True
+    >>> max(Action.LOG, Action.RAISE, Action.WARN).value
+    'raise'
+    """
+
+    LOG = "log"
+    WARN = "warn"
+    SKIP = "skip"
+    ROLLBACK = "rollback"
+    STOP = "stop"
+    RAISE = "raise"
+
+    @property
+    def severity(self) -> int:
+        """Position from mildest (0) to strongest (5)."""
+        return _SEVERITY[self]
+
+    @property
+    def skips(self) -> bool:
+        """Whether the optimizer step is passed over."""
+        return self.severity >= Action.SKIP.severity
+
+    # str already orders its values alphabetically, so all four have to be replaced.
+    def __lt__(self, other: str) -> bool:
+        return self.severity < Action(other).severity
+
+    def __le__(self, other: str) -> bool:
+        return self.severity <= Action(other).severity
+
+    def __gt__(self, other: str) -> bool:
+        return self.severity > Action(other).severity
+
+    def __ge__(self, other: str) -> bool:
+        return self.severity >= Action(other).severity
+
+    def __str__(self) -> str:
+        return self.value
+
+
+_SEVERITY = {action: severity for severity, action in enumerate(Action)}
+
+
+def to_action(value: Action | str, *, parameter: str) -> Action:
+    """Read an action's name.
+
+    Args:
+        value: an `Action` or its name.
+        parameter: how the user calls it, for the error message.
+
+    Raises:
+        ValueError: for an unknown name, and for `"rollback"`, which needs snapshots that this version
+            does not take.
+    """
+    try:
+        action = Action(value)
+    except ValueError:
+        names = ", ".join(repr(str(action)) for action in Action)
+        raise ValueError(
+            f"`{parameter}` must be one of {names}, got {value!r}. To turn a built-in detector off pass None."
+        ) from None
+    if action is Action.ROLLBACK:
+        raise ValueError(
+            f"`{parameter}` must be an action of this version, got 'rollback', which it does not offer yet. "
+            "Use 'skip' to pass over bad steps or 'stop' to end the run before one is applied."
+        )
+    return action
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How one detector's hits turn into actions.
+
+    Args:
+        action: what happens once `patience` is exhausted.
+        patience: consecutive hits before `action` is taken, >= 1. Until then the guard warns (or logs, where
+            `action` is milder). 1 acts at once.
+        cooldown: steps of silence after an alert, >= 0. Hits inside it are still acted on, and counted.
+            0 reports every hit.
+        stop_after: hits in a row at which training stops, whatever `action` is, >= 1. None: never.
+
+    Raises:
+        ValueError: for values outside these ranges.
+    """
+
+    action: Action
+    patience: int = 1
+    cooldown: int = 0
+    stop_after: int | None = None
+
+    def __post_init__(self) -> None:
+        require_int("patience", self.patience, at_least=1, remedy="Pass 1 to act on the first hit.")
+        require_int("cooldown", self.cooldown, at_least=0, remedy="Pass 0 to report every hit.")
+        if self.stop_after is not None:
+            require_int("stop_after", self.stop_after, at_least=1, remedy="Pass None never to stop for repeated hits.")
+
+    def act(self, hits: int) -> Action:
+        """The action after `hits` hits in a row (>= 1)."""
+        action = self.action if hits >= self.patience else min(self.action, Action.WARN)
+        if self.stop_after is not None and hits >= self.stop_after:
+            action = max(action, Action.STOP)
+        return action
+
+
+def require_int(parameter: str, value: object, *, at_least: int, remedy: str) -> None:
+    """Raise a `ValueError` that names the parameter, its constraint, the value and the remedy."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"`{parameter}` must be an integer >= {at_least}, got {value!r}. {remedy}")
+
+
+def require_float(
+    parameter: str, value: object, *, above: float, remedy: str, up_to: float = float("inf"), infinite: bool = False
+) -> None:
+    """Raise a `ValueError` unless `above < value <= up_to`; NaN never passes, infinity only where `infinite`."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and above < value <= up_to and (infinite or value != float("inf")):  # type: ignore[operator]
+        return
+    upper = f" and <= {up_to:g}" if up_to != float("inf") else "" if infinite else " and finite"
+    raise ValueError(f"`{parameter}` must be a number > {above:g}{upper}, got {value!r}. {remedy}")

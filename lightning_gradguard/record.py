@@ -1,0 +1,342 @@
+"""What travels down the pipeline: plain values, no tensors, nothing that can be changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from lightning_gradguard.layout import Bools, Floats, Layout
+from lightning_gradguard.policy import Action
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where in the training a step stands.
+
+    Attributes:
+        step: number of the decision, from 0; skipped steps count, every optimizer counts.
+        epoch: epoch, from 0; None outside a Trainer.
+        batch_idx: batch in the epoch, from 0; None outside a Trainer.
+        optimizer: index of the optimizer.
+        num_optimizers: how many there are.
+        rank: this process.
+        log_step: x value in the loggers.
+    """
+
+    step: int
+    epoch: int | None = None
+    batch_idx: int | None = None
+    optimizer: int = 0
+    num_optimizers: int = 1
+    rank: int = 0
+    log_step: int = 0
+
+
+@dataclass(frozen=True)
+class ParameterReport:
+    """One parameter that stands out. Reads like its line of JSON too: `report["name"]`.
+
+    Attributes:
+        name: its name in the model.
+        norm: 2-norm of its gradient.
+        num_nan: NaN elements in its gradient.
+        num_inf: infinite elements in its gradient.
+    """
+
+    name: str
+    norm: float
+    num_nan: int = 0
+    num_inf: int = 0
+
+    def keys(self) -> tuple[str, ...]:
+        """Field names, so that `dict(report)` works."""
+        return tuple(entry.name for entry in fields(self))
+
+    def __getitem__(self, key: str) -> Any:
+        if key not in self.keys():
+            raise KeyError(key)
+        return getattr(self, key)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one backward pass left behind.
+
+    Attributes:
+        loss: the loss it started from, unscaled; None if unknown.
+        global_norm: norm of the gradients accumulated so far, before the next backward pass; None for the
+            last one of a step, whose gradients are the step's own.
+    """
+
+    loss: float | None = None
+    global_norm: float | None = None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether nothing that was looked at is NaN or infinite."""
+        return all(value is None or math.isfinite(value) for value in (self.loss, self.global_norm))
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """The gradients of one optimizer at one step, before clipping.
+
+    Attributes:
+        layout: names and sizes of the parameters.
+        norms: 2-norm of each parameter's gradient, float64 [num_parameters]; 0 where there is none.
+        has_grad: which parameters have a gradient, bool [num_parameters].
+        global_norm: 2-norm over all gradients; NaN or infinite exactly when an element is.
+        micro_batches: the backward passes that built these gradients, in order.
+        nonfinite: the parameters with NaN or infinite elements, worst first.
+        overflowed: whether the gradients are finite, but too large for their norm to be computed in the
+            ordinary way (it was then computed in float64 with scaling, and is right).
+        max_abs: largest finite magnitude of an element; measured on an incident only, None otherwise.
+    """
+
+    layout: Layout
+    norms: Floats
+    has_grad: Bools
+    global_norm: float
+    micro_batches: tuple[MicroBatch, ...] = ()
+    nonfinite: tuple[ParameterReport, ...] = ()
+    overflowed: bool = False
+    max_abs: float | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of all watched parameters, in model order."""
+        return self.layout.names
+
+    @property
+    def loss(self) -> float | None:
+        """Loss of the last backward pass, unscaled; None if unknown."""
+        return self.micro_batches[-1].loss if self.micro_batches else None
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither a gradient nor a loss holds NaN or infinity.
+
+        The norms between micro-batches need no look: damage stays in the sum, so the step's own norm shows it.
+        """
+        losses = (micro.loss for micro in self.micro_batches)
+        return math.isfinite(self.global_norm) and all(loss is None or math.isfinite(loss) for loss in losses)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, float]:
+        """Norm of each parameter that has a gradient."""
+        present = np.flatnonzero(self.has_grad)
+        return {self.names[index]: float(self.norms[index]) for index in present}
+
+    def largest(self, count: int = 5) -> tuple[ParameterReport, ...]:
+        """The parameters with the largest gradients, largest first."""
+        order = np.argsort(-self.norms, kind="stable")[:count]
+        return tuple(ParameterReport(self.names[index], float(self.norms[index])) for index in order if self.has_grad[index])
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A detector's finding about one step.
+
+    Attributes:
+        kind: the detector's name.
+        value: what was found, comparable with `limit`.
+        limit: what would have been in order.
+        message: one sentence a person can act on, without the step (the alert adds it).
+        remedy: what to try.
+        parameters: worst offenders first.
+        micro_batch: the backward pass that was first, from 0.
+    """
+
+    kind: str
+    value: float
+    limit: float
+    message: str
+    remedy: str
+    parameters: tuple[ParameterReport, ...] = ()
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What is done about one step.
+
+    Attributes:
+        action: the strongest action of this step's verdicts; None if there were none.
+        actions: one per verdict, in their order.
+        alerting: whether each verdict is reported (or silent, inside its cooldown), in their order.
+    """
+
+    action: Action | None = None
+    actions: tuple[Action, ...] = ()
+    alerting: tuple[bool, ...] = ()
+
+    @property
+    def skip(self) -> bool:
+        """Whether the optimizer step is passed over."""
+        return self.action is not None and self.action.skips
+
+
+@dataclass(frozen=True)
+class Culprit:
+    """Who made the damage, as far as it could be found.
+
+    Attributes:
+        phase: "data", "weights", "forward" or "backward".
+        module: path in the LightningModule, "" for code in `training_step` itself; the batch leaf, as
+            `batch['x']`, for data; the parameter's or buffer's name for weights.
+        op: aten operator or autograd node.
+        file, line, source: the line of code.
+        samples: bad rows of the batch, or None.
+        rank: the process.
+        reproduced: whether a replay gave the same gradients.
+        error: relative error of the replayed gradients.
+        message: one sentence.
+        remedy: what to try.
+    """
+
+    phase: str
+    module: str = ""
+    op: str = ""
+    file: str | None = None
+    line: int | None = None
+    source: str | None = None
+    samples: tuple[int, ...] | None = None
+    rank: int = 0
+    reproduced: bool = False
+    error: float | None = None
+    message: str = ""
+    remedy: str = ""
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One finding, as it is reported.
+
+    Attributes:
+        time: seconds since the epoch (Unix time).
+        step: number of the decision, from 0.
+        epoch, batch_idx: where in the Trainer's loop; None in a raw loop.
+        micro_batch: the backward pass inside the step, from 0.
+        optimizer: index of the optimizer.
+        rank: the process that saw it first.
+        kind: "nonfinite", "explosion", "vanishing", "overflow" or your detector's name.
+        action: what was done.
+        value, limit: what was found and what would have been in order.
+        parameters: worst offenders first.
+        culprit: who made it; None until forensics found one.
+        message: one sentence a person can act on.
+        remedy: what to try.
+    """
+
+    time: float
+    step: int
+    epoch: int | None
+    batch_idx: int | None
+    micro_batch: int
+    optimizer: int
+    rank: int
+    kind: str
+    action: Action
+    value: float
+    limit: float
+    parameters: tuple[ParameterReport, ...]
+    culprit: Culprit | None
+    message: str
+    remedy: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As strict JSON allows it: NaN and infinities become the strings "NaN", "Infinity" and "-Infinity".
+
+        `float()` reads them back.
+        """
+        return {key: _jsonable(value) for key, value in asdict(self).items()}
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Action):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, dict):
+        return {key: _jsonable(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(entry) for entry in value]
+    return value
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Running counts of one optimizer's guard.
+
+    Attributes:
+        num_steps: decisions, skipped ones included.
+        num_skipped: steps passed over.
+        num_clipped: steps whose gradients were made smaller.
+        num_alerts: reported findings.
+        num_repeats: findings inside a cooldown, counted but not reported.
+        alerts_by_kind: reported findings by kind.
+    """
+
+    num_steps: int = 0
+    num_skipped: int = 0
+    num_clipped: int = 0
+    num_alerts: int = 0
+    num_repeats: int = 0
+    alerts_by_kind: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Histograms:
+    """Distribution of log10|g| of every parameter at one step.
+
+    Attributes:
+        names: parameters that have a gradient.
+        edges: bin edges in decades, float64 [num_bins + 1]; the outermost bins also hold what lies beyond.
+        counts: elements in each bin, float64 [num_parameters, num_bins]; estimates where `sampled`.
+        num_zero, num_nan, num_inf: elements counted apart, float64 [num_parameters].
+        sampled: which rows were estimated from a sample, bool [num_parameters].
+    """
+
+    names: tuple[str, ...]
+    edges: Floats
+    counts: Floats
+    num_zero: Floats
+    num_nan: Floats
+    num_inf: Floats
+    sampled: Bools
+
+
+@dataclass(frozen=True, eq=False)
+class Record:
+    """Everything about one step of one optimizer; what sinks get.
+
+    Attributes:
+        position: where it stands.
+        measurement: the gradients before clipping.
+        verdicts: what the detectors found.
+        decision: what was done about it.
+        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step.
+        clipped_norm: global norm after clipping; equals the norm before for a skipped step.
+        explosion_limit: the norm above which this step would have been an explosion; infinite without a limit.
+        alerts: the reported findings.
+        totals: counts up to and with this step.
+        scalars_due: whether this is a step that loggers want.
+        histograms: distributions, on the steps that want them.
+    """
+
+    position: Position
+    measurement: Measurement
+    verdicts: tuple[Verdict, ...]
+    decision: Decision
+    clip_coef: float
+    clipped_norm: float
+    explosion_limit: float
+    alerts: tuple[Alert, ...]
+    totals: Totals
+    scalars_due: bool = False
+    histograms: Histograms | None = None

@@ -1,0 +1,121 @@
+"""From what a user wrote to what a guard works with; `GradGuard` and `Guard` share it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from lightning_gradguard.clippers import ClipNorm, Clipper
+from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Vanishing
+from lightning_gradguard.policy import Action, ActionName, require_int, to_action
+from lightning_gradguard.record import Record
+from lightning_gradguard.sinks import Sink
+from lightning_gradguard.sinks.base import to_sink
+
+_D = TypeVar("_D", bound=Detector)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings.
+
+    Attributes:
+        clipper: what clips; None for nothing.
+        detectors: what judges, in the order in which their verdicts appear.
+        sinks: the user's own.
+        histogram_every_n_steps: cadence of histograms, >= 1; None for none.
+    """
+
+    clipper: Clipper | None
+    detectors: tuple[Detector, ...]
+    sinks: tuple[Sink, ...]
+    histogram_every_n_steps: int | None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        clip: float | Clipper | None,
+        nonfinite: ActionName | Action | NonFinite | None,
+        explosion: ActionName | Action | Explosion | None,
+        vanishing: ActionName | Action | Vanishing | None,
+        detectors: Sequence[Detector],
+        sinks: Sequence[Sink | Callable[[Record], object]],
+        histogram_every_n_steps: int | None,
+    ) -> Settings:
+        """Check what the user wrote.
+
+        Raises:
+            ValueError: if a value is wrong, with its name, constraint, value and remedy.
+        """
+        if histogram_every_n_steps is not None:
+            require_int(
+                "histogram_every_n_steps", histogram_every_n_steps, at_least=1, remedy="For no histograms pass None."
+            )
+        built_in = (
+            _to_detector(nonfinite, NonFinite, parameter="nonfinite"),
+            _to_detector(explosion, Explosion, parameter="explosion"),
+            _to_detector(vanishing, Vanishing, parameter="vanishing"),
+        )
+        chosen: list[Detector] = [detector for detector in built_in if detector is not None]
+        for detector in detectors:
+            _check_own(detector, taken={NonFinite.name, Explosion.name, Vanishing.name} | {other.name for other in chosen})
+            chosen.append(detector)
+        return cls(
+            clipper=_to_clipper(clip),
+            detectors=tuple(chosen),
+            sinks=tuple(to_sink(sink) for sink in sinks),
+            histogram_every_n_steps=histogram_every_n_steps,
+        )
+
+    def fresh(self) -> Settings:
+        """The same with clipper and detectors of its own, so that several optimizers share no baseline."""
+        return Settings(copy.deepcopy(self.clipper), copy.deepcopy(self.detectors), self.sinks, self.histogram_every_n_steps)
+
+
+def _to_clipper(clip: float | Clipper | None) -> Clipper | None:
+    if clip is None or isinstance(clip, Clipper):
+        return clip
+    if isinstance(clip, bool) or not isinstance(clip, (int, float)):
+        raise ValueError(
+            f"`clip` must be a number (the largest norm), a Clipper or None, got {clip!r}. "
+            "For example `clip=1.0` or `clip=ClipValue(0.5)`."
+        )
+    try:
+        return ClipNorm(clip)
+    except ValueError as error:
+        raise ValueError(str(error).replace("`max_norm`", "`clip`", 1)) from None
+
+
+def _to_detector(value: object, of_type: type[_D], *, parameter: str) -> _D | None:
+    if value is None or isinstance(value, of_type):
+        return value
+    if isinstance(value, str):
+        return of_type(to_action(value, parameter=parameter))
+    raise ValueError(
+        f"`{parameter}` must be an action's name, a {of_type.__name__}(...) or None, got {value!r}. "
+        f'For example `{parameter}="warn"` or `{parameter}={of_type.__name__}("skip", patience=3)`.'
+    )
+
+
+def _check_own(detector: object, taken: set[str]) -> None:
+    if not isinstance(detector, Detector):
+        raise ValueError(
+            f"`detectors` must hold instances of Detector, got {detector!r}. Derive from lightning_gradguard.Detector, "
+            "give the class a `name` and implement `observe(measurement)`."
+        )
+    kind = type(detector).__name__
+    if not isinstance(detector.name, str) or not detector.name:
+        raise ValueError(
+            f"`name` of detector {kind} must be a non-empty string, got {detector.name!r}. "
+            'Set it in the class: `name = "my_detector"`.'
+        )
+    if detector.name in taken:
+        raise ValueError(
+            f"`name` of detector {kind} must be unique, got {detector.name!r}, which another one has. "
+            "To configure a built-in detector pass it by its own keyword, for example `explosion=Explosion(...)`."
+        )
+    if not hasattr(detector, "policy"):
+        raise ValueError(f"Detector {kind} has no `policy`. Call `super().__init__(action, ...)` in its `__init__`.")

@@ -1,0 +1,9 @@
+"""Where records go: one file each."""
+
+from lightning_gradguard.sinks.base import FunctionSink, Sink
+from lightning_gradguard.sinks.console import ConsoleSink
+from lightning_gradguard.sinks.jsonl import JsonlSink
+from lightning_gradguard.sinks.logger import LoggerSink
+from lightning_gradguard.sinks.tensorboard import TensorBoardSink
+
+__all__ = ["ConsoleSink", "FunctionSink", "JsonlSink", "LoggerSink", "Sink", "TensorBoardSink"]

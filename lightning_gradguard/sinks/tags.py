@@ -1,0 +1,50 @@
+"""What the figures of a record are called in a logger, and what they mean."""
+
+from __future__ import annotations
+
+import math
+
+from lightning_gradguard.record import Position, Record
+
+DESCRIPTIONS = {
+    "global_norm": "2-norm over all gradients of the optimizer, before clipping.",
+    "clipped_norm": "The same norm after clipping.",
+    "clip_coef": "Norm after clipping over norm before, in (0, 1]; 1 means that nothing was clipped.",
+    "explosion_limit": "Global norm above which a step counts as an explosion.",
+    "num_skipped": "Optimizer steps passed over so far.",
+    "num_clipped": "Steps so far whose gradients were made smaller.",
+    "num_alerts": "Findings reported so far.",
+    "num_zero": "Gradient elements that are exactly zero, over all parameters.",
+    "num_nan": "Gradient elements that are NaN, over all parameters.",
+    "num_inf": "Gradient elements that are infinite, over all parameters.",
+    "log10_norms": "log10 of the gradient norms of all parameters, one sample each.",
+    "alerts": "What was found, what was done, and what to try.",
+}
+
+
+def tag_prefix(position: Position) -> str:
+    """`gradguard`, or `gradguard/<n>` where there are several optimizers."""
+    return "gradguard" if position.num_optimizers == 1 else f"gradguard/{position.optimizer}"
+
+
+def scalars(record: Record) -> dict[str, float]:
+    """The scalars of a record by tag without prefix. A limit that isn't there is left out."""
+    measurement, totals, layout = record.measurement, record.totals, record.measurement.layout
+    values: dict[str, float] = {
+        "global_norm": measurement.global_norm,
+        "clipped_norm": record.clipped_norm,
+        "clip_coef": record.clip_coef,
+        "num_skipped": totals.num_skipped,
+        "num_clipped": totals.num_clipped,
+        "num_alerts": totals.num_alerts,
+    }
+    if math.isfinite(record.explosion_limit):
+        values["explosion_limit"] = record.explosion_limit
+    for partition in (layout.groups, layout.subgroups):
+        norms = partition.norms(measurement.norms).tolist()
+        values |= {f"norm/{name}": norm for name, norm in zip(partition.names, norms, strict=True)}
+    if record.histograms is not None:
+        values["num_zero"] = float(record.histograms.num_zero.sum())
+        values["num_nan"] = float(record.histograms.num_nan.sum())
+        values["num_inf"] = float(record.histograms.num_inf.sum())
+    return values

@@ -1,0 +1,1 @@
+"""What has to be known of Lightning's Trainer beyond its hooks: one file a subject."""

@@ -1,0 +1,46 @@
+"""Settings of Trainer and guard that exclude each other."""
+
+from __future__ import annotations
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+_LIGHTNING = ("lightning.", "pytorch_lightning.")
+
+
+class ConflictError(MisconfigurationException, ValueError):
+    """Trainer and guard are set up in ways that exclude each other."""
+
+
+def refuse_second_guard(trainer: Trainer, of_type: type[Callback]) -> None:
+    """Raise a `ConflictError` if the Trainer has more than one guard."""
+    guards = [callback for callback in _callbacks(trainer) if isinstance(callback, of_type)]
+    if len(guards) > 1:
+        raise ConflictError(
+            f"`callbacks` must hold one {of_type.__name__}, got {len(guards)}: each would judge, clip and skip the same "
+            "optimizer. Put their settings into one."
+        )
+
+
+def refuse_second_clipping(trainer: Trainer, module: LightningModule) -> None:
+    """Raise a `ConflictError` if gradients would be clipped by someone else as well."""
+    if trainer.gradient_clip_val:
+        raise ConflictError(
+            f"`gradient_clip_val` must be unset where GradGuard clips, got {trainer.gradient_clip_val!r}: gradients would "
+            "be clipped twice. Remove `gradient_clip_val` from the Trainer, or `clip` from GradGuard."
+        )
+    owner = _owner_of(type(module), "configure_gradient_clipping")
+    if not owner.__module__.startswith(_LIGHTNING):
+        raise ConflictError(
+            f"`configure_gradient_clipping` must not be overridden where GradGuard clips, got {owner.__qualname__}'s: "
+            "gradients would be clipped twice. Remove the method, or `clip` from GradGuard."
+        )
+
+
+def _callbacks(trainer: Trainer) -> list[Callback]:
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by a connector
+
+
+def _owner_of(cls: type, method: str) -> type:
+    """The class in `cls`'s ancestry that defines a method."""
+    return next(ancestor for ancestor in cls.__mro__ if method in vars(ancestor))

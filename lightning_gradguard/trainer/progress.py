@@ -1,0 +1,25 @@
+"""Where the Trainer stands, and whether it can stop."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+
+def log_step(trainer: Trainer) -> int:
+    """The x value that Lightning's own logging uses for the running batch."""
+    # Private, and the only place where it can be had; Lightning's LearningRateMonitor reads it in the same way.
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def log_interval(trainer: Trainer) -> int:
+    """How often the Trainer logs, in steps; 0: never."""
+    return trainer.log_every_n_steps  # type: ignore[attr-defined,no-any-return]  # set by a connector
+
+
+def stop_is_deferred_by(trainer: Trainer) -> str | None:
+    """What keeps the Trainer from honouring `should_stop` now, as a text; None if nothing does."""
+    if trainer.min_epochs and trainer.current_epoch < trainer.min_epochs:
+        return f"min_epochs={trainer.min_epochs}"
+    if trainer.min_steps and trainer.global_step < trainer.min_steps:
+        return f"min_steps={trainer.min_steps}"
+    return None

@@ -1,0 +1,21 @@
+"""What all tests share: one thread per process, seeds, and no stray output."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _deterministic():
+    """Every test starts from the same random state; two workers share two cores."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _quiet():
+    """Lightning's banners would bury a failure."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)

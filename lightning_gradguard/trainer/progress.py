@@ -18,8 +18,10 @@ def log_interval(trainer: Trainer) -> int:
 
 def stop_is_deferred_by(trainer: Trainer) -> str | None:
     """What keeps the Trainer from honouring `should_stop` now, as a text; None if nothing does."""
-    if trainer.min_epochs and trainer.current_epoch < trainer.min_epochs:
-        return f"min_epochs={trainer.min_epochs}"
-    if trainer.min_steps and trainer.global_step < trainer.min_steps:
+    # The Trainer looks after the running step, and at the epoch's end; given `min_steps` alone, it sets `min_epochs` to 1.
+    if trainer.min_steps and trainer.global_step + 1 < trainer.min_steps:
         return f"min_steps={trainer.min_steps}"
+    num_epochs = trainer.current_epoch + trainer.is_last_batch
+    if trainer.min_epochs and num_epochs < trainer.min_epochs:
+        return f"min_epochs={trainer.min_epochs}"
     return None

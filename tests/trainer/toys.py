@@ -61,7 +61,7 @@ class Net(LightningModule):
         number, x, y = batch
         loss = nn.functional.mse_loss(self.head(torch.tanh(self.body(x))), y)
         if self.logs:
-            self.log("train_loss", loss)
+            self.log("train_loss", loss, batch_size=BATCH_SIZE)
         fault = self.faults.get(int(number))
         if fault == "none":
             return None
@@ -80,7 +80,7 @@ class ValidatedNet(Net):
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Log the validation loss."""
         _, x, y = batch
-        self.log("val_loss", nn.functional.mse_loss(self.head(torch.tanh(self.body(x))), y))
+        self.log("val_loss", nn.functional.mse_loss(self.head(torch.tanh(self.body(x))), y), batch_size=BATCH_SIZE)
 
 
 class Snapshots(Callback):

@@ -61,11 +61,16 @@ class Partition:
         )
 
     def norms(self, norms: Floats) -> Floats:
-        """2-norm of each group from the 2-norms of all parameters."""
+        """2-norm of each group from the 2-norms of all parameters; scaled, so that no square over- or underflows."""
         if not self.names:
             return np.zeros(0)
-        with np.errstate(over="ignore", invalid="ignore"):
-            return np.sqrt(np.add.reduceat(norms[self.indices] ** 2, self.starts))
+        members = norms[self.indices]
+        largest = np.maximum.reduceat(members, self.starts)
+        scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
+        sizes = np.diff(self.starts, append=len(members))
+        with np.errstate(over="ignore"):  # beside an infinite norm there is nothing to scale by
+            squares = (members / np.repeat(scale, sizes)) ** 2
+        return scale * np.sqrt(np.add.reduceat(squares, self.starts))
 
     def totals(self, values: Ints) -> Ints:
         """Sum of each group."""

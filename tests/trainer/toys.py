@@ -19,13 +19,33 @@ class Batches:
     """A data loader without workers or shuffling: the same batches in every epoch."""
 
     def __init__(self, batches: Sequence[Any]) -> None:
-        self._batches = batches
+        self.batches = batches
 
     def __len__(self) -> int:
-        return len(self._batches)
+        return len(self.batches)
 
     def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
+        return iter(self.batches)
+
+
+class ResumableBatches(Batches):
+    """The same, for a run that is resumed in the middle of an epoch."""
+
+    position, first = 0, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        first, self.first = self.first, 0
+        for number in range(first, len(self)):
+            self.position = number + 1
+            yield self.batches[number]
+
+    def state_dict(self) -> dict[str, int]:
+        """How many batches of the running epoch were given out."""
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Begin the next epoch there."""
+        self.first = state["position"]
 
 
 def make_batches(count: int, seed: int = 1) -> Batches:

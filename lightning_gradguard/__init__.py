@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lightning_gradguard.callback import GradGuard
     from lightning_gradguard.clippers import ClipNorm, Clipper, ClipValue
-    from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Vanishing
+    from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
     from lightning_gradguard.errors import GradientError, GradientWarning, GuardWarning, SinkWarning
     from lightning_gradguard.guard import Guard
     from lightning_gradguard.policy import Action
@@ -37,6 +37,7 @@ __all__ = [
     "GuardWarning",
     "Measurement",
     "NonFinite",
+    "Overflow",
     "Position",
     "Record",
     "Sink",
@@ -48,7 +49,7 @@ __all__ = [
 _MODULE_OF = {
     "callback": ["GradGuard"],
     "clippers": ["ClipNorm", "ClipValue", "Clipper"],
-    "detectors": ["Detector", "Explosion", "NonFinite", "Vanishing"],
+    "detectors": ["Detector", "Explosion", "NonFinite", "Overflow", "Vanishing"],
     "errors": ["GradientError", "GradientWarning", "GuardWarning", "SinkWarning"],
     "guard": ["Guard"],
     "policy": ["Action"],

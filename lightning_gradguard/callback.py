@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipper
-from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Vanishing
+from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.parameters import WatchedParameters
@@ -24,8 +24,11 @@ from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
+from lightning_gradguard.trainer.order import move_behind
+from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
 from lightning_gradguard.trainer.sinks import built_in_sinks
+from lightning_gradguard.trainer.strategies import refuse_strategy
 
 
 class GradGuard(Callback):
@@ -36,7 +39,8 @@ class GradGuard(Callback):
         nonfinite: what to do about NaN and Inf: an action's name, a configured detector, or None for off.
         explosion: the same for gradients that are finite but far too large.
         vanishing: the same for gradients that no longer reach a part of the model.
-        detectors: your own, beside the three.
+        overflow: the same for a GradScaler that does not find its scale (fp16 only).
+        detectors: your own, beside these.
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
@@ -60,6 +64,7 @@ class GradGuard(Callback):
         nonfinite: ActionName | Action | NonFinite | None = "skip",
         explosion: ActionName | Action | Explosion | None = "warn",
         vanishing: ActionName | Action | Vanishing | None = "warn",
+        overflow: ActionName | Action | Overflow | None = "warn",
         detectors: Sequence[Detector] = (),
         every_backward: bool = True,
         log_every_n_steps: int | None = None,
@@ -71,6 +76,7 @@ class GradGuard(Callback):
             nonfinite=nonfinite,
             explosion=explosion,
             vanishing=vanishing,
+            overflow=overflow,
             detectors=detectors,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
@@ -82,6 +88,7 @@ class GradGuard(Callback):
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
+        self._has_backward = False
         self._is_attached = False
         self._is_finished = False
         self._last: Record | None = None
@@ -127,12 +134,15 @@ class GradGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't go together, before anything is trained."""
+        refuse_second_guard(trainer, GradGuard)
+        self._is_attached = True
         if stage != "fit":
             return
-        refuse_second_guard(trainer, GradGuard)
+        self._restored = []  # what `test` or `validate` read from a checkpoint is not for this fit
+        refuse_strategy(trainer)
         if self._settings.clipper is not None:
             refuse_second_clipping(trainer, pl_module)
-        self._is_attached = True
+        move_behind(trainer, self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until there are guards to take it."""
@@ -152,6 +162,7 @@ class GradGuard(Callback):
                 WatchedParameters(pl_module.named_parameters(), optimizer),
                 log_every_n_steps=interval,
                 buffers=buffers,
+                scaler=scaler_of(trainer),
             )
             for optimizer in trainer.optimizers
         }
@@ -165,15 +176,19 @@ class GradGuard(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
         self._batch_idx = batch_idx
+        self._has_backward = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
+        self._has_backward = True
         if self._every_backward:
             for guard in self._guards.values():
                 guard.before_backward(loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """The step: measure, judge, decide, clip or skip, record."""
+        if not self._has_backward and skips_without_backward(trainer, pl_module):
+            return
         guard = self._guards[id(optimizer)]
         for other in self._guards.values():
             if other is not guard:

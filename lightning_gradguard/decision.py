@@ -43,7 +43,12 @@ class Streak:
 
 
 def decide(
-    step: int, policies: Sequence[Policy], streaks: Sequence[Streak], verdicts: Sequence[Verdict | None]
+    step: int,
+    policies: Sequence[Policy],
+    streaks: Sequence[Streak],
+    verdicts: Sequence[Verdict | None],
+    *,
+    must_skip: bool = False,
 ) -> tuple[Decision, tuple[Streak, ...]]:
     """Decide about one step; the strongest action wins.
 
@@ -52,6 +57,7 @@ def decide(
         policies: one per detector.
         streaks: one per detector, as the last step left them.
         verdicts: one per detector; None where it found nothing.
+        must_skip: the step can't be applied whatever the detectors say.
 
     Returns:
         The decision, whose tuples have one entry for each verdict that is not None, and the new streaks.
@@ -65,9 +71,8 @@ def decide(
     )
     found = [outcome for outcome in outcomes if outcome is not None]
     if not found:
-        return _NOTHING, after
+        return Decision(skip=must_skip), after
     actions = tuple(action for _, action, _ in found)
-    return Decision(max(actions), actions, tuple(alerting for _, _, alerting in found)), after
-
-
-_NOTHING = Decision()
+    strongest = max(actions)
+    alerting = tuple(alerting for _, _, alerting in found)
+    return Decision(strongest, actions, alerting, skip=must_skip or strongest.skips), after

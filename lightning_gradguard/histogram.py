@@ -42,7 +42,8 @@ class HistogramMeter:
     def count(self, gradients: Gradients) -> Tensor:
         """Counts in each bin, [num_tensors, bins + zero, NaN, infinite], float32, on the device. No sync.
 
-        The training's random numbers are not touched.
+        Rank-local: where gradients are sharded, `measure` sums them with everything else. The training's random numbers
+        are not touched.
         """
         samples = [self._sample(tensor.reshape(-1)) for tensor in gradients.tensors]
         dtype = torch.float64 if any(sample.dtype == torch.float64 for sample in samples) else torch.float32
@@ -52,14 +53,11 @@ class HistogramMeter:
         rows = torch.repeat_interleave(torch.arange(len(samples)) * _ROW, sizes).to(device, non_blocking=True)
         counts = torch.zeros(len(samples) * _ROW, device=device)
         counts.index_add_(0, rows + _bins(magnitudes), torch.ones((), device=device).expand(rows.shape))
-        return counts.view(len(samples), _ROW)
+        return counts.view(len(samples), _ROW) * self._factors(gradients).to(device, non_blocking=True)
 
     def read(self, counts: Tensor, gradients: Gradients, layout: Layout) -> Histograms:
-        """Bring the counts to the host (one sync) and scale up the sampled rows."""
-        numels = np.array([tensor.numel() for tensor in gradients.tensors], dtype=np.float64)
+        """Bring the counts to the host; one sync."""
         values = counts.to("cpu", torch.float64).numpy()
-        seen = values.sum(axis=1)
-        values *= np.divide(numels, seen, out=np.ones_like(seen), where=seen > 0)[:, None]
         return Histograms(
             names=tuple(layout.names[index] for index in np.flatnonzero(gradients.present)),
             edges=EDGES,
@@ -67,8 +65,14 @@ class HistogramMeter:
             num_zero=values[:, _ZERO],
             num_nan=values[:, _NAN],
             num_inf=values[:, _INF],
-            sampled=numels > seen,
+            sampled=self._factors(gradients).numpy()[:, 0] > 1.0,
         )
+
+    def _factors(self, gradients: Gradients) -> Tensor:
+        """Elements of each tensor over elements looked at, float32 [num_tensors, 1]."""
+        size = self._sample_size
+        numels = torch.tensor([tensor.numel() for tensor in gradients.tensors], dtype=torch.float32)
+        return (numels / numels.clamp(1, size)).clamp(min=1.0)[:, None]
 
     def _sample(self, flat: Tensor) -> Tensor:
         numel = flat.numel()

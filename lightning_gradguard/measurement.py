@@ -1,4 +1,4 @@
-"""From gradients to a `Measurement`: one pass of norms, one host read.
+"""From gradients to a `Measurement`: one pass of norms, one sum over ranks, one host read.
 
 The only reader of `.grad`. It works in two halves. The device half (`Gradients`, `measure`) queues kernels and never
 waits; it also runs on `device="meta"`, which proves that. The host half (`Facts.read`) makes the one copy, and looks
@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradguard.distributed import Ranks, gather, local_shard_
+from lightning_gradguard.inspection import inspect
 from lightning_gradguard.layout import Bools, Floats, Layout
-from lightning_gradguard.record import Measurement, MicroBatch, ParameterReport
+from lightning_gradguard.record import Damage, Measurement
 
 _WIDE = (torch.float64, torch.complex128)
 
@@ -24,43 +26,62 @@ _WIDE = (torch.float64, torch.complex128)
 class Gradients:
     """The gradients of some parameters, as dense tensors that can be measured and changed in place.
 
-    A sparse gradient is coalesced (and stored back), then stands for its values. Nothing is cloned.
+    A sparse gradient is coalesced (and stored back), then stands for its values; a DTensor stands for its local shard.
+    Nothing is cloned.
 
     Args:
         parameters: tensors with a `.grad` or None there.
+        sharded: whether there are DTensors among them.
 
     Attributes:
         present: which parameters have a gradient, bool [num_parameters].
-        tensors: their gradients' values.
+        tensors: their gradients' values on this rank.
+        shares: which share of each counts here in a sum over ranks, [num_tensors]; None where nothing is sharded.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, sharded: bool = False) -> None:
+        self.ranks = Ranks.current()
         grads = [parameter.grad for parameter in parameters]
+        shares = None
+        if sharded:
+            shards = [local_shard_(parameter, self.ranks) for parameter in parameters]
+            grads = [shard for shard, _ in shards]
+            shares = [share for shard, share in shards if shard is not None]
         if any(grad is not None and grad.is_sparse for grad in grads):
             grads = [_coalesce_(parameter) for parameter in parameters]
         self.tensors = [grad for grad in grads if grad is not None]
         self.present: Bools = np.fromiter((grad is not None for grad in grads), dtype=np.bool_, count=len(grads))
+        self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        self.shares = None if shares is None else torch.tensor(shares).to(self.device, non_blocking=True)
 
     def norms(self, norm_type: float = 2.0) -> Tensor:
-        """Norm of each gradient, in float32 or wider, on the first gradient's device, [num_tensors]. No sync."""
+        """Norm of what this rank holds of each gradient, float32 or wider, on one device, [num_tensors]. No sync."""
         if not self.tensors:
             return torch.zeros(0)
         groups = self._by_kind()
         if len(groups) == 1:
             (members,) = groups.values()
             return torch.stack(_norms(members, norm_type))
-        device = self.tensors[0].device
         dtype = torch.float64 if any(dtype in _WIDE for _, dtype in groups) else torch.float32
         found = {
             id(tensor): norm
             for members in groups.values()
             for tensor, norm in zip(members, _norms(members, norm_type), strict=True)
         }
-        return torch.stack([found[id(tensor)].to(device, dtype, non_blocking=True) for tensor in self.tensors])
+        return torch.stack([found[id(tensor)].to(self.device, dtype, non_blocking=True) for tensor in self.tensors])
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
-        """Norm over all gradients, scalar. Computed as `torch.nn.utils.get_total_norm` does. No sync."""
-        return _total(self.norms(norm_type), norm_type)
+        """Norm over all gradients and ranks, scalar. No sync; a collective where gradients are sharded."""
+        norms = self.norms(norm_type)
+        if self.shares is None:
+            return total(norms, norm_type)
+        if norm_type == math.inf:
+            return self.ranks.max_(total(norms, norm_type))
+        return self.ranks.sum_((norms**norm_type * self.shares).sum()) ** (1.0 / norm_type)
+
+    def local_total_norm(self) -> Tensor:
+        """2-norm over what this rank holds, scalar; not finite exactly if something here isn't. No sync."""
+        return total(self.norms(), 2.0)
 
     def scale_(self, coef: Tensor | float) -> None:
         """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
@@ -101,17 +122,18 @@ def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
     return list(torch._foreach_norm(tensors, norm_type))
 
 
-def _total(norms: Tensor, norm_type: float) -> Tensor:
+def total(norms: Tensor, norm_type: float) -> Tensor:
+    """Norm over all from the norms of each, as `torch.nn.utils.get_total_norm` computes it. No sync."""
     return torch.linalg.vector_norm(norms, norm_type) if norms.numel() else norms.new_zeros(())
 
 
 @dataclass(frozen=True, eq=False)
-class PendingMicroBatch:
-    """A backward pass whose figures are still on the device.
+class MicroBatch:
+    """A backward pass, its figures still on the device.
 
     Attributes:
         loss: the loss it started from, scalar; None if unknown.
-        total_norm: norm of the gradients accumulated so far, scalar; None for the last of a step.
+        total_norm: norm of what this rank has accumulated so far, scalar; None for the last of a step.
     """
 
     loss: Tensor | None = None
@@ -120,102 +142,126 @@ class PendingMicroBatch:
 
 @dataclass(frozen=True, eq=False)
 class Facts:
-    """What the device half found, still on the device.
+    """What the device half found, still on the device, and the same on all ranks.
 
     Attributes:
         norms: 2-norm of each gradient, float32 or wider [num_tensors].
         total_norm: 2-norm over all, scalar, same dtype and device.
-        micro_batches: the backward passes of this step, in order.
+        num_micro_batches: backward passes of this step.
+        signs: what each rank saw of them, [num_ranks, 4]; see `_signs`.
+        loss_scale: a GradScaler's scale, scalar; None without one.
+        histogram: a row of counts for each gradient, [num_tensors, row]; None on most steps.
     """
 
     norms: Tensor
     total_norm: Tensor
-    micro_batches: tuple[PendingMicroBatch, ...] = ()
+    num_micro_batches: int
+    signs: Tensor
+    loss_scale: Tensor | None = None
+    histogram: Tensor | None = None
 
     def read(self, gradients: Gradients, layout: Layout) -> Measurement:
-        """Bring the facts to the host in one copy (one sync) and judge what they can't say from the gradients."""
-        values = self._packed().to("cpu", torch.float64).numpy()
+        """Bring the facts to the host in one copy (one sync); on an incident look closer at the gradients.
+
+        A collective only on an incident with sharded gradients, which all ranks see alike.
+        """
+        parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
+        if self.loss_scale is not None:
+            parts.append(self.loss_scale.reshape(1).to(self.norms.device, self.norms.dtype, non_blocking=True))
+        values = torch.cat(parts).to("cpu", torch.float64).numpy()
         count = self.norms.numel()
-        micro_batches = self._unpack_micro_batches(values[count + 1 :])
         norms: Floats = np.zeros(len(layout.names))
         norms[gradients.present] = values[:count]
-        total = float(values[count])
-        if math.isfinite(total):
-            return Measurement(layout, norms, gradients.present, total, micro_batches)
-        return _inspect(gradients, layout, norms, micro_batches)
-
-    def _packed(self) -> Tensor:
-        extras = [
-            value.detach().reshape(1).to(self.norms.device, self.norms.dtype, non_blocking=True)
-            for micro in self.micro_batches
-            for value in (micro.loss, micro.total_norm)
-            if value is not None
-        ]
-        return torch.cat([self.norms, self.total_norm.reshape(1), *extras])
-
-    def _unpack_micro_batches(self, values: Floats) -> tuple[MicroBatch, ...]:
-        remaining = iter(values.tolist())
-        return tuple(
-            MicroBatch(
-                loss=None if micro.loss is None else next(remaining),
-                global_norm=None if micro.total_norm is None else next(remaining),
-            )
-            for micro in self.micro_batches
+        total_norm = float(values[count])
+        signs = values[count + 1 : count + 1 + self.signs.numel()].reshape(self.signs.shape)
+        measurement = Measurement(
+            layout,
+            norms,
+            gradients.present,
+            total_norm,
+            num_micro_batches=max(self.num_micro_batches, 1),
+            loss=float(signs[:, _LAST_LOSS].mean()) if self.num_micro_batches else None,
+            damage=_damage(signs, self.num_micro_batches, math.isfinite(total_norm)),
+            loss_scale=None if self.loss_scale is None else float(values[-1]),
         )
+        if math.isfinite(total_norm):
+            return measurement
+        return inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
 
 
-def measure(gradients: Gradients, micro_batches: Sequence[PendingMicroBatch] = ()) -> Facts:
-    """The device half: one pass over the gradients. Rank-local, changes nothing, never waits for the device."""
-    norms = gradients.norms()
-    return Facts(norms, _total(norms, 2.0), tuple(micro_batches))
+def measure(
+    gradients: Gradients,
+    micro_batches: Sequence[MicroBatch] = (),
+    *,
+    loss_scale: Tensor | None = None,
+    histogram: Tensor | None = None,
+) -> Facts:
+    """The device half: one pass over the gradients. Changes nothing, never waits for the device.
 
+    At most one collective: a sum over ranks of 4 bytes for each parameter, where gradients are sharded, and of 16 bytes for
+    each rank, where losses are watched. A histogram of sharded gradients travels in it.
 
-def _inspect(gradients: Gradients, layout: Layout, norms: Floats, micro_batches: tuple[MicroBatch, ...]) -> Measurement:
-    """Look at single elements, since the norm is not finite: damage, or only too large for float32?
-
-    Reads the host a few times and allocates; it runs on an incident only.
+    Args:
+        gradients: of one optimizer.
+        micro_batches: the backward passes that built them.
+        loss_scale: a GradScaler's scale, scalar.
+        histogram: what this rank counted, [num_tensors, row].
     """
-    indices = np.flatnonzero(gradients.present)
-    counts = torch.stack([_count(tensor).cpu() for tensor in gradients.tensors]).numpy()
-    num_nan, num_inf, max_abs = counts.T
-    damaged = num_nan + num_inf > 0
-    for position in np.flatnonzero(~np.isfinite(norms[indices]) & ~damaged):
-        norms[indices[position]] = _scaled_norm(gradients.tensors[position])
-    reports = [
-        ParameterReport(layout.names[indices[position]], float(norms[indices[position]]), int(nans), int(infs))
-        for position, (nans, infs) in enumerate(zip(num_nan, num_inf, strict=True))
-        if damaged[position]
-    ]
-    if num_nan.any():
-        global_norm = math.nan
-    elif num_inf.any():
-        global_norm = math.inf
-    else:
-        largest = norms.max()
-        global_norm = float(largest * np.linalg.norm(norms / largest))
-    return Measurement(
-        layout,
-        norms,
-        gradients.present,
-        global_norm,
-        micro_batches,
-        nonfinite=tuple(sorted(reports, key=lambda report: -(report.num_nan + report.num_inf))),
-        overflowed=not reports,
-        max_abs=float(max_abs.max()),
-    )
+    norms, ranks = gradients.norms(), gradients.ranks
+    signs = gather(_signs(micro_batches, norms), ranks) if micro_batches else norms.new_zeros(0, 4)
+    if gradients.shares is not None:
+        norms, signs, histogram = _sum_shards(gradients, norms, signs, histogram)
+    elif micro_batches:
+        ranks.sum_(signs)
+    return Facts(norms, total(norms, 2.0), len(micro_batches), signs, loss_scale, histogram)
 
 
-def _count(tensor: Tensor) -> Tensor:
-    """[number of NaN, number of infinities, largest finite magnitude] of a tensor, float64 [3]."""
-    magnitude = tensor.abs() if tensor.dtype.itemsize > 1 else tensor.float().abs()
-    num_nan, num_inf = magnitude.isnan().sum(), magnitude.isinf().sum()
-    finite = torch.where(magnitude.isfinite(), magnitude, 0)
-    largest = finite.max() if finite.numel() else finite.new_zeros(())
-    return torch.stack([num_nan.double(), num_inf.double(), largest.double()])
+def _sum_shards(
+    gradients: Gradients, norms: Tensor, signs: Tensor, histogram: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Norms, signs and histogram over all ranks; one collective."""
+    assert gradients.shares is not None
+    columns = [(norms**2 * gradients.shares)[:, None]]
+    if histogram is not None:
+        columns.append(histogram.to(norms) * gradients.shares[:, None])
+    table = torch.cat(columns, dim=1)
+    # Over all parameters, also those without a gradient here, so that all ranks sum vectors of one length.
+    present = torch.from_numpy(np.flatnonzero(gradients.present)).to(norms.device, non_blocking=True)
+    rows = table.new_zeros(len(gradients.present), table.shape[1]).index_copy_(0, present, table)
+    summed = gradients.ranks.sum_(torch.cat([rows.reshape(-1), signs.reshape(-1)]))
+    table = summed[: rows.numel()].view_as(rows).index_select(0, present)
+    return table[:, 0].sqrt(), summed[rows.numel() :].view(-1, 4), None if histogram is None else table[:, 1:]
 
 
-def _scaled_norm(tensor: Tensor) -> float:
-    """2-norm of a finite tensor whose squares overflow."""
-    magnitude = tensor.abs().double()
-    largest = magnitude.max()
-    return float(largest * torch.linalg.vector_norm(magnitude / largest))
+_FIRST_LOSS, _FIRST_GRADIENT, _DAMAGED_LOSS, _LAST_LOSS = range(4)
+
+
+def _signs(micro_batches: Sequence[MicroBatch], like: Tensor) -> Tensor:
+    """What this rank saw of a step's backward passes, [4], of dtype and device of `like`. No sync.
+
+    The first with a damaged loss, the first after which the gradients were damaged (their number where there was none),
+    that loss, and the last loss.
+    """
+    none = like.new_zeros(())
+    losses = torch.stack([none if micro.loss is None else micro.loss.to(none) for micro in micro_batches])
+    norms = torch.stack([none if micro.total_norm is None else micro.total_norm.to(none) for micro in micro_batches])
+    indices = torch.arange(len(micro_batches), device=like.device)
+    first_loss = torch.where(losses.isfinite(), len(micro_batches), indices).amin()
+    first_gradient = torch.where(norms.isfinite(), len(micro_batches), indices).amin()
+    damaged = losses.gather(0, first_loss.clamp(max=len(micro_batches) - 1).view(1)).squeeze(0)
+    return torch.stack([first_loss.to(none), first_gradient.to(none), damaged, losses[-1]])
+
+
+def _damage(signs: Floats, num_micro_batches: int, gradients_are_finite: bool) -> Damage | None:  # noqa: FBT001
+    """Which backward pass on which rank was first: by its loss, or by gradients that were not summed over ranks yet."""
+    if num_micro_batches and (first := int(signs[:, _FIRST_LOSS].min())) < num_micro_batches:
+        rank = int(signs[:, _FIRST_LOSS].argmin())
+        return Damage(first, rank, loss=float(signs[rank, _DAMAGED_LOSS]))
+    if gradients_are_finite:
+        return None
+    # The gradients of all passes but the last were looked at one by one; what they don't show, the last has done.
+    firsts = signs[:, _FIRST_GRADIENT] if num_micro_batches else np.zeros(1)
+    if not num_micro_batches or firsts.min() >= num_micro_batches:
+        return Damage(max(num_micro_batches - 1, 0))
+    alike = len(firsts) > 1 and (firsts == firsts[0]).all()
+    return Damage(int(firsts.min()), None if alike else int(firsts.argmin()))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+from lightning_gradguard.distributed import is_sharded
 from lightning_gradguard.layout import Layout, clean_name
 
 
@@ -26,7 +27,7 @@ class WatchedParameters:
         self, named_parameters: Iterable[tuple[str, torch.Tensor]], optimizer: torch.optim.Optimizer | None = None
     ) -> None:
         self._named = [(clean_name(name), parameter) for name, parameter in named_parameters]
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._group_sizes = self._sizes()
         self._collect()
         if not self.tensors:
@@ -34,6 +35,11 @@ class WatchedParameters:
                 "`named_parameters` must hold at least one parameter, got none. "
                 "Pass `model.named_parameters()`; an iterator can be used up only once."
             )
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether there are DTensors among them."""
+        return self._is_sharded
 
     @property
     def layout(self) -> Layout:
@@ -54,18 +60,19 @@ class WatchedParameters:
         return True
 
     def _sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self._optimizer.param_groups] if self._optimizer else []
+        return [len(group["params"]) for group in self.optimizer.param_groups] if self.optimizer else []
 
     def _collect(self) -> None:
         named = list(_each_once(self._named))
-        if self._optimizer is not None:
-            inside = {id(parameter): (where, parameter) for where, parameter in _of_optimizer(self._optimizer)}
+        if self.optimizer is not None:
+            inside = {id(parameter): (where, parameter) for where, parameter in _of_optimizer(self.optimizer)}
             model_order = [(name, parameter) for name, parameter in named if id(parameter) in inside]
             known = {id(parameter) for _, parameter in model_order}
             # Parameters that the model doesn't list are trained all the same, so they are watched under a made-up name.
             unnamed = [(where, parameter) for key, (where, parameter) in inside.items() if key not in known]
             named = model_order + unnamed
         self._tensors = [parameter for _, parameter in named]
+        self._is_sharded = is_sharded(self._tensors)
         self._layout = Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in self._tensors))
 
 

@@ -64,22 +64,18 @@ class ParameterReport:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What one backward pass left behind.
+class Damage:
+    """Where a step first went wrong.
 
     Attributes:
-        loss: the loss it started from, unscaled; None if unknown.
-        global_norm: norm of the gradients accumulated so far, before the next backward pass; None for the
-            last one of a step, whose gradients are the step's own.
+        micro_batch: the backward pass, from 0.
+        rank: the process; None if the gradients were already summed over all of them when it showed.
+        loss: the loss that was NaN or infinite; None if the losses were in order.
     """
 
+    micro_batch: int
+    rank: int | None = None
     loss: float | None = None
-    global_norm: float | None = None
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether nothing that was looked at is NaN or infinite."""
-        return all(value is None or math.isfinite(value) for value in (self.loss, self.global_norm))
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +87,10 @@ class Measurement:
         norms: 2-norm of each parameter's gradient, float64 [num_parameters]; 0 where there is none.
         has_grad: which parameters have a gradient, bool [num_parameters].
         global_norm: 2-norm over all gradients; NaN or infinite exactly when an element is.
-        micro_batches: the backward passes that built these gradients, in order.
+        num_micro_batches: backward passes that built these gradients, as far as they were told of.
+        loss: loss of the last of them, unscaled, mean over ranks; None if unknown.
+        damage: where NaN or infinity first showed in a loss or gradient; None if nowhere.
+        loss_scale: by how much a GradScaler scales the loss at this step; None without one.
         nonfinite: the parameters with NaN or infinite elements, worst first.
         overflowed: whether the gradients are finite, but too large for their norm to be computed in the
             ordinary way (it was then computed in float64 with scaling, and is right).
@@ -102,7 +101,10 @@ class Measurement:
     norms: Floats
     has_grad: Bools
     global_norm: float
-    micro_batches: tuple[MicroBatch, ...] = ()
+    num_micro_batches: int = 1
+    loss: float | None = None
+    damage: Damage | None = None
+    loss_scale: float | None = None
     nonfinite: tuple[ParameterReport, ...] = ()
     overflowed: bool = False
     max_abs: float | None = None
@@ -113,18 +115,23 @@ class Measurement:
         return self.layout.names
 
     @property
-    def loss(self) -> float | None:
-        """Loss of the last backward pass, unscaled; None if unknown."""
-        return self.micro_batches[-1].loss if self.micro_batches else None
+    def is_finite(self) -> bool:
+        """Whether neither a gradient nor a loss holds NaN or infinity."""
+        return math.isfinite(self.global_norm) and self.damage is None
 
     @property
-    def is_finite(self) -> bool:
-        """Whether neither a gradient nor a loss holds NaN or infinity.
+    def is_scaler_overflow(self) -> bool:
+        """Whether a GradScaler's scale was too large for this step: damaged gradients from a healthy loss.
 
-        The norms between micro-batches need no look: damage stays in the sum, so the step's own norm shows it.
+        The scaler skips such a step by itself and lowers its scale; it is how the scale is found.
         """
-        losses = (micro.loss for micro in self.micro_batches)
-        return math.isfinite(self.global_norm) and all(loss is None or math.isfinite(loss) for loss in losses)
+        in_loss = self.damage is not None and self.damage.loss is not None
+        return self.loss_scale is not None and not math.isfinite(self.global_norm) and not in_loss
+
+    @property
+    def last_micro_batch(self) -> int:
+        """Index of the last backward pass."""
+        return max(self.num_micro_batches - 1, 0)
 
     @cached_property
     def by_name(self) -> Mapping[str, float]:
@@ -150,6 +157,7 @@ class Verdict:
         remedy: what to try.
         parameters: worst offenders first.
         micro_batch: the backward pass that was first, from 0.
+        rank: the process that was first; None if that can't be told.
     """
 
     kind: str
@@ -159,6 +167,7 @@ class Verdict:
     remedy: str
     parameters: tuple[ParameterReport, ...] = ()
     micro_batch: int = 0
+    rank: int | None = None
 
 
 @dataclass(frozen=True)
@@ -169,16 +178,13 @@ class Decision:
         action: the strongest action of this step's verdicts; None if there were none.
         actions: one per verdict, in their order.
         alerting: whether each verdict is reported (or silent, inside its cooldown), in their order.
+        skip: whether the optimizer step is passed over.
     """
 
     action: Action | None = None
     actions: tuple[Action, ...] = ()
     alerting: tuple[bool, ...] = ()
-
-    @property
-    def skip(self) -> bool:
-        """Whether the optimizer step is passed over."""
-        return self.action is not None and self.action.skips
+    skip: bool = False
 
 
 @dataclass(frozen=True)
@@ -275,7 +281,8 @@ class Totals:
 
     Attributes:
         num_steps: decisions, skipped ones included.
-        num_skipped: steps passed over.
+        num_skipped: steps passed over, overflows of a GradScaler included.
+        num_overflows: steps at which a GradScaler's scale was too large.
         num_clipped: steps whose gradients were made smaller.
         num_alerts: reported findings.
         num_repeats: findings inside a cooldown, counted but not reported.
@@ -284,6 +291,7 @@ class Totals:
 
     num_steps: int = 0
     num_skipped: int = 0
+    num_overflows: int = 0
     num_clipped: int = 0
     num_alerts: int = 0
     num_repeats: int = 0

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lightning_gradguard.clippers import ClipNorm, Clipper
-from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Vanishing
+from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.policy import Action, ActionName, require_int, to_action
 from lightning_gradguard.record import Record
 from lightning_gradguard.sinks import Sink
@@ -41,6 +41,7 @@ class Settings:
         nonfinite: ActionName | Action | NonFinite | None,
         explosion: ActionName | Action | Explosion | None,
         vanishing: ActionName | Action | Vanishing | None,
+        overflow: ActionName | Action | Overflow | None,
         detectors: Sequence[Detector],
         sinks: Sequence[Sink | Callable[[Record], object]],
         histogram_every_n_steps: int | None,
@@ -58,10 +59,14 @@ class Settings:
             _to_detector(nonfinite, NonFinite, parameter="nonfinite"),
             _to_detector(explosion, Explosion, parameter="explosion"),
             _to_detector(vanishing, Vanishing, parameter="vanishing"),
+            _to_detector(overflow, Overflow, parameter="overflow"),
         )
         chosen: list[Detector] = [detector for detector in built_in if detector is not None]
         for detector in detectors:
-            _check_own(detector, taken={NonFinite.name, Explosion.name, Vanishing.name} | {other.name for other in chosen})
+            _check_own(
+                detector,
+                taken={NonFinite.name, Explosion.name, Vanishing.name, Overflow.name} | {other.name for other in chosen},
+            )
             chosen.append(detector)
         return cls(
             clipper=_to_clipper(clip),

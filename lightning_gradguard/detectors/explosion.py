@@ -105,7 +105,7 @@ class Explosion(Detector):
                 "warm it up for longer, or clip with `clip=`."
             ),
             parameters=measurement.largest(),
-            micro_batch=max(len(measurement.micro_batches) - 1, 0),
+            micro_batch=measurement.last_micro_batch,
         )
         self._follow_shift(norm)
         return verdict

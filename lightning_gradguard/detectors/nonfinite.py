@@ -6,11 +6,13 @@ import math
 
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.policy import Action, ActionName
-from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.record import Damage, Measurement, Verdict
 
 
 class NonFinite(Detector):
-    """Fires when an element of a gradient, or the loss, is NaN or infinite.
+    """Fires when an element of a gradient, or a loss, is NaN or infinite.
+
+    A GradScaler whose scale was too large is no hit: it is `Overflow`'s.
 
     A gradient that is finite but too large for its norm to be computed in float32 is no hit: it is `Explosion`'s.
 
@@ -38,31 +40,23 @@ class NonFinite(Detector):
 
     def observe(self, measurement: Measurement) -> Verdict | None:
         """A hit if a gradient or a loss is NaN or infinite."""
-        if measurement.is_finite:
+        if measurement.is_finite or measurement.is_scaler_overflow:
             return None
+        damage = measurement.damage or Damage(measurement.last_micro_batch)
         in_gradients = not math.isfinite(measurement.global_norm)
         return Verdict(
             kind=self.name,
-            value=measurement.global_norm if in_gradients else _damaged_loss(measurement),
+            value=measurement.global_norm if in_gradients or damage.loss is None else damage.loss,
             limit=math.inf,
-            message=_describe_gradients(measurement) if in_gradients else _describe_loss(measurement),
+            message=_describe_gradients(measurement) if in_gradients else _describe_loss(damage),
             remedy=(
                 "Look at this batch for NaN, Inf or empty samples, and at the forward pass for log, sqrt, division or exp "
                 "at the edge of their domain. If it comes back on every batch, lower the learning rate."
             ),
             parameters=measurement.nonfinite,
-            micro_batch=_first_damaged(measurement),
+            micro_batch=damage.micro_batch,
+            rank=damage.rank,
         )
-
-
-def _damaged_loss(measurement: Measurement) -> float:
-    losses = (micro.loss for micro in measurement.micro_batches)
-    return next(loss for loss in losses if loss is not None and not math.isfinite(loss))
-
-
-def _first_damaged(measurement: Measurement) -> int:
-    damaged = (index for index, micro in enumerate(measurement.micro_batches) if not micro.is_finite)
-    return next(damaged, max(len(measurement.micro_batches) - 1, 0))
 
 
 def _describe_gradients(measurement: Measurement) -> str:
@@ -75,5 +69,6 @@ def _describe_gradients(measurement: Measurement) -> str:
     return f"the gradient of `{worst.name}` has {found} elements{more}{loss}"
 
 
-def _describe_loss(measurement: Measurement) -> str:
-    return f"the loss is {_damaged_loss(measurement):g} although every gradient is finite"
+def _describe_loss(damage: Damage) -> str:
+    where = "" if damage.rank is None else f" on rank {damage.rank}"
+    return f"the loss is {damage.loss:g}{where} although every gradient is finite"

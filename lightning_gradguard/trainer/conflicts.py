@@ -5,6 +5,8 @@ from __future__ import annotations
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lightning_gradguard.trainer.order import callbacks_of
+
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 
 
@@ -14,7 +16,7 @@ class ConflictError(MisconfigurationException, ValueError):
 
 def refuse_second_guard(trainer: Trainer, of_type: type[Callback]) -> None:
     """Raise a `ConflictError` if the Trainer has more than one guard."""
-    guards = [callback for callback in _callbacks(trainer) if isinstance(callback, of_type)]
+    guards = [callback for callback in callbacks_of(trainer) if isinstance(callback, of_type)]
     if len(guards) > 1:
         raise ConflictError(
             f"`callbacks` must hold one {of_type.__name__}, got {len(guards)}: each would judge, clip and skip the same "
@@ -35,10 +37,6 @@ def refuse_second_clipping(trainer: Trainer, module: LightningModule) -> None:
             f"`configure_gradient_clipping` must not be overridden where GradGuard clips, got {owner.__qualname__}'s: "
             "gradients would be clipped twice. Remove the method, or `clip` from GradGuard."
         )
-
-
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by a connector
 
 
 def _owner_of(cls: type, method: str) -> type:

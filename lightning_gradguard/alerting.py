@@ -1,0 +1,56 @@
+"""From verdicts and a decision to the alerts that people read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lightning_gradguard.policy import Action
+from lightning_gradguard.record import Alert, Decision, Position, Verdict
+
+_DONE = {
+    Action.LOG: "Logged only.",
+    Action.WARN: "The step is applied.",
+    Action.SKIP: "The step is skipped.",
+    Action.STOP: "The step is skipped and training stops.",
+    Action.RAISE: "The step is skipped and training ends with an error.",
+}
+
+
+def alerts_of(position: Position, verdicts: Sequence[Verdict], decision: Decision) -> tuple[Alert, ...]:
+    """The verdicts that are reported, in their order."""
+    reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
+    return tuple(_alert(position, verdict, action, decision) for verdict, action, alerting in reported if alerting)
+
+
+def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision) -> Alert:
+    # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
+    done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
+    return Alert(
+        time=time.time(),
+        step=position.step,
+        epoch=position.epoch,
+        batch_idx=position.batch_idx,
+        micro_batch=verdict.micro_batch,
+        optimizer=position.optimizer,
+        rank=position.rank if verdict.rank is None else verdict.rank,
+        kind=verdict.kind,
+        action=action,
+        value=verdict.value,
+        limit=verdict.limit,
+        parameters=verdict.parameters,
+        culprit=None,
+        message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}. {done}",
+        remedy=verdict.remedy,
+    )
+
+
+def _where(position: Position, verdict: Verdict) -> str:
+    where = f"step {position.step}"
+    if position.epoch is not None:
+        where += f" (epoch {position.epoch}, batch {position.batch_idx})"
+    if verdict.micro_batch:
+        where += f", micro-batch {verdict.micro_batch}"
+    if position.num_optimizers > 1:
+        where += f", optimizer {position.optimizer}"
+    return where

@@ -1,0 +1,39 @@
+"""Loss scaling: true gradients whatever a GradScaler does, and whatever the optimizer leaves to its own kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler, OptState
+
+
+class LossScaling:
+    """What a guard has to know of a GradScaler.
+
+    Args:
+        scaler: the one that scales the loss.
+        optimizer: the one whose gradients are scaled.
+    """
+
+    def __init__(self, scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
+        self._scaler = scaler
+        self._optimizer = optimizer
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The present scale, scalar on the device; None before the first loss was scaled. No sync."""
+        # `get_scale()` would wait for the device.
+        return self._scaler._get_scale_async()
+
+    def unscale_(self) -> None:
+        """Bring the optimizer's gradients to their true size, unless that has been done. In place, no sync.
+
+        Fused optimizers unscale inside their own kernel, so that Lightning leaves it to them and the gradients that
+        callbacks see are scaled. Unscaling before is allowed; the scaler then knows and does not do it twice.
+        """
+        # The scaler raises if asked twice, and only its state tells who has asked.
+        stage = self._scaler._per_optimizer_states[id(self._optimizer)]["stage"]
+        groups = self._optimizer.param_groups
+        has_gradients = any(parameter.grad is not None for group in groups for parameter in group["params"])
+        if stage is OptState.READY and has_gradients:
+            self._scaler.unscale_(self._optimizer)

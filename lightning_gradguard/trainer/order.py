@@ -1,0 +1,24 @@
+"""The guard's place among the callbacks."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+
+def callbacks_of(trainer: Trainer) -> list[Callback]:
+    """The Trainer's callbacks, in the order in which they are called."""
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by a connector
+
+
+def move_behind(trainer: Trainer, guard: Callback) -> None:
+    """Put the guard behind all other callbacks but the checkpoints, so that it sees what they make of the gradients.
+
+    A checkpoint has to come later, to save what the guard has decided.
+    """
+    callbacks = callbacks_of(trainer)
+    others = [callback for callback in callbacks if callback is not guard]
+    before = [callback for callback in others if not isinstance(callback, Checkpoint)]
+    after = [callback for callback in others if isinstance(callback, Checkpoint)]
+    # A new list: the Trainer may be walking over the old one.
+    trainer.callbacks = [*before, guard, *after]  # type: ignore[attr-defined]

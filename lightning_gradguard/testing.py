@@ -1,0 +1,110 @@
+"""Rehearse a fault in your own set-up, to see what your guard makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.distributed import Ranks
+from lightning_gradguard.layout import clean_name
+from lightning_gradguard.policy import require_float, require_int
+
+FaultName = Literal["nan", "inf", "explosion"]
+
+
+@contextmanager
+def inject(
+    model: nn.Module,
+    fault: FaultName,
+    *,
+    step: int,
+    parameter: str | None = None,
+    rank: int | None = None,
+    factor: float = 1e6,
+) -> Iterator[None]:
+    """Damage one gradient in one backward pass, where a real fault would: before ranks sum, unscale and clip.
+
+    A hook on the parameter does it; it is gone when the context ends. Under FSDP2, whose parameters take no hook, the
+    gradient that flows into the parameter's module is damaged instead, and so are those of the modules before it.
+
+    Args:
+        model: the module that is trained.
+        fault: "nan" or "inf" puts one such element into the gradient; "explosion" multiplies it by `factor`.
+        step: backward pass in which it happens, counting from 0 those that reach the parameter. With `n` micro-batches a
+            step, those of optimizer step `s` are `n * s` to `n * s + n - 1`.
+        parameter: name of the parameter; None: the first that is trained.
+        rank: the process on which it happens; None: all.
+        factor: for "explosion", > 0.
+
+    Raises:
+        ValueError: for an unknown fault or parameter, and for values outside their range.
+
+    >>> model = nn.Linear(3, 1)
+    >>> with inject(model, "nan", step=1, parameter="bias"):
+    ...     for _ in range(2):
+    ...         model.zero_grad()
+    ...         model(torch.ones(2, 3)).sum().backward()
+    ...         print(model.bias.grad)
+    tensor([2.])
+    tensor([nan])
+    """
+    if fault not in ("nan", "inf", "explosion"):
+        raise ValueError(f"`fault` must be 'nan', 'inf' or 'explosion', got {fault!r}.")
+    require_int("step", step, at_least=0, remedy="0 is the first backward pass.")
+    require_float("factor", factor, above=0.0, remedy="The default is 1e6.")
+    name, target = _find(model, parameter)
+    damage = _Damage(fault, step, rank, factor)
+    if _takes_hooks(target):
+        handle = target.register_hook(damage)
+    else:
+        owner = model.get_submodule(name.rpartition(".")[0])
+        handle = owner.register_forward_hook(damage.on_output)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+class _Damage:
+    """The hook: counts backward passes and damages the gradient of one."""
+
+    def __init__(self, fault: FaultName, step: int, rank: int | None, factor: float) -> None:
+        self._fault = fault
+        self._step = step
+        self._rank = rank
+        self._factor = factor
+        self._num_seen = 0
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        is_now = self._num_seen == self._step
+        self._num_seen += 1
+        if not is_now or self._rank not in (None, Ranks.current().rank):
+            return grad
+        if self._fault == "explosion":
+            return grad * self._factor
+        damaged = grad.clone()
+        damaged.view(-1)[0] = float(self._fault)
+        return damaged
+
+    def on_output(self, module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG002
+        """Forward hook: damages the gradient of the module's output."""
+        if output.requires_grad:
+            output.register_hook(self)
+
+
+def _find(model: nn.Module, parameter: str | None) -> tuple[str, nn.Parameter]:
+    trained = [(name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad]
+    for name, tensor in trained:
+        if parameter is None or parameter in (name, clean_name(name)):
+            return name, tensor
+    names = ", ".join(name for name, _ in trained[:5])
+    raise ValueError(f"`parameter` must name a parameter that is trained, got {parameter!r}. The model has {names}, ...")
+
+
+def _takes_hooks(parameter: nn.Parameter) -> bool:
+    # A DTensor parameter is not what autograd sees under FSDP2: the gathered one is, and it is made anew each time.
+    return type(parameter.data) is torch.Tensor

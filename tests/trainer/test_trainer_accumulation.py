@@ -64,21 +64,41 @@ def test_accumulation_bad_window_is_skipped_whole(fault, tmp_path):
     assert same(snapshots.optimizers[7], snapshots.optimizers[3])
 
 
-def test_accumulation_healthy_window_records_each_loss_and_norm(tmp_path):
-    """Four losses; a norm after each pass but the last, whose norm is the step's own."""
-    guard = GradGuard()
-    fit(tmp_path, Net(), guard, accumulate_grad_batches=4)
-    micro_batches = guard.last.measurement.micro_batches
-    assert len(micro_batches) == 4
-    assert all(micro.loss > 0 for micro in micro_batches)
-    assert [micro.global_norm is None for micro in micro_batches] == [False, False, False, True]
+def test_accumulation_healthy_window_records_how_many_passes_it_had(tmp_path):
+    """Three windows, the last one shorter; the loss is that of the last pass."""
+    seen, losses = [], []
+
+    class Noting(Net):
+        def training_step(self, batch, batch_idx):
+            losses.append(super().training_step(batch, batch_idx))
+            return losses[-1]
+
+    settings = {"accumulate_grad_batches": 4, "limit_train_batches": 10}
+    fit(tmp_path, Noting(), GradGuard(sinks=[lambda record: seen.append(record.measurement)]), **settings)
+    assert [measurement.num_micro_batches for measurement in seen] == [4, 4, 2]
+    assert all(measurement.damage is None for measurement in seen)
+    # Lightning divides the loss by the size of a full window before it calls backward.
+    assert [4 * measurement.loss for measurement in seen] == pytest.approx([losses[index].item() for index in (3, 7, 9)])
+
+
+def test_accumulation_alert_message_names_the_micro_batch(tmp_path):
+    """The sentence alone says where to look."""
+    (alert,) = _run(tmp_path, {6: "nan"}).alerts
+    assert "micro-batch 2" in alert.message
 
 
 def test_accumulation_without_every_backward_looks_at_the_step_only(tmp_path):
     """The damage is found and skipped, the micro-batch is not known."""
     guard = _run(tmp_path, {5: "nan"}, GradGuard(every_backward=False))
     assert [(alert.step, alert.micro_batch) for alert in guard.alerts] == [(1, 0)]
-    assert guard.last.measurement.micro_batches == ()
+    assert guard.num_skipped == 1
+
+
+def test_accumulation_without_every_backward_misses_a_nan_loss(tmp_path):
+    """What the option gives up: nobody looks at the loss, and the gradients are finite."""
+    guard = GradGuard(every_backward=False)
+    fit(tmp_path, Net({5: "nan_loss"}), guard, accumulate_grad_batches=4)
+    assert (guard.alerts, guard.num_skipped) == ([], 0)
 
 
 def test_every_backward_changes_no_weight(tmp_path):

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from toys import FEATURES, SPOIL, Snapshots, fit, make_batches, make_trainer, same
+from toys import FEATURES, SPOIL, Snapshots, fit, make_batches, make_trainer, same, seeded
 
 from lightning_gradguard import GradGuard, GradientWarning
 
@@ -135,3 +135,46 @@ def test_two_optimizers_have_tags_of_their_own(tmp_path):
     assert {"gradients/0/left.weight", "gradients/1/right.weight"} <= set(tags["histograms"])
     assert "gradguard/global_norm" not in tags["scalars"]
     assert [tag for tag in tags["tensors"] if "alerts" in tag] == ["gradguard/1/alerts"]
+
+
+def test_two_optimizers_untoggled_gan_nan_in_the_generators_loss_skips_the_generator_only(tmp_path):
+    """The generator's backward pass spoils the discriminator's gradients too, which are then zeroed and never used."""
+
+    class Gan(Twins):
+        def training_step(self, batch, batch_idx):
+            number, x, _ = batch
+            for_left, for_right = self.optimizers()
+            loss = self.right(x * self.left(x)).square().mean()
+            for_left.zero_grad()
+            self.manual_backward(loss * torch.nan if int(number) == 5 else loss)
+            for_left.step()
+            for_right.zero_grad()
+            self.manual_backward(self.right(x).square().mean())
+            for_right.step()
+
+    guard, snapshots = GradGuard(), Snapshots()
+    with pytest.warns(GradientWarning, match="Nonfinite at step 10 .* optimizer 0"):
+        fit(tmp_path, Gan(), guard, snapshots)
+    assert (len(guard.alerts), guard.num_skipped) == (1, 1)
+    assert not torch.equal(snapshots.weights[5]["right.weight"], snapshots.weights[4]["right.weight"])
+
+
+def test_two_optimizers_state_resumes_each_by_itself(tmp_path):
+    """Uneven losses: each history is restored to the optimizer that it is of."""
+
+    class Uneven(Twins):
+        def _loss(self, side, batch):
+            return super()._loss(side, batch) * (1e3 if side == "left" else 1.0)
+
+    limits = []
+    for epochs, path in ((2, None), (1, None), (2, tmp_path / "twins.ckpt")):
+        seen = []
+        guard = GradGuard(sinks=[lambda record, seen=seen: seen.append((record.position.step, record.explosion_limit))])
+        trainer = make_trainer(tmp_path, guard, max_epochs=epochs)
+        trainer.fit(seeded(Uneven), make_batches(20), ckpt_path=path)
+        if epochs == 1:
+            trainer.save_checkpoint(tmp_path / "twins.ckpt")
+        limits.append(seen)
+    through, _, resumed = limits
+    assert resumed == through[40:]
+    assert resumed[0][1] > 100 * resumed[1][1]

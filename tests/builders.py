@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +16,6 @@ from lightning_gradguard import Detector, Measurement, Verdict
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.measurement import Gradients, measure
 from lightning_gradguard.record import Damage, ParameterReport
-
 
 examples = settings(deadline=None, derandomize=True, max_examples=60)
 """For every property test: seeded, and no clock, since several workers share the cores."""
@@ -92,6 +92,6 @@ def through_checkpoint(state: dict) -> dict:
 def mlp(*widths: int) -> nn.Sequential:
     """A small network of linear layers with tanh between."""
     stack = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         stack += [nn.Linear(inputs, outputs), nn.Tanh()]
     return nn.Sequential(*stack[:-1])

@@ -56,7 +56,7 @@ every_detector = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def stream(length=60, seed=0):
-    """Steps of a five-layer network: noise, with spikes, dying layers, zeros, NaN, Inf and a scaler's overflows in between."""
+    """Steps of a five-layer network: noise, with spikes, dying layers, zeros, NaN, Inf and overflows in between."""
     rng = np.random.default_rng(seed)
     for step in range(length):
         norms = np.exp(rng.normal(0.0, 0.3, size=5))

@@ -87,7 +87,7 @@ def test_total_norm_each_type_equals_torch(norm_type):
 
 @pytest.mark.parametrize("norm_type", [1.0, 2.0, math.inf])
 def test_norms_empty_gradient_is_zero(norm_type):
-    """torch raises for the largest of no elements."""
+    """Torch raises for the largest of no elements."""
     gradients = Gradients(with_grads(torch.ones(0), torch.ones(1)))
     assert gradients.norms(norm_type).tolist() == [0.0, 1.0]
 

@@ -1,0 +1,245 @@
+"""What every sink has to keep to. A sink has no state; the records of one run go through each of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict
+
+import pytest
+from raw_loop import records
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.utils.tensorboard import SummaryWriter
+
+from lightning_gradguard import GradientWarning, Sink, SinkWarning
+from lightning_gradguard.record import Position
+from lightning_gradguard.sinks import ConsoleSink, FunctionSink, JsonlSink, LoggerSink, TensorBoardSink
+from lightning_gradguard.sinks.base import SafeSink, to_sink
+from lightning_gradguard.sinks.tags import scalars, tag_prefix
+
+
+class Metrics:
+    """A logger that keeps what it gets."""
+
+    def __init__(self):
+        self.rows = []
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.append((step, metrics))
+
+
+MAKERS = {
+    "console": lambda folder: ConsoleSink(),
+    "function": lambda folder: FunctionSink(lambda record: None),
+    "jsonl": lambda folder: JsonlSink(folder / "new" / "alerts.jsonl"),
+    "logger": lambda folder: LoggerSink(Metrics()),
+    "tensorboard": lambda folder: TensorBoardSink(SummaryWriter(folder)),
+    "tensorboard-lazy": lambda folder: TensorBoardSink(lambda: SummaryWriter(folder)),
+}
+
+
+def write_all(sink, run):
+    """Write all records of a run."""
+    for record in run:
+        sink.write(record)
+
+
+every_sink = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
+quiet = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+
+
+@every_sink
+def test_sink_is_one(make, tmp_path):
+    """Each has the two methods of the protocol, and shows what it is."""
+    sink = make(tmp_path)
+    assert isinstance(sink, Sink)
+    assert to_sink(sink) is sink
+    assert type(sink).__name__ in repr(sink)
+
+
+@quiet
+@every_sink
+def test_sink_takes_every_kind_of_record(make, tmp_path):
+    """Healthy, clipped, NaN, without gradients; with scalars and histograms or without."""
+    sink = make(tmp_path)
+    for settings in ({}, {"log_every_n_steps": 0, "histogram_every_n_steps": None}, {"histogram_every_n_steps": 1}):
+        for record in records(**settings):
+            sink.write(record)
+    sink.close()
+
+
+@quiet
+@every_sink
+def test_sink_writing_changes_no_record(make, tmp_path):
+    """The next sink gets the same."""
+    sink = make(tmp_path)
+    for record in records():
+        before = repr(record)
+        sink.write(record)
+        assert repr(record) == before
+
+
+@quiet
+@every_sink
+def test_sink_closed_twice_can_be_written_to(make, tmp_path):
+    """A Trainer may fit again; closing an unused one is fine as well."""
+    sink = make(tmp_path)
+    sink.close()
+    for record in records():
+        sink.write(record)
+        sink.close()
+        sink.close()
+
+
+def test_console_warns_of_each_alert_with_its_remedy():
+    """And of nothing else."""
+    seen = records()
+    with pytest.warns(GradientWarning) as caught:
+        write_all(ConsoleSink(), seen)
+    assert [str(warning.message) for warning in caught] == [
+        f"{alert.message} {alert.remedy}" for record in seen for alert in record.alerts
+    ]
+    assert len(caught) == 1
+
+
+def test_function_is_called_with_every_record():
+    """A plain function is a sink."""
+    seen, run = [], records()
+    sink = to_sink(seen.append)
+    for record in run:
+        sink.write(record)
+    assert seen == run
+
+
+def test_jsonl_without_an_alert_leaves_nothing(tmp_path):
+    """No folder, no file."""
+    sink = JsonlSink(tmp_path / "gradguard" / "alerts.jsonl")
+    sink.write(records()[0])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_jsonl_lines_are_strict_json_of_the_alerts(tmp_path):
+    """One a line, appended; NaN as a string that `float` reads back."""
+    path = tmp_path / "alerts.jsonl"
+    for _ in range(2):
+        sink = JsonlSink(path)
+        write_all(sink, records())
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    lines = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    (alert,) = records()[2 + 1].alerts
+    assert lines[0].keys() == asdict(alert).keys()
+    assert lines[0] | {"time": 0} == alert.to_dict() | {"time": 0}
+    assert math.isnan(float(lines[0]["value"]))
+    assert math.isinf(float(lines[0]["limit"]))
+    assert lines[0]["action"] == "skip"
+    assert set(lines[0]["parameters"][0]) == {"name", "norm", "num_nan", "num_inf"}
+
+
+def test_jsonl_folder_that_cannot_be_made_fails_safely(tmp_path):
+    """One warning, and no error."""
+    (tmp_path / "file").write_text("")
+    sink = SafeSink(JsonlSink(tmp_path / "file" / "alerts.jsonl"))
+    with pytest.warns(SinkWarning, match="Training goes on") as caught:
+        write_all(sink, [*records(), *records()])
+    assert len(caught) == 1
+
+
+def test_safe_sink_close_failing_warns():
+    """Closing can't hurt either."""
+
+    class Fails:
+        def write(self, record):
+            """Takes anything."""
+
+        def close(self):
+            raise ValueError("no")
+
+    with pytest.warns(SinkWarning, match="ValueError: no"):
+        SafeSink(Fails()).close()
+
+
+@pytest.mark.filterwarnings("error::lightning_gradguard.GradientWarning")
+def test_safe_sink_warnings_as_errors_are_passed_on():
+    """Who turns warnings into errors asks for it."""
+    sink = SafeSink(ConsoleSink())
+    with pytest.raises(GradientWarning, match="NaN"):
+        write_all(sink, records())
+
+
+def test_logger_gets_due_steps_and_steps_with_an_alert():
+    """Under the tags of the contract, at the loggers' step."""
+    metrics = Metrics()
+    sink = LoggerSink(metrics)
+    run = records(log_every_n_steps=2)
+    for record in run:
+        sink.write(record)
+    assert [step for step, _ in metrics.rows] == [1, 3]
+    assert metrics.rows[0][1]["gradguard/global_norm"] == run[1].measurement.global_norm
+    for record in records(log_every_n_steps=0):
+        sink.write(record)
+    assert [step for step, _ in metrics.rows] == [1, 3, 3]
+
+
+def test_scalars_hold_the_contract():
+    """Norms, totals, groups; the limit only where there is one; counts apart with histograms."""
+    run = records(explosion=None)
+    first, with_histogram = scalars(run[0]), scalars(run[1])
+    assert {"global_norm", "clipped_norm", "clip_coef", "num_skipped", "num_clipped", "num_alerts"} <= first.keys()
+    assert {"norm/0", "norm/2"} <= first.keys()
+    assert "explosion_limit" not in first
+    assert {"num_zero", "num_nan", "num_inf"} <= with_histogram.keys() - first.keys()
+    assert scalars(run[3])["num_nan"] == 26.0
+    from lightning_gradguard import Explosion  # noqa: PLC0415
+
+    assert scalars(records(explosion=Explosion(max_norm=7.0))[0])["explosion_limit"] == 7.0
+
+
+def test_tags_with_several_optimizers_carry_the_index():
+    """One optimizer needs none."""
+    assert tag_prefix(Position(0)) == "gradguard"
+    assert tag_prefix(Position(0, optimizer=1, num_optimizers=2)) == "gradguard/1"
+
+
+@quiet
+def test_tensorboard_file_holds_the_contracts_tags(tmp_path):
+    """Scalars with their values, histograms, the alert's text, and the page."""
+    sink = TensorBoardSink(lambda: SummaryWriter(tmp_path))
+    run = records(histogram_every_n_steps=1)
+    for record in run:
+        sink.write(record)
+    sink.close()
+    events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "histograms": 0, "tensors": 0}).Reload()
+    tags = events.Tags()
+    named = set(tags["scalars"]) | set(tags["histograms"]) | set(tags["tensors"])
+    names = ["global_norm", "clipped_norm", "clip_coef", "num_skipped", "num_clipped", "num_alerts", "norm/0", "log10_norms"]
+    assert {f"gradguard/{name}" for name in [*names, "alerts"]} <= named
+    assert {"gradients/0.weight", "gradients/2.bias", "custom_scalars__config__"} <= named
+    values = [event.value for event in events.Scalars("gradguard/global_norm")]
+    assert values == pytest.approx([record.measurement.global_norm for record in run], rel=1e-6, nan_ok=True)
+    assert [event.step for event in events.Scalars("gradguard/clip_coef")] == [0, 1, 2, 3, 4]
+
+
+@quiet
+def test_tensorboard_two_optimizers_have_tags_of_their_own(tmp_path):
+    """Scalars and distributions."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    sink = TensorBoardSink(SummaryWriter(tmp_path))
+    for record in records(histogram_every_n_steps=1):
+        sink.write(replace(record, position=Position(0, optimizer=1, num_optimizers=2)))
+    sink.close()
+    tags = EventAccumulator(str(tmp_path)).Reload().Tags()
+    assert "gradguard/1/global_norm" in tags["scalars"]
+    assert "gradients/1/0.weight" in tags["histograms"]
+
+
+def test_tensorboard_lazy_without_a_due_step_makes_no_folder(tmp_path):
+    """The writer is asked for at the first value."""
+    sink = TensorBoardSink(lambda: SummaryWriter(tmp_path / "logs"))
+    sink.write(records(log_every_n_steps=0, histogram_every_n_steps=None)[0])
+    sink.close()
+    assert not (tmp_path / "logs").exists()

@@ -1,0 +1,142 @@
+"""Imports between the package's modules go one way, and the heavy ones stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import lightning_gradguard
+
+PACKAGE = Path(lightning_gradguard.__file__).parent
+NAME = PACKAGE.name
+SOURCES = {
+    ".".join((NAME, *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): path.read_text("utf-8")
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+# Loaded only when a name is used; imports nothing when it is imported itself.
+SOURCES.pop(NAME)
+
+BOTTOM = ("errors", "policy", "layout", "record")
+"""May import each other and nothing else of the package."""
+
+FORBIDDEN = {
+    "detectors": ("guard", "callback", "trainer", "sinks", "clippers", "measurement", "settings"),
+    "clippers": ("guard", "callback", "trainer", "sinks", "detectors", "settings"),
+    "sinks": ("guard", "callback", "trainer", "detectors", "clippers", "measurement", "settings"),
+    "measurement": ("guard", "callback", "trainer", "sinks", "detectors", "clippers"),
+    "decision": ("guard", "callback", "trainer", "sinks", "detectors", "clippers", "measurement"),
+    "guard": ("callback", "trainer"),
+    "settings": ("guard", "callback", "trainer"),
+}
+"""What a module or sub-package must not import."""
+
+ALONE = {
+    "lightning": ("callback", "trainer"),
+    "pytorch_lightning": ("callback", "trainer"),
+    "tensorboard": ("sinks.tensorboard",),
+    "torch.utils.tensorboard": ("sinks.tensorboard",),
+}
+"""Who alone imports a foreign package."""
+
+
+def imports(source):
+    """All modules that a source imports at run time, wherever in it; not those for type checkers only."""
+    tree = ast.parse(source)
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide what they reach"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def inside(module, place):
+    """Whether a module is this place in the package, or below it."""
+    return module == f"{NAME}.{place}" or module.startswith(f"{NAME}.{place}.")
+
+
+def own_imports(sources):
+    """The modules of the package that each of them imports."""
+    return {module: {name for name in imports(text) if name in sources} - {module} for module, text in sources.items()}
+
+
+def violations(sources):
+    """Every import that goes the wrong way, as a sentence."""
+    found = []
+    for module, text in sources.items():
+        for imported in sorted(set(imports(text))):
+            top = imported.partition(".")[0]
+            for foreign, places in ALONE.items():
+                if f"{imported}.".startswith(f"{foreign}.") and not any(inside(module, place) for place in places):
+                    found.append(f"{module} imports {imported}")
+            for place, forbidden in FORBIDDEN.items():
+                if inside(module, place) and any(inside(imported, other) for other in forbidden):
+                    found.append(f"{module} imports {imported}")
+            at_bottom = any(inside(module, place) for place in BOTTOM)
+            if at_bottom and top == NAME and imported != NAME and not any(inside(imported, place) for place in BOTTOM):
+                found.append(f"{module} imports {imported}")
+            if at_bottom and top == "torch":
+                found.append(f"{module} imports {imported}")
+    return found
+
+
+def test_imports_of_the_package_go_one_way():
+    """No module imports what stands above it."""
+    assert violations(SOURCES) == []
+
+
+def test_imports_of_the_package_have_no_cycle():
+    """There is an order in which each module comes after all that it imports."""
+    assert len(list(TopologicalSorter(own_imports(SOURCES)).static_order())) == len(SOURCES)
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("detectors.explosion", "from lightning_gradguard.guard import Guard"),
+        ("detectors.own", "import lightning_gradguard.callback"),
+        ("clippers.norm", "from lightning_gradguard import guard"),
+        ("guard", "def later():\n    from lightning.pytorch import Trainer"),
+        ("guard", "import lightning"),
+        ("sinks.jsonl", "from tensorboard.compat import proto"),
+        ("sinks.tags", "from torch.utils.tensorboard import SummaryWriter"),
+        ("policy", "from lightning_gradguard.measurement import Gradients"),
+        ("record", "import torch"),
+    ],
+)
+def test_imports_wrong_way_are_found(module, line):
+    """The test above can fail: each of these is one violation, or two."""
+    assert violations(SOURCES | {f"{NAME}.{module}": line})
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("callback", "from lightning.pytorch import Callback"),
+        ("trainer.progress", "import lightning"),
+        ("detectors.own", "if TYPE_CHECKING:\n    from lightning_gradguard.guard import Guard"),
+        ("guard", "from lightning_gradguard.detectors import Detector"),
+    ],
+)
+def test_imports_right_way_are_allowed(module, line):
+    """And it does not fail for what is in order."""
+    assert violations({f"{NAME}.{module}": line}) == []
+
+
+def test_imports_in_a_circle_are_found():
+    """The cycle test can fail as well."""
+    circle = {f"{NAME}.a": f"import {NAME}.b", f"{NAME}.b": f"from {NAME} import a"}
+    with pytest.raises(CycleError):
+        list(TopologicalSorter(own_imports(circle)).static_order())

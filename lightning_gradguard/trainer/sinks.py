@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
 
 from lightning_gradguard.sinks import ConsoleSink, JsonlSink, LoggerSink, Sink, TensorBoardSink
 
@@ -17,15 +18,17 @@ def built_in_sinks(trainer: Trainer) -> list[Sink]:
     log_dir = trainer.log_dir
     if not trainer.is_global_zero:
         return []
-    sinks: list[Sink] = [ConsoleSink()]
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-        return sinks
-    if log_dir is not None:
-        sinks.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
-    for logger in trainer.loggers:
-        # By name, since `lightning` and `pytorch_lightning` have distinct classes.
-        if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__):
-            sinks.append(TensorBoardSink(lambda logger=logger: logger.experiment))  # type: ignore[misc]
-        else:
-            sinks.append(LoggerSink(logger))
-    return sinks
+    sinks: list[Sink] = []
+    if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+        if log_dir is not None:
+            sinks.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
+        sinks.extend(_of_logger(logger) for logger in trainer.loggers)
+    # Last: where warnings are errors, it raises, and the others must have the alert by then.
+    return [*sinks, ConsoleSink()]
+
+
+def _of_logger(logger: Logger) -> Sink:
+    # By name, since `lightning` and `pytorch_lightning` have distinct classes.
+    if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__):
+        return TensorBoardSink(lambda: logger.experiment)  # type: ignore[attr-defined]  # of the subclass
+    return LoggerSink(logger)

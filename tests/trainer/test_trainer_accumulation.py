@@ -87,6 +87,15 @@ def test_accumulation_alert_message_names_the_micro_batch(tmp_path):
     assert "micro-batch 2" in alert.message
 
 
+def test_accumulation_norm_that_overflows_float32_is_an_explosion_not_a_nan(tmp_path):
+    """The gradients between the micro-batches are finite, though their norm can't be computed in float32."""
+    guard = GradGuard(explosion="skip")
+    with pytest.warns(GradientWarning, match="beyond what float32 arithmetic can square"):
+        fit(tmp_path, Net({5: "enormous"}), guard, accumulate_grad_batches=4)
+    assert [(alert.kind, alert.step) for alert in guard.alerts] == [("explosion", 1)]
+    assert 1e20 < guard.alerts[0].value < 1e30
+
+
 def test_accumulation_without_every_backward_looks_at_the_step_only(tmp_path):
     """The damage is found and skipped, the micro-batch is not known."""
     guard = _run(tmp_path, {5: "nan"}, GradGuard(every_backward=False))

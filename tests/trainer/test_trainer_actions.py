@@ -9,7 +9,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
-from toys import Net, Snapshots, ValidatedNet, fit, make_batches, make_trainer, same, seeded, weights_of
+from toys import Net, Snapshots, ValidatedNet, fit, make_batches, make_trainer, read_alerts, same, seeded, weights_of
 
 from lightning_gradguard import Explosion, GradGuard, GradientError, GradientWarning, GuardWarning, NonFinite
 
@@ -357,3 +357,31 @@ def test_lbfgs_nan_in_a_closure_call_is_skipped(tmp_path):
         fit(tmp_path, Lbfgs({2: "nan"}), guard, snapshots, batches=make_batches(5))
     assert same(snapshots.weights[2], snapshots.weights[1])
     assert all(value.isfinite().all() for value in snapshots.weights[4].values())
+
+
+def test_norm_that_overflows_float32_is_an_explosion_with_its_true_value(tmp_path):
+    """From the first step on, without any history."""
+    guard, snapshots = GradGuard(explosion="skip"), Snapshots()
+    with pytest.warns(GradientWarning, match="Explosion at step 2 "):
+        fit(tmp_path, Net({2: "enormous"}), guard, snapshots)
+    assert [alert.kind for alert in guard.alerts] == ["explosion"]
+    assert 1e20 < guard.alerts[0].value < 1e30
+    assert same(snapshots.weights[2], snapshots.weights[1])
+
+
+@pytest.mark.filterwarnings("error::lightning_gradguard.GradientWarning")
+def test_alert_where_warnings_are_errors_leaves_fit_before_the_bad_update(tmp_path):
+    """Whoever asks for errors gets one, and the file has the alert all the same."""
+    snapshots, module = Snapshots(), Net({BAD: "nan"})
+    with pytest.raises(GradientWarning, match=f"Nonfinite at step {BAD} "):
+        fit(tmp_path, module, GradGuard(), snapshots)
+    assert same(weights_of(module), snapshots.weights[BAD - 1])
+    assert [line["step"] for line in read_alerts(tmp_path)] == [BAD]
+
+
+@pytest.mark.xfail(strict=True, raises=GradientWarning, reason="the console's warning leaves `fit` before the GradientError")
+@pytest.mark.filterwarnings("error::lightning_gradguard.GradientWarning")
+def test_raise_where_warnings_are_errors_still_raises_the_gradient_error(tmp_path):
+    """The action's own exception has the last word."""
+    with pytest.raises(GradientError, match="Nonfinite"):
+        fit(tmp_path, Net({BAD: "nan"}), GradGuard(nonfinite="raise"))

@@ -61,6 +61,7 @@ SPOIL: dict[str, Callable[[Tensor], Tensor]] = {
     "nan": lambda loss: loss * torch.nan,
     "inf": lambda loss: loss * torch.inf,
     "huge": lambda loss: loss * 1e6,
+    "enormous": lambda loss: loss * 1e25,  # every gradient is finite, its square is not
     "nan_loss": lambda loss: loss + torch.nan,  # the gradient of a sum does not see the summand
 }
 

@@ -19,7 +19,7 @@ class BufferRepair:
 
     Args:
         named_buffers: the model's buffers. Floating-point ones of up to `MAX_NUMEL` elements are remembered, at the cost
-            of a copy each and about a microsecond a step.
+            of two copies each, and of one kernel a step for all of them.
     """
 
     def __init__(self, named_buffers: Iterable[tuple[str, Tensor]]) -> None:
@@ -28,16 +28,21 @@ class BufferRepair:
         }
         self._live = list(self._buffers.values())
         self._saved = [buffer.detach().clone() for buffer in self._live]
+        self._candidates = [saved.clone() for saved in self._saved]
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Take the present values for good. No sync."""
+        """Take the present values down. They count once the step they come from is confirmed. No sync."""
         if self._live:
-            torch._foreach_copy_(self._saved, self._live)
+            torch._foreach_copy_(self._candidates, self._live)
+
+    def confirm(self) -> None:
+        """The step after which values were last remembered was in order: they are what is put back from now on."""
+        self._saved, self._candidates = self._candidates, self._saved
 
     @torch.no_grad()
     def repair_(self) -> tuple[str, ...]:
-        """Put back what is not finite now but was when last remembered; the names of those. One sync."""
+        """Put back what is not finite now but was when last confirmed; the names of those. One sync."""
         if not self._live:
             return ()
         damaged = torch.stack([(~live.isfinite() & saved.isfinite()).any().cpu() for live, saved in self._pairs()])

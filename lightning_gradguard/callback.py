@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_int
@@ -194,10 +195,10 @@ class GradGuard(Callback):
             if other is not guard:
                 other.forget_backward()
         try:
-            record = guard.step(self._position(trainer, optimizer))
+            guard.step(self._position(trainer, optimizer))
         finally:
             self._last = guard.last
-        if record.decision.action is Action.STOP:
+        if guard.stopped_by is not None:
             self._stop(trainer)
 
     def state_dict(self) -> dict[str, Any]:
@@ -205,11 +206,16 @@ class GradGuard(Callback):
         return {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say what the run came to."""
+        """Wait for the last step, and say what the run came to."""
+        for guard in self._guards.values():
+            guard.flush()
         self._finish()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say it also where the run ends by an error or an interrupt."""
+        with suppress(GradientError):  # there is an error already
+            for guard in self._guards.values():
+                guard.flush()
         self._finish()
 
     def _own_sinks(self, trainer: Trainer) -> tuple[Sink, ...]:

@@ -1,10 +1,22 @@
-"""What keeps a step from being applied."""
+"""The only place that changes gradients: clips them, or keeps a step from being applied."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+
+from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
+from lightning_gradguard.closure import UndoableStep
+from lightning_gradguard.judge import Bar
+from lightning_gradguard.measurement import Facts, Gradients
+from lightning_gradguard.parameters import WatchedParameters
+from lightning_gradguard.record import Measurement
+
+DEFERRING_DEVICES = {"cuda"}
+"""Where the host runs ahead of the device, so that waiting for a fact costs time."""
 
 
 def skip_(parameters: Iterable[Tensor]) -> None:
@@ -15,3 +27,125 @@ def skip_(parameters: Iterable[Tensor]) -> None:
     """
     for parameter in parameters:
         parameter.grad = None
+
+
+class FusedKernel:
+    """Clipping and skipping inside the kernel of a fused optimizer, which costs no pass over the gradients.
+
+    Fused SGD, Adam, AdamW and Adagrad read two attributes of the optimizer that are meant for a GradScaler: they divide the
+    gradients by `grad_scale` (and write them back), and do nothing at all where `found_inf` is 1. Nobody removes them
+    without a scaler, so a hook does, after each step.
+
+    Args:
+        optimizer: one for which `fits` is true.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        optimizer.register_step_post_hook(lambda *_: self.clear())
+
+    @staticmethod
+    def fits(optimizer: torch.optim.Optimizer | None) -> bool:
+        """Whether the optimizer's kernel reads the attributes."""
+        return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+    @property
+    def can_skip(self) -> bool:
+        """Whether a skip leaves the state as it was.
+
+        torch's fused SGD with momentum leaves its buffer uninitialised when its very first step is skipped.
+        """
+        groups = self._optimizer.param_groups
+        has_momentum = any(group.get("momentum") for group in groups)
+        return not has_momentum or len(self._optimizer.state) >= sum(len(group["params"]) for group in groups)
+
+    def scale(self, coef: Tensor) -> None:
+        """Have the next step multiply the gradients by `coef`, scalar. No sync."""
+        self._optimizer.grad_scale = coef.float().reciprocal()  # type: ignore[attr-defined]
+
+    def skip(self, is_bad: Tensor) -> None:
+        """Have the next step do nothing if `is_bad`, bool scalar. No sync."""
+        # Exactly 1.0: Adam subtracts it from its step counter.
+        self._optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
+
+    def clear(self) -> None:
+        """Take both back."""
+        vars(self._optimizer).pop("grad_scale", None)
+        vars(self._optimizer).pop("found_inf", None)
+
+
+class Gate:
+    """Applies decisions to the gradients of one optimizer.
+
+    Args:
+        parameters: whose gradients.
+        clipper: what clips them; None for nothing.
+        buffers: what a skipped forward pass may have damaged.
+        uses_scaler: whether a GradScaler steps the optimizer; it takes the two attributes of the kernel for itself.
+    """
+
+    def __init__(
+        self, parameters: WatchedParameters, clipper: Clipper | None, buffers: BufferRepair, *, uses_scaler: bool
+    ) -> None:
+        optimizer = parameters.optimizer
+        self._parameters = parameters
+        self._buffers = buffers
+        self.clipper = clipper
+        self.kernel = FusedKernel(optimizer) if optimizer and FusedKernel.fits(optimizer) and not uses_scaler else None
+        is_lbfgs = isinstance(optimizer, torch.optim.LBFGS)
+        self.undoable = UndoableStep(optimizer, parameters.tensors) if is_lbfgs else None  # type: ignore[arg-type]
+
+    def open(self) -> None:
+        """Before a step: take back what an earlier one may have left, as when it ended in an error."""
+        if self.kernel is not None:
+            self.kernel.clear()
+
+    def skip_(self) -> None:
+        """Keep the step from being applied. One sync where there are buffers."""
+        skip_(self._parameters.tensors)
+        if self.undoable is not None:
+            self.undoable.undo_()
+        self._buffers.repair_()
+
+    def can_defer(self, gradients: Gradients) -> bool:
+        """Whether the device can apply the decision by itself, so that the host need not wait for the facts."""
+        return (
+            self.kernel is not None
+            and self.kernel.can_skip
+            and gradients.device.type in DEFERRING_DEVICES
+            and (self.clipper is None or isinstance(self.clipper, FactorClipper))
+        )
+
+    def defer_(self, gradients: Gradients, facts: Facts, bar: Bar) -> Tensor:
+        """Have the device skip or clip by itself; the factor of clipping, scalar on the device. No sync."""
+        assert self.kernel is not None
+        self.kernel.skip(facts.exceeds(bar.max_norm, must_be_finite=bar.must_be_finite))
+        self._buffers.remember()
+        coef = torch.ones_like(facts.total_norm)
+        if isinstance(self.clipper, FactorClipper):
+            coef = torch.where(facts.total_norm.isfinite(), self.clipper.coefficient(gradients, facts.total_norm), coef)
+            self.kernel.scale(coef)
+        return coef
+
+    def settle(self, *, skipped: bool) -> None:
+        """Once it is known what the device has done: repair buffers, or take them for good."""
+        if skipped:
+            self._buffers.repair_()
+        else:
+            self._buffers.confirm()
+
+    def clip_(self, gradients: Gradients, facts: Facts, measurement: Measurement) -> Clipped:
+        """Let the step through, clipped. At most one sync."""
+        self._buffers.remember()
+        self._buffers.confirm()
+        if self.clipper is None or not gradients.tensors:
+            return Clipped(coef=1.0, norm=measurement.global_norm)
+        norm = facts.total_norm
+        if measurement.overflowed:
+            norm = torch.tensor(measurement.global_norm, dtype=torch.float64)
+        if self.kernel is None or not isinstance(self.clipper, FactorClipper):
+            return self.clipper.clip_(gradients, norm)
+        factor, clipped = self.clipper.factor(gradients, norm)
+        if clipped.coef < 1.0:
+            self.kernel.scale(factor)
+        return clipped

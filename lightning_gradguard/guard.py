@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -16,16 +14,17 @@ from torch.amp.grad_scaler import GradScaler
 from lightning_gradguard.alerting import alerts_of
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipped, Clipper
-from lightning_gradguard.closure import UndoableStep
-from lightning_gradguard.decision import Streak, decide
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
-from lightning_gradguard.errors import GradientError, GuardWarning
-from lightning_gradguard.gate import skip_
+from lightning_gradguard.errors import GradientError
+from lightning_gradguard.flight import Flight
+from lightning_gradguard.gate import Gate
 from lightning_gradguard.histogram import HistogramMeter
+from lightning_gradguard.judge import Judge, Judgement, state_for
+from lightning_gradguard.layout import Bools
 from lightning_gradguard.measurement import Facts, Gradients, MicroBatch, measure
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_int
-from lightning_gradguard.record import Alert, Decision, Histograms, Measurement, Position, Record, Totals, Verdict
+from lightning_gradguard.record import Alert, Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.scaling import LossScaling
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
@@ -100,7 +99,7 @@ class Guard:
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
-        settings = replace(settings, sinks=(ConsoleSink(), *settings.sinks))
+        settings = replace(settings.fresh(), sinks=(ConsoleSink(), *settings.sinks))
         parameters = WatchedParameters(named_parameters, optimizer)
         self._set_up(settings, parameters, log_every_n_steps, BufferRepair(named_buffers), scaler)
 
@@ -128,22 +127,17 @@ class Guard:
         scaler: GradScaler | None,
     ) -> None:
         require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
+        optimizer = parameters.optimizer
         self._parameters = parameters
-        self._clipper = settings.clipper
-        self._detectors = settings.detectors
+        self._judge = Judge(settings.detectors)
+        self._scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
+        self._gate = Gate(parameters, settings.clipper, buffers, uses_scaler=self._scaling is not None)
         self._sinks = [SafeSink(sink) for sink in settings.sinks]
         self._scalar_interval = log_every_n_steps
         self._histogram_interval = settings.histogram_every_n_steps or 0
         self._histogram_meter = HistogramMeter()
-        self._buffers = buffers
-        self._scaling = None if scaler is None or parameters.optimizer is None else LossScaling(scaler, parameters.optimizer)
-        self._undoable = (
-            UndoableStep(parameters.optimizer, parameters.tensors)
-            if isinstance(parameters.optimizer, torch.optim.LBFGS)
-            else None
-        )
-        self._streaks = tuple(Streak() for _ in self._detectors)
         self._pending: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
+        self._flight: Flight | None = None
         self.totals = Totals()
         """Counts so far."""
         self.alerts: list[Alert] = []
@@ -179,27 +173,60 @@ class Guard:
 
     @torch.no_grad()
     def step(self, position: Position | None = None) -> Record:
-        """Inspect the gradients, then clip them, or take them away so that the optimizer passes this step over.
+        """Inspect the gradients, then clip them, or keep the optimizer from applying them.
 
-        In place; one sync, more on an incident. At most one collective, more on an incident with sharded gradients.
+        In place. At most one collective; more on an incident with sharded gradients. On a CPU, and wherever the optimizer is
+        not a fused one, the step is decided at once, with one sync (more on an incident). On CUDA with a fused optimizer the
+        device skips and clips by itself, without a sync; the host learns of it at the next step, or at `flush()`.
 
         Args:
             position: where in the training this is; None counts from 0.
 
+        Returns:
+            The record of this step; where the host has yet to learn of it, that of the last one it knows.
+
         Raises:
-            GradientError: where the action is "raise"; the gradients are gone by then.
+            GradientError: where the action is "raise"; the step is not applied.
         """
-        if self._undoable is not None and self._undoable.note_evaluation() and self.last is not None:
+        if self._gate.undoable is not None and self._gate.undoable.note_evaluation() and self.last is not None:
             return self._step_again(self.last)
+        was_running = self.stopped_by is None
+        self.flush()
+        if was_running and self.stopped_by is not None and self.last is not None:
+            # The host has just learnt that the step before ends the training: this one comes too late.
+            self._gate.skip_()
+            return self.last
         self._parameters.refresh()
+        self._gate.open()
         position = position or Position(step=self.totals.num_steps, log_step=self.totals.num_steps)
-        layout = self._parameters.layout
         gradients, facts = self._measure(with_histogram=_is_due(position.log_step, self._histogram_interval))
+        layout = self._parameters.layout
+        bar = self._judge.bar()
+        if self.last is not None and bar is not None and self._gate.can_defer(gradients):
+            coef = self._gate.defer_(gradients, facts, bar)
+            self._flight = Flight.start(position, facts, coef, gradients.present, layout)
+            return self.last
         measurement = facts.read(gradients, layout)
-        histograms = None
-        if facts.histogram is not None:
-            histograms = self._histogram_meter.read(facts.histogram, gradients, layout)
-        return self._process(position, gradients, facts.total_norm, measurement, histograms)
+        judgement = self._judge.judge(measurement)
+        clipped = self._apply(gradients, facts, measurement, judgement.decision)
+        return self._finish(position, measurement, judgement, clipped, self._histograms(facts.histogram, gradients.present))
+
+    def flush(self) -> None:
+        """Wait for a step that the device has decided by itself, and record it.
+
+        Raises:
+            GradientError: where its action is "raise".
+        """
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        measurement, clipped = flight.land()
+        judgement = self._judge.judge(measurement)
+        self._gate.settle(skipped=judgement.decision.skip)
+        if judgement.decision.skip:
+            clipped = Clipped(coef=1.0, norm=measurement.global_norm)
+        histograms = self._histograms(flight.histogram, flight.present)
+        self._finish(flight.position, measurement, judgement, clipped, histograms)
 
     def close(self) -> None:
         """Let the sinks write out what they hold. The guard can be used on."""
@@ -208,16 +235,11 @@ class Guard:
 
     def state_dict(self) -> dict[str, Any]:
         """Baselines, streaks and counts in plain types, so that a resumed run decides as one that ran through."""
+        self.flush()
+        clipper = self._gate.clipper
         return {
-            "detectors": {
-                detector.name: {
-                    "type": type(detector).__qualname__,
-                    "state": detector.state_dict(),
-                    "streak": [streak.hits, streak.alerted_at, streak.alerted_action and streak.alerted_action.value],
-                }
-                for detector, streak in zip(self._detectors, self._streaks, strict=True)
-            },
-            "clipper": self._clipper and {"type": type(self._clipper).__qualname__, "state": self._clipper.state_dict()},
+            "judge": self._judge.state_dict(),
+            "clipper": clipper and {"type": type(clipper).__qualname__, "state": clipper.state_dict()},
             "totals": {**vars(self.totals), "alerts_by_kind": dict(self.totals.alerts_by_kind)},
         }
 
@@ -227,18 +249,11 @@ class Guard:
         Whatever is configured otherwise than in the run that saved it starts afresh, with a warning.
         """
         self.totals = Totals(**state["totals"])
-        streaks = []
-        for detector in self._detectors:
-            saved = state["detectors"].get(detector.name)
-            if _fits(detector, saved, f"detector `{detector.name}`"):
-                detector.load_state_dict(saved["state"])
-                hits, alerted_at, action = saved["streak"]
-                streaks.append(Streak(hits, alerted_at, action and Action(action)))
-            else:
-                streaks.append(Streak())
-        self._streaks = tuple(streaks)
-        if self._clipper is not None and _fits(self._clipper, state["clipper"], "clipper"):
-            self._clipper.load_state_dict(state["clipper"]["state"])
+        self._judge.load_state_dict(state["judge"])
+        clipper = self._gate.clipper
+        saved = None if clipper is None else state_for(clipper, state["clipper"], "clipper")
+        if clipper is not None and saved is not None:
+            clipper.load_state_dict(saved)
 
     def _measure(self, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:
         scale = None
@@ -251,37 +266,50 @@ class Guard:
         self._pending.clear()
         return gradients, facts
 
-    def _process(
+    def _histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
+        return None if counts is None else self._histogram_meter.read(counts, present, self._parameters.layout)
+
+    def _apply(self, gradients: Gradients, facts: Facts, measurement: Measurement, decision: Decision) -> Clipped:
+        if decision.skip:
+            self._gate.skip_()
+            return Clipped(coef=1.0, norm=measurement.global_norm)
+        return self._gate.clip_(gradients, facts, measurement)
+
+    def _step_again(self, first: Record) -> Record:
+        """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
+        gradients, facts = self._measure()
+        measurement = facts.read(gradients, self._parameters.layout)
+        if first.decision.skip:
+            self._gate.skip_()
+            return first
+        if measurement.is_finite:
+            self._gate.clip_(gradients, facts, measurement)
+            return first
+        judgement = self._judge.judge(measurement, is_repeated=True)
+        clipped = self._apply(gradients, facts, measurement, judgement.decision)
+        # The same step is decided a second time, so the first decision is taken out of the counts.
+        self.totals = replace(self.totals, num_steps=self.totals.num_steps - 1)
+        return self._finish(first.position, measurement, judgement, clipped, None)
+
+    def _finish(
         self,
         position: Position,
-        gradients: Gradients,
-        total_norm: Tensor,
         measurement: Measurement,
+        judgement: Judgement,
+        clipped: Clipped,
         histograms: Histograms | None,
     ) -> Record:
-        """Judge, decide, apply and record."""
-        explosion_limit = min((detector.limit() for detector in self._detectors), default=math.inf)
-        found = [detector.observe(measurement) for detector in self._detectors]
-        decision, self._streaks = decide(
-            self.totals.num_steps,
-            [detector.policy for detector in self._detectors],
-            self._streaks,
-            found,
-            must_skip=measurement.is_scaler_overflow,
-        )
-        clipped = self._apply(gradients, total_norm, measurement, decision)
-        self._learn(measurement, found, decision)
-        verdicts = tuple(verdict for verdict in found if verdict is not None)
-        alerts = alerts_of(position, verdicts, decision)
-        self._count(measurement, decision, clipped, alerts)
+        """Count, record, and tell."""
+        alerts = alerts_of(position, judgement.verdicts, judgement.decision)
+        self._count(measurement, judgement.decision, clipped, alerts)
         record = Record(
             position,
             measurement,
-            verdicts,
-            decision,
+            judgement.verdicts,
+            judgement.decision,
             clipped.coef,
             clipped.norm,
-            explosion_limit,
+            judgement.limit,
             alerts,
             self.totals,
             scalars_due=_is_due(position.log_step, self._scalar_interval),
@@ -289,45 +317,6 @@ class Guard:
         )
         self._publish(record)
         return record
-
-    def _step_again(self, first: Record) -> Record:
-        """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
-        gradients, facts = self._measure()
-        measurement = facts.read(gradients, self._parameters.layout)
-        if first.decision.skip:
-            skip_(self._parameters.tensors)
-            return first
-        if measurement.is_finite:
-            self._clip_(gradients, facts.total_norm, measurement)
-            return first
-        # The same step is decided a second time, so the first decision is taken out of the counts.
-        self.totals = replace(self.totals, num_steps=self.totals.num_steps - 1)
-        return self._process(first.position, gradients, facts.total_norm, measurement, None)
-
-    def _apply(self, gradients: Gradients, total_norm: Tensor, measurement: Measurement, decision: Decision) -> Clipped:
-        if decision.skip:
-            skip_(self._parameters.tensors)
-            self._buffers.repair_()
-            if self._undoable is not None:
-                self._undoable.undo_()
-        self._buffers.remember()
-        if decision.skip:
-            return Clipped(coef=1.0, norm=measurement.global_norm)
-        return self._clip_(gradients, total_norm, measurement)
-
-    def _clip_(self, gradients: Gradients, total_norm: Tensor, measurement: Measurement) -> Clipped:
-        if self._clipper is None or not gradients.tensors:
-            return Clipped(coef=1.0, norm=measurement.global_norm)
-        if measurement.overflowed:
-            total_norm = torch.tensor(measurement.global_norm, dtype=torch.float64)
-        return self._clipper.clip_(gradients, total_norm)
-
-    def _learn(self, measurement: Measurement, found: Sequence[Verdict | None], decision: Decision) -> None:
-        if decision.skip or not measurement.is_finite:
-            return
-        for detector, verdict in zip(self._detectors, found, strict=True):
-            if verdict is None:
-                detector.learn(measurement)
 
     def _count(self, measurement: Measurement, decision: Decision, clipped: Clipped, alerts: tuple[Alert, ...]) -> None:
         totals = self.totals
@@ -357,16 +346,3 @@ class Guard:
 
 def _is_due(step: int, interval: int) -> bool:
     return interval > 0 and (step + 1) % interval == 0
-
-
-def _fits(part: Detector | Clipper, saved: dict[str, Any] | None, name: str) -> bool:
-    if saved is not None and saved["type"] == type(part).__qualname__:
-        return True
-    before = "nothing" if saved is None else saved["type"]
-    warnings.warn(
-        f"The checkpoint holds {before} for the {name}, which is {type(part).__qualname__} now. It starts without history; "
-        "the rest of the guard's state is restored.",
-        GuardWarning,
-        stacklevel=3,
-    )
-    return False

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.layout import Layout
+from lightning_gradguard.layout import Bools, Layout
 from lightning_gradguard.measurement import Gradients
 from lightning_gradguard.record import Histograms
 
@@ -55,17 +55,19 @@ class HistogramMeter:
         counts.index_add_(0, rows + _bins(magnitudes), torch.ones((), device=device).expand(rows.shape))
         return counts.view(len(samples), _ROW) * self._factors(gradients).to(device, non_blocking=True)
 
-    def read(self, counts: Tensor, gradients: Gradients, layout: Layout) -> Histograms:
-        """Bring the counts to the host; one sync."""
+    def read(self, counts: Tensor, present: Bools, layout: Layout) -> Histograms:
+        """Bring the counts of the parameters that have a gradient to the host; one sync unless they are there."""
         values = counts.to("cpu", torch.float64).numpy()
+        indices = np.flatnonzero(present)
+        size = self._sample_size
         return Histograms(
-            names=tuple(layout.names[index] for index in np.flatnonzero(gradients.present)),
+            names=tuple(layout.names[index] for index in indices),
             edges=EDGES,
             counts=values[:, :NUM_BINS],
             num_zero=values[:, _ZERO],
             num_nan=values[:, _NAN],
             num_inf=values[:, _INF],
-            sampled=self._factors(gradients).numpy()[:, 0] > 1.0,
+            sampled=np.zeros(len(indices), dtype=np.bool_) if size is None else layout.numels[indices] > size,
         )
 
     def _factors(self, gradients: Gradients) -> Tensor:

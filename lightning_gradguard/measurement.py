@@ -165,28 +165,45 @@ class Facts:
 
         A collective only on an incident with sharded gradients, which all ranks see alike.
         """
+        values: Floats = self.pack().to("cpu", torch.float64).numpy()
+        measurement = self.unpack(values, gradients.present, layout)
+        if math.isfinite(measurement.global_norm):
+            return measurement
+        return inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
+
+    def pack(self) -> Tensor:
+        """All but the histogram in one tensor, float32 or wider [n]. No sync."""
         parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
         if self.loss_scale is not None:
             parts.append(self.loss_scale.reshape(1).to(self.norms.device, self.norms.dtype, non_blocking=True))
-        values = torch.cat(parts).to("cpu", torch.float64).numpy()
+        return torch.cat(parts)
+
+    def unpack(self, values: Floats, present: Bools, layout: Layout) -> Measurement:
+        """What the packed values say, once they are on the host, float64 [n]."""
         count = self.norms.numel()
         norms: Floats = np.zeros(len(layout.names))
-        norms[gradients.present] = values[:count]
+        norms[present] = values[:count]
         total_norm = float(values[count])
         signs = values[count + 1 : count + 1 + self.signs.numel()].reshape(self.signs.shape)
-        measurement = Measurement(
+        return Measurement(
             layout,
             norms,
-            gradients.present,
+            present,
             total_norm,
             num_micro_batches=max(self.num_micro_batches, 1),
             loss=float(signs[:, _LAST_LOSS].mean()) if self.num_micro_batches else None,
             damage=_damage(signs, self.num_micro_batches, math.isfinite(total_norm)),
-            loss_scale=None if self.loss_scale is None else float(values[-1]),
+            loss_scale=None if self.loss_scale is None else float(values[count + 1 + self.signs.numel()]),
         )
-        if math.isfinite(total_norm):
-            return measurement
-        return inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
+
+    def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
+        """Whether the step may not be applied, bool scalar on the device. No sync."""
+        is_bad = self.total_norm.isfinite() & (self.total_norm > max_norm)
+        if must_be_finite:
+            is_bad = is_bad | ~self.total_norm.isfinite()
+            if self.num_micro_batches:
+                is_bad = is_bad | (self.signs[:, _FIRST_LOSS] < self.num_micro_batches).any()
+        return is_bad
 
 
 def measure(

@@ -59,7 +59,7 @@ def inject(
     name, target = _find(model, parameter)
     damage = _Damage(fault, step, rank, factor)
     if _takes_hooks(target):
-        handle = target.register_hook(damage)
+        handle = target.register_hook(damage)  # type: ignore[no-untyped-call]
     else:
         owner = model.get_submodule(name.rpartition(".")[0])
         handle = owner.register_forward_hook(damage.on_output)
@@ -93,7 +93,7 @@ class _Damage:
     def on_output(self, module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG002
         """Forward hook: damages the gradient of the module's output."""
         if output.requires_grad:
-            output.register_hook(self)
+            output.register_hook(self)  # type: ignore[no-untyped-call]
 
 
 def _find(model: nn.Module, parameter: str | None) -> tuple[str, nn.Parameter]:

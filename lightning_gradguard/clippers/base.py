@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradguard.measurement import Gradients
@@ -53,17 +54,22 @@ class FactorClipper(Clipper):
     def coefficient(self, gradients: Gradients, global_norm: Tensor) -> Tensor:
         """The factor in (0, 1], a scalar on the device of `global_norm`. Changes nothing; no sync."""
 
-    def clip_(self, gradients: Gradients, global_norm: Tensor) -> Clipped:
-        """Multiply every gradient by `coefficient`; one sync.
+    def factor(self, gradients: Gradients, global_norm: Tensor) -> tuple[Tensor, Clipped]:
+        """The factor, and what clipping by it comes to; changes nothing. One sync.
 
         A norm that is NaN or infinite says nothing about the finite elements, and a factor computed from it would
-        turn [1, inf] into [0, nan]: such gradients are left as they are.
+        turn [1, inf] into [0, nan]: the factor for such gradients is 1.
         """
         norm = float(global_norm)
         if not math.isfinite(norm):
-            return Clipped(coef=1.0, norm=norm)
+            return torch.ones_like(global_norm), Clipped(coef=1.0, norm=norm)
         factor = self.coefficient(gradients, global_norm)
         coef = float(factor)
-        if coef < 1.0:
+        return factor, Clipped(coef, norm * coef)
+
+    def clip_(self, gradients: Gradients, global_norm: Tensor) -> Clipped:
+        """Multiply every gradient by the factor, unless it is 1; one sync."""
+        factor, clipped = self.factor(gradients, global_norm)
+        if clipped.coef < 1.0:
             gradients.scale_(factor)
-        return Clipped(coef, norm * coef)
+        return clipped

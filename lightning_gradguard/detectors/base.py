@@ -37,6 +37,9 @@ class Detector(ABC):
     name: ClassVar[str] = ""
     """Kind of its alerts; unique among the detectors of a guard."""
 
+    is_gated: ClassVar[bool] = False
+    """Whether it fires exactly when the global norm is finite and above `limit()`. A GPU can then skip without asking."""
+
     def __init__(
         self,
         action: Action | ActionName = "warn",

@@ -45,6 +45,7 @@ class Explosion(Detector):
     """
 
     name = "explosion"
+    is_gated = True
 
     def __init__(
         self,

@@ -17,7 +17,7 @@ from lightning_gradguard.layout import Layout
 from lightning_gradguard.measurement import Gradients, measure
 from lightning_gradguard.record import Damage, ParameterReport
 
-examples = settings(deadline=None, derandomize=True, max_examples=60)
+examples = settings(deadline=None, derandomize=True, max_examples=25)
 """For every property test: seeded, and no clock, since several workers share the cores."""
 
 

@@ -5,16 +5,28 @@ from __future__ import annotations
 import math
 
 import pytest
-import torch
 from builders import mlp
 
 from lightning_gradguard import Action, ClipNorm, ClipValue, Detector, Explosion, GradGuard, Guard, NonFinite, Vanishing
 from lightning_gradguard.detectors.overflow import Overflow
+from lightning_gradguard.settings import Settings
 
 
 def guard(**settings):
     """A guard of a small network."""
     return Guard(mlp(2, 1).named_parameters(), **settings)
+
+
+DEFAULTS = {
+    "clip": None,
+    "nonfinite": "skip",
+    "explosion": "warn",
+    "vanishing": "warn",
+    "overflow": "warn",
+    "detectors": (),
+    "sinks": (),
+    "histogram_every_n_steps": 100,
+}
 
 
 class Nameless(Detector):
@@ -161,13 +173,13 @@ def test_parameters_used_up_error_says_so():
 )
 def test_clip_good_values_are_taken(clip, shown):
     """A number, a clipper, or nothing: a control for the table above."""
-    assert repr(guard(clip=clip)._clipper) == shown
+    assert repr(Settings.of(**DEFAULTS | {"clip": clip}).clipper) == shown
 
 
 @pytest.mark.parametrize("value", ["warn", Action.STOP, Explosion("skip", max_norm=1, ratio=None), None])
 def test_explosion_good_values_are_taken(value):
     """A name, an action, a detector, or None for off."""
-    names = [detector.name for detector in guard(explosion=value)._detectors]
+    names = [detector.name for detector in Settings.of(**DEFAULTS | {"explosion": value}).detectors]
     assert ("explosion" in names) == (value is not None)
 
 
@@ -175,4 +187,3 @@ def test_built_in_name_is_kept_for_the_built_in_detector():
     """Also where it is switched off: its alerts' kind has one meaning."""
     with pytest.raises(ValueError, match="must be unique"):
         guard(explosion=None, detectors=[Taken()])
-    assert torch.is_grad_enabled()

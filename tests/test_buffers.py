@@ -26,6 +26,7 @@ def test_repair_damaged_buffer_goes_back_to_the_last_good_value():
     repair = BufferRepair(norm.named_buffers())
     norm(torch.randn(4, 2))
     repair.remember()
+    repair.confirm()
     mean, variance = norm.running_mean.clone(), norm.running_var.clone()
     norm.running_mean[1] = math.inf
     norm.running_var.mul_(2)
@@ -48,7 +49,18 @@ def test_repair_model_without_buffers_does_nothing():
     """The common case."""
     repair = BufferRepair([])
     repair.remember()
+    repair.confirm()
     assert repair.repair_() == ()
+
+
+def test_repair_remembered_but_not_confirmed_values_are_not_put_back():
+    """The step they come from may turn out bad later."""
+    mean = torch.ones(1)
+    repair = BufferRepair([("mean", mean)])
+    mean.fill_(math.nan)
+    repair.remember()
+    assert repair.repair_() == ("mean",)
+    assert mean.item() == 1.0
 
 
 def test_repair_leaves_integers_empty_and_large_buffers_alone():

@@ -386,9 +386,9 @@ def test_explosion_loss_times_a_constant_changes_no_verdict():
 
 @pytest.mark.parametrize("sigma", [0.0, 0.1, 0.5])
 def test_explosion_long_healthy_noise_raises_no_alarm(sigma):
-    """Log-normal norms over 600 steps, with a slow drift."""
+    """Log-normal norms over 300 steps, with a slow drift."""
     rng = np.random.default_rng(1)
-    norms = np.exp(rng.normal(0, sigma, 600) + np.linspace(1, -1, 600))
+    norms = np.exp(rng.normal(0, sigma, 300) + np.linspace(1, -1, 300))
     assert not any(record.verdicts for record in Loop().steps(norms))
 
 

@@ -171,7 +171,7 @@ def test_histogram_counts_nan_instead_of_dropping_it():
     """wandb.watch leaves NaN out before it bins."""
     gradients = Gradients(with_grads(torch.tensor([1.5, math.nan, math.inf, 0.0])))
     meter = HistogramMeter()
-    found = meter.read(meter.count(gradients), gradients, Layout.of(["w"], [(4,)]))
+    found = meter.read(meter.count(gradients), gradients.present, Layout.of(["w"], [(4,)]))
     assert (found.counts.sum(), found.num_nan[0], found.num_inf[0], found.num_zero[0]) == (1, 1, 1, 1)
 
 

@@ -1,0 +1,125 @@
+"""Timing of variants that take turns, so that whatever else the machine does falls on all of them alike."""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+NUM_RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things compared.
+
+    Attributes:
+        run: what is timed.
+        prepare: what has to happen before it each time and is not timed.
+    """
+
+    run: Callable[[], object]
+    prepare: Callable[[], object] = field(default=lambda: None)
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over median, with a 95 % confidence interval from resampled rounds."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds of every variant in every round, [num_rounds] each."""
+
+    seconds: Mapping[str, np.ndarray]
+
+    def median(self, name: str) -> float:
+        """Median over the rounds, in seconds."""
+        return float(np.median(self.seconds[name]))
+
+    def mean(self, name: str) -> float:
+        """Mean over the rounds, in seconds; unlike the median it shows steps that are rare and slow."""
+        return float(np.mean(self.seconds[name]))
+
+    def iqr(self, name: str) -> float:
+        """Distance between the quartiles, in seconds."""
+        low, high = np.quantile(self.seconds[name], (0.25, 0.75))
+        return float(high - low)
+
+    def ratio(self, name: str, over: str) -> Ratio:
+        """How many times the baseline's median this variant's is.
+
+        Whole rounds are resampled, since the variants of a round shared the state of the machine.
+        """
+        above, below = self.seconds[name], self.seconds[over]
+        rounds = np.random.default_rng(0).integers(len(above), size=(NUM_RESAMPLES, len(above)))
+        ratios = np.median(above[rounds], axis=1) / np.median(below[rounds], axis=1)
+        low, high = np.quantile(ratios, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
+        return Ratio(self.median(name) / self.median(over), float(low), float(high))
+
+
+def interleave(
+    variants: Mapping[str, Variant],
+    *,
+    rounds: int,
+    warmup: int,
+    max_seconds: float | None = None,
+    device: str = "cpu",
+) -> Timings:
+    """Run all variants once a round, each round in another order.
+
+    Args:
+        variants: by name.
+        rounds: rounds that count, >= 1.
+        warmup: rounds before them that don't.
+        max_seconds: no new round begins after so long, but ten are run whatever they take; None: all rounds are run.
+        device: "cuda" waits for the device at both ends of each timing.
+    """
+    order, shuffle = list(variants), random.Random(0).shuffle
+    seconds: dict[str, list[float]] = {name: [] for name in order}
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    with _no_garbage_collection():
+        for round_ in range(warmup + rounds):
+            if round_ == warmup:
+                begin = time.perf_counter()
+            elif round_ > warmup + 10 and max_seconds is not None and time.perf_counter() - begin > max_seconds:
+                break
+            shuffle(order)
+            for name in order:
+                variants[name].prepare()
+                wait()
+                start = time.perf_counter()
+                variants[name].run()
+                wait()
+                took = time.perf_counter() - start
+                if round_ >= warmup:
+                    seconds[name].append(took)
+            gc.collect()
+    return Timings({name: np.array(values) for name, values in seconds.items()})
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection inside a timing would clear what another variant has left; so it is done between rounds."""
+    gc.collect()
+    gc.freeze()  # what exists by now is not looked at again, so those collections are short
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

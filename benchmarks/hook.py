@@ -1,0 +1,163 @@
+"""What happens inside the guard on a step that logs nothing, over one `torch._foreach_norm` of the same gradients.
+
+The guard's time is that of `before_backward(loss)` and `step()` together. Its optimizer is SGD without momentum and with a
+learning rate of zero, whose step is not timed; it has to run where the guard leaves the clipping to it (fused).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from benchmarks._interleaved import Timings, Variant, interleave
+from benchmarks._report import begin, parser, table, timing_table
+from benchmarks._workloads import GPT, MLP
+from lightning_gradguard import Guard
+
+ROUNDS, WARMUP, MAX_SECONDS = 300, 10, 5.0
+NUM_TENSORS = (10, 30, 100, 300, 1_000, 3_000, 10_000)
+SMALL_NUMEL = 1_024
+NUM_ELEMENTS = (10**4, 10**5, 10**6, 10**7, 10**8, int(10**8.5))
+TENSORS_FOR_ELEMENTS = 80
+BARS = {"GPT, 10 M elements in 76 tensors": 1.5, "MLP, 402 small tensors": 2.0, "100 M elements in 80 tensors": 1.3}
+QUICK_LIMIT = 100_000
+FLOOR, GUARD = "_foreach_norm", "guard, nothing to clip"
+
+
+class Case:
+    """Gradients of these shapes, and what is done with them.
+
+    Args:
+        shapes: of the parameters.
+        device: where they are.
+    """
+
+    def __init__(self, shapes: Sequence[tuple[int, ...]], device: str) -> None:
+        self.device = device
+        self.parameters = [nn.Parameter(torch.empty(shape, device=device)) for shape in shapes]
+        for parameter in self.parameters:
+            parameter.grad = torch.randn_like(parameter)
+        self.norm = self._norm()
+        self.loss = torch.ones((), device=device)
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients as they are now."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
+    def floor(self) -> Variant:
+        """One pass of norms."""
+        grads = self.grads
+        return Variant(lambda: torch._foreach_norm(grads), prepare=self._unclip)
+
+    def torch_clip(self) -> Variant:
+        """Clipping to half the norm, as torch does it."""
+        return Variant(lambda: nn.utils.clip_grad_norm_(self.parameters, self.norm / 2), prepare=self._unclip)
+
+    def guard(self, max_norm: float, *, fused: bool) -> Variant:
+        """The guard with everything that is on by default."""
+        optimizer = torch.optim.SGD(self.parameters, lr=0.0, fused=fused, foreach=not fused)
+        named = [(f"layers.{index}.weight", parameter) for index, parameter in enumerate(self.parameters)]
+        guard = Guard(named, optimizer=optimizer, clip=max_norm, log_every_n_steps=0, histogram_every_n_steps=None)
+        pending = False
+
+        def run() -> None:
+            nonlocal pending
+            guard.before_backward(self.loss)
+            guard.step()
+            pending = True
+
+        def prepare() -> None:
+            nonlocal pending
+            if pending and fused:
+                optimizer.step()
+            pending = False
+            self._unclip()
+
+        return Variant(run, prepare)
+
+    def _unclip(self) -> None:
+        """Bring clipped gradients back to their norm, in place; nothing where they were not clipped."""
+        norm = self._norm()
+        if norm < 0.99 * self.norm:
+            torch._foreach_mul_(self.grads, self.norm / norm)
+
+    def _norm(self) -> float:
+        return float(torch.stack(torch._foreach_norm(self.grads)).norm())
+
+
+def growth(case: Case, *, quick: bool) -> Timings:
+    """Only the floor and the guard with nothing to clip."""
+    return _time({FLOOR: case.floor(), GUARD: case.guard(2 * case.norm, fused=False)}, case, quick=quick)
+
+
+def _time(variants: dict[str, Variant], case: Case, *, quick: bool) -> Timings:
+    rounds, warmup = (3, 1) if quick else (ROUNDS, WARMUP)
+    return interleave(variants, rounds=rounds, warmup=warmup, max_seconds=MAX_SECONDS, device=case.device)
+
+
+def even(num_tensors: int, num_elements: int) -> list[tuple[int, ...]]:
+    """Shapes of equal size."""
+    return [(num_elements // num_tensors,)] * num_tensors
+
+
+def bars(console: Console, device: str, *, quick: bool) -> None:
+    """The three cases that have a limit."""
+    networks = (GPT(1), MLP(4)) if quick else (GPT(), MLP())
+    shapes = [[tuple(parameter.shape) for parameter in network.parameters()] for network in networks]
+    shapes.append(even(TENSORS_FOR_ELEMENTS, QUICK_LIMIT if quick else 10**8))
+    for (title, bar), sizes in zip(BARS.items(), shapes, strict=True):
+        case = Case(sizes, device)
+        variants = {
+            FLOOR: case.floor(),
+            GUARD: case.guard(2 * case.norm, fused=False),
+            "guard, nothing to clip, fused": case.guard(2 * case.norm, fused=True),
+            "guard, clips": case.guard(case.norm / 2, fused=False),
+            "guard, clips, fused": case.guard(case.norm / 2, fused=True),
+            "clip_grad_norm_, clips": case.torch_clip(),
+        }
+        timings = _time(variants, case, quick=quick)
+        met = timings.ratio(GUARD, FLOOR).value <= bar
+        more = {} if quick else {f"at most {bar}": {GUARD: "met" if met else "missed"}}
+        console.print(timing_table(f"{title}, {device}", timings, [FLOOR], more))
+
+
+def curve(console: Console, title: str, sizes: dict[str, list[tuple[int, ...]]], device: str, *, quick: bool) -> None:
+    """How the guard's time grows."""
+    rows = []
+    for size, shapes in sizes.items():
+        timings = growth(Case(shapes, device), quick=quick)
+        floor, guard = timings.median(FLOOR), timings.median(GUARD)
+        rows.append(
+            [
+                size,
+                f"{floor * 1e3:.3f}",
+                f"{guard * 1e3:.3f}",
+                f"{timings.iqr(GUARD) * 1e3:.3f}",
+                str(timings.ratio(GUARD, FLOOR)),
+                f"{(guard - floor) / len(shapes) * 1e6:.2f}",
+            ]
+        )
+    columns = [title, f"{FLOOR} ms", "guard ms", "guard's IQR ms", "ratio", "difference, us a tensor"]
+    console.print(table(f"Growth with the number of {title}, {device}", columns, rows))
+
+
+def main() -> None:
+    """The bars, then growth with tensors and with elements."""
+    chosen = parser(__doc__).parse_args()
+    console = begin(chosen)
+    limit = QUICK_LIMIT if chosen.quick else math.inf
+    tensors = {f"{count:,}": even(count, count * SMALL_NUMEL) for count in NUM_TENSORS if count * SMALL_NUMEL <= limit}
+    elements = {f"{count:,}": even(TENSORS_FOR_ELEMENTS, count) for count in NUM_ELEMENTS if count <= limit}
+    for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        bars(console, device, quick=chosen.quick)
+        curve(console, f"tensors of {SMALL_NUMEL:,} elements", tensors, device, quick=chosen.quick)
+        curve(console, f"elements in {TENSORS_FOR_ELEMENTS} tensors", elements, device, quick=chosen.quick)
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,7 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         time=time.time(),
         step=position.step,
         epoch=position.epoch,
-        batch_idx=position.batch_idx,
+        batch_idx=position.batch_of(verdict.micro_batch),
         micro_batch=verdict.micro_batch,
         optimizer=position.optimizer,
         rank=position.rank if verdict.rank is None else verdict.rank,
@@ -48,7 +48,7 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
 def _where(position: Position, verdict: Verdict) -> str:
     where = f"step {position.step}"
     if position.epoch is not None:
-        where += f" (epoch {position.epoch}, batch {position.batch_idx})"
+        where += f" (epoch {position.epoch}, batch {position.batch_of(verdict.micro_batch)})"
     if verdict.micro_batch:
         where += f", micro-batch {verdict.micro_batch}"
     if position.num_optimizers > 1:

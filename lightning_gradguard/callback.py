@@ -28,7 +28,7 @@ from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
-from lightning_gradguard.trainer.sinks import built_in_sinks
+from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
 
 
@@ -89,6 +89,7 @@ class GradGuard(Callback):
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
+        self._batches: list[int] = []
         self._has_backward = False
         self._is_attached = False
         self._is_finished = False
@@ -112,7 +113,7 @@ class GradGuard(Callback):
     @property
     def num_steps(self) -> int:
         """Decisions so far, skipped steps included; one for each step of each optimizer."""
-        return sum(guard.totals.num_steps for guard in self._guards.values())
+        return sum(guard.num_steps for guard in self._guards.values())
 
     @property
     def num_skipped(self) -> int:
@@ -154,7 +155,7 @@ class GradGuard(Callback):
         goes_on = trainer.global_step > 0 and not self._restored  # a second `fit` of the same Trainer
         before = list(self._guards.values()) if goes_on else []
         states = [guard.state_dict() for guard in before] or self._restored
-        settings = replace(self._settings, sinks=(*built_in_sinks(trainer), *self._own_sinks(trainer)))
+        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
         self._guards = {
@@ -182,6 +183,7 @@ class GradGuard(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
         self._has_backward = True
+        self._batches.append(self._batch_idx)
         if self._every_backward:
             for guard in self._guards.values():
                 guard.before_backward(loss)
@@ -191,12 +193,10 @@ class GradGuard(Callback):
         if not self._has_backward and skips_without_backward(trainer, pl_module):
             return
         guard = self._guards[id(optimizer)]
-        for other in self._guards.values():
-            if other is not guard:
-                other.forget_backward()
         try:
             guard.step(self._position(trainer, optimizer))
         finally:
+            self._batches.clear()
             self._last = guard.last
         if guard.stopped_by is not None:
             self._stop(trainer)
@@ -218,14 +218,12 @@ class GradGuard(Callback):
                 guard.flush()
         self._finish()
 
-    def _own_sinks(self, trainer: Trainer) -> tuple[Sink, ...]:
-        return self._settings.sinks if trainer.is_global_zero else ()
-
     def _position(self, trainer: Trainer, optimizer: Optimizer) -> Position:
         return Position(
             step=self.num_steps,
             epoch=trainer.current_epoch,
             batch_idx=self._batch_idx,
+            batches=tuple(self._batches) if len(self._guards) == 1 else (),
             optimizer=list(self._guards).index(id(optimizer)),
             num_optimizers=len(self._guards),
             rank=trainer.global_rank,

@@ -99,7 +99,7 @@ class Guard:
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
-        settings = replace(settings.fresh(), sinks=(ConsoleSink(), *settings.sinks))
+        settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
         parameters = WatchedParameters(named_parameters, optimizer)
         self._set_up(settings, parameters, log_every_n_steps, BufferRepair(named_buffers), scaler)
 
@@ -147,6 +147,11 @@ class Guard:
         self.stopped_by: Alert | None = None
         """What asked for the end of training; None: nothing has."""
 
+    @property
+    def num_steps(self) -> int:
+        """Steps so far, one included whose outcome the host has yet to learn."""
+        return self.totals.num_steps + (self._flight is not None)
+
     @torch.no_grad()
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Note a backward pass that is about to begin.
@@ -166,10 +171,6 @@ class Guard:
             return
         value = loss.detach().reshape(())
         self._pending.append(MicroBatch(loss=value if scale is None else value / scale))
-
-    def forget_backward(self) -> None:
-        """Forget the backward passes noted since the last step: they were for another optimizer."""
-        self._pending.clear()
 
     @torch.no_grad()
     def step(self, position: Position | None = None) -> Record:
@@ -199,7 +200,7 @@ class Guard:
         self._parameters.refresh()
         self._gate.open()
         position = position or Position(step=self.totals.num_steps, log_step=self.totals.num_steps)
-        gradients, facts = self._measure(with_histogram=_is_due(position.log_step, self._histogram_interval))
+        gradients, facts = self._measure(position, with_histogram=_is_due(position.log_step, self._histogram_interval))
         layout = self._parameters.layout
         bar = self._judge.bar()
         if self.last is not None and bar is not None and self._gate.can_defer(gradients):
@@ -255,14 +256,20 @@ class Guard:
         if clipper is not None and saved is not None:
             clipper.load_state_dict(saved)
 
-    def _measure(self, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:
+    def _measure(self, position: Position, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:
         scale = None
         if self._scaling is not None:
             scale = self._scaling.scale
             self._scaling.unscale_()
         gradients = Gradients(self._parameters.tensors, sharded=self._parameters.is_sharded)
         histogram = self._histogram_meter.count(gradients) if with_histogram and gradients.tensors else None
-        facts = measure(gradients, self._pending, loss_scale=scale, histogram=histogram)
+        facts = measure(
+            gradients,
+            self._pending,
+            loss_scale=scale,
+            histogram=histogram,
+            some_are_foreign=position.num_optimizers > 1,
+        )
         self._pending.clear()
         return gradients, facts
 
@@ -277,7 +284,7 @@ class Guard:
 
     def _step_again(self, first: Record) -> Record:
         """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
-        gradients, facts = self._measure()
+        gradients, facts = self._measure(first.position)
         measurement = facts.read(gradients, self._parameters.layout)
         if first.decision.skip:
             self._gate.skip_()
@@ -338,10 +345,13 @@ class Guard:
         strongest = max(record.alerts, key=lambda alert: alert.action, default=None)
         if strongest is not None and strongest.action >= Action.STOP and self.stopped_by is None:
             self.stopped_by = strongest
-        for sink in self._sinks:
-            sink.write(record)
-        if strongest is not None and strongest.action is Action.RAISE:
-            raise GradientError(strongest)
+        try:
+            for sink in self._sinks:
+                sink.write(record)
+        finally:
+            # Also where warnings are errors, and the console has just raised one.
+            if strongest is not None and strongest.action is Action.RAISE:
+                raise GradientError(strongest)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -58,6 +58,7 @@ class Judge:
     def __init__(self, detectors: Sequence[Detector]) -> None:
         self._detectors = tuple(detectors)
         self._streaks = tuple(Streak() for _ in self._detectors)
+        self._streaks_before = self._streaks
         self._num_steps = 0
 
     def bar(self) -> Bar | None:
@@ -85,13 +86,15 @@ class Judge:
             measurement: of the step.
             is_repeated: whether it is the same step as the last one, measured again.
         """
-        self._num_steps += not is_repeated
+        if not is_repeated:
+            self._num_steps += 1
+            self._streaks_before = self._streaks
         limit = min((detector.limit() for detector in self._detectors), default=math.inf)
         found = tuple(detector.observe(measurement) for detector in self._detectors)
         decision, self._streaks = decide(
             self._num_steps - 1,
             [detector.policy for detector in self._detectors],
-            self._streaks,
+            self._streaks_before,
             found,
             must_skip=measurement.is_scaler_overflow,
         )

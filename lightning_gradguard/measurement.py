@@ -68,7 +68,7 @@ class Gradients:
             for members in groups.values()
             for tensor, norm in zip(members, _norms(members, norm_type), strict=True)
         }
-        return torch.stack([found[id(tensor)].to(self.device, dtype, non_blocking=True) for tensor in self.tensors])
+        return torch.stack([_to(found[id(tensor)], self.device, dtype) for tensor in self.tensors])
 
     def total_norm(self, norm_type: float = 2.0) -> Tensor:
         """Norm over all gradients and ranks, scalar. No sync; a collective where gradients are sharded."""
@@ -86,7 +86,7 @@ class Gradients:
     def scale_(self, coef: Tensor | float) -> None:
         """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
         for (device, _), members in self._by_kind().items():
-            factor = coef.to(device, non_blocking=True) if isinstance(coef, Tensor) else coef
+            factor = _to(coef, device) if isinstance(coef, Tensor) else coef
             torch._foreach_mul_(members, factor)
 
     def clamp_(self, limit: float) -> None:
@@ -101,6 +101,11 @@ class Gradients:
         for tensor in self.tensors:
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         return groups
+
+
+def _to(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Move a tensor; towards a GPU without waiting, towards the CPU only once it is there to be read."""
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
 
 
 def _coalesce_(parameter: Tensor) -> Tensor | None:
@@ -175,7 +180,7 @@ class Facts:
         """All but the histogram in one tensor, float32 or wider [n]. No sync."""
         parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
         if self.loss_scale is not None:
-            parts.append(self.loss_scale.reshape(1).to(self.norms.device, self.norms.dtype, non_blocking=True))
+            parts.append(_to(self.loss_scale.reshape(1), self.norms.device, self.norms.dtype))
         return torch.cat(parts)
 
     def unpack(self, values: Floats, present: Bools, layout: Layout) -> Measurement:
@@ -212,6 +217,7 @@ def measure(
     *,
     loss_scale: Tensor | None = None,
     histogram: Tensor | None = None,
+    some_are_foreign: bool = False,
 ) -> Facts:
     """The device half: one pass over the gradients. Changes nothing, never waits for the device.
 
@@ -223,9 +229,14 @@ def measure(
         micro_batches: the backward passes that built them.
         loss_scale: a GradScaler's scale, scalar.
         histogram: what this rank counted, [num_tensors, row].
+        some_are_foreign: whether backward passes of other optimizers are among `micro_batches`. Those are told by the
+            gradients, which they leave as they were.
     """
     norms, ranks = gradients.norms(), gradients.ranks
-    signs = gather(_signs(micro_batches, norms), ranks) if micro_batches else norms.new_zeros(0, 4)
+    signs = norms.new_zeros(0, 4)
+    if micro_batches:
+        own = _signs(micro_batches, total(norms, 2.0), some_are_foreign=some_are_foreign)
+        signs = gather(own, ranks)
     if gradients.shares is not None:
         norms, signs, histogram = _sum_shards(gradients, norms, signs, histogram)
     elif micro_batches:
@@ -253,32 +264,48 @@ def _sum_shards(
 _FIRST_LOSS, _FIRST_GRADIENT, _DAMAGED_LOSS, _LAST_LOSS = range(4)
 
 
-def _signs(micro_batches: Sequence[MicroBatch], like: Tensor) -> Tensor:
-    """What this rank saw of a step's backward passes, [4], of dtype and device of `like`. No sync.
+def _signs(micro_batches: Sequence[MicroBatch], last_norm: Tensor, *, some_are_foreign: bool) -> Tensor:
+    """What this rank saw of a step's backward passes, [4], of dtype and device of `last_norm`. No sync.
 
-    The first with a damaged loss, the first after which the gradients were damaged (their number where there was none),
-    that loss, and the last loss.
+    The index of the first with a damaged loss, that of the first after which the gradients were damaged (their number where
+    there was none), that loss, and the last loss. A foreign pass has no index.
     """
-    none = like.new_zeros(())
-    losses = torch.stack([none if micro.loss is None else micro.loss.to(none) for micro in micro_batches])
+    number = len(micro_batches)
+    none = last_norm.new_zeros(())
+    losses = torch.stack([none if micro.loss is None else _narrow(micro.loss, none) for micro in micro_batches])
     norms = torch.stack([none if micro.total_norm is None else micro.total_norm.to(none) for micro in micro_batches])
-    indices = torch.arange(len(micro_batches), device=like.device)
-    first_loss = torch.where(losses.isfinite(), len(micro_batches), indices).amin()
-    first_gradient = torch.where(norms.isfinite(), len(micro_batches), indices).amin()
-    damaged = losses.gather(0, first_loss.clamp(max=len(micro_batches) - 1).view(1)).squeeze(0)
-    return torch.stack([first_loss.to(none), first_gradient.to(none), damaged, losses[-1]])
+    positions = torch.arange(number, device=none.device)
+    own = torch.ones_like(positions, dtype=torch.bool)
+    if some_are_foreign:
+        after = torch.cat([norms[:-1], last_norm.to(none).reshape(1)])
+        own = after != torch.cat([none.reshape(1), after[:-1]])  # true for NaN
+    index_of = torch.cat([own.cumsum(0) - 1, positions.new_full((1,), number)])
+    bad_loss = torch.where(own & ~losses.isfinite(), positions, number).amin()
+    bad_norm = torch.where(own & ~norms.isfinite(), positions, number).amin()
+    last = torch.where(own, positions, 0).amax()
+    picked = losses[torch.stack([bad_loss.clamp(max=number - 1), last])]
+    return torch.cat([index_of[torch.stack([bad_loss, bad_norm])].to(none), picked])
+
+
+def _narrow(loss: Tensor, like: Tensor) -> Tensor:
+    """A loss in another dtype and on another device; a finite one stays finite."""
+    narrow = loss.to(like)
+    if loss.dtype is not torch.float64 or like.dtype is torch.float64:
+        return narrow
+    largest = torch.finfo(like.dtype).max
+    return torch.where(loss.isfinite().to(like.device), narrow.clamp(-largest, largest), narrow)
 
 
 def _damage(signs: Floats, num_micro_batches: int, gradients_are_finite: bool) -> Damage | None:  # noqa: FBT001
     """Which backward pass on which rank was first: by its loss, or by gradients that were not summed over ranks yet."""
     if num_micro_batches and (first := int(signs[:, _FIRST_LOSS].min())) < num_micro_batches:
         rank = int(signs[:, _FIRST_LOSS].argmin())
-        return Damage(first, rank, loss=float(signs[rank, _DAMAGED_LOSS]))
+        return Damage(first, rank if len(signs) > 1 else None, loss=float(signs[rank, _DAMAGED_LOSS]))
     if gradients_are_finite:
         return None
     # The gradients of all passes but the last were looked at one by one; what they don't show, the last has done.
     firsts = signs[:, _FIRST_GRADIENT] if num_micro_batches else np.zeros(1)
     if not num_micro_batches or firsts.min() >= num_micro_batches:
         return Damage(max(num_micro_batches - 1, 0))
-    alike = len(firsts) > 1 and (firsts == firsts[0]).all()
+    alike = (firsts == firsts[0]).all()
     return Damage(int(firsts.min()), None if alike else int(firsts.argmin()))

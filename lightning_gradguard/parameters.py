@@ -26,7 +26,7 @@ class WatchedParameters:
     def __init__(
         self, named_parameters: Iterable[tuple[str, torch.Tensor]], optimizer: torch.optim.Optimizer | None = None
     ) -> None:
-        self._named = [(clean_name(name), parameter) for name, parameter in named_parameters]
+        self._named = [_check(entry) for entry in named_parameters]
         self.optimizer = optimizer
         self._group_sizes = self._sizes()
         self._collect()
@@ -74,6 +74,17 @@ class WatchedParameters:
         self._tensors = [parameter for _, parameter in named]
         self._is_sharded = is_sharded(self._tensors)
         self._layout = Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in self._tensors))
+
+
+def _check(entry: object) -> tuple[str, torch.Tensor]:
+    match entry:
+        case (str(name), torch.Tensor() as parameter):
+            return clean_name(name), parameter
+        case _:
+            kind = type(entry).__name__
+            raise ValueError(
+                f"`named_parameters` must hold pairs of a name and a tensor, got a {kind}. Pass `model.named_parameters()`."
+            )
 
 
 def _each_once(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -22,6 +22,7 @@ class Position:
         step: number of the decision, from 0; skipped steps count, every optimizer counts.
         epoch: epoch, from 0; None outside a Trainer.
         batch_idx: batch in the epoch, from 0; None outside a Trainer.
+        batches: the same for each backward pass of the step, where several batches make one; empty if not known.
         optimizer: index of the optimizer.
         num_optimizers: how many there are.
         rank: this process.
@@ -31,10 +32,15 @@ class Position:
     step: int
     epoch: int | None = None
     batch_idx: int | None = None
+    batches: tuple[int, ...] = ()
     optimizer: int = 0
     num_optimizers: int = 1
     rank: int = 0
     log_step: int = 0
+
+    def batch_of(self, micro_batch: int) -> int | None:
+        """The batch that a backward pass saw."""
+        return self.batches[micro_batch] if micro_batch < len(self.batches) else self.batch_idx
 
 
 @dataclass(frozen=True)
@@ -226,7 +232,8 @@ class Alert:
     Attributes:
         time: seconds since the epoch (Unix time).
         step: number of the decision, from 0.
-        epoch, batch_idx: where in the Trainer's loop; None in a raw loop.
+        epoch, batch_idx: where in the Trainer's loop; None in a raw loop. Where several batches make a step, it is the
+            batch of `micro_batch`.
         micro_batch: the backward pass inside the step, from 0.
         optimizer: index of the optimizer.
         rank: the process that saw it first.

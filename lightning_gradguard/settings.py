@@ -15,6 +15,7 @@ from lightning_gradguard.sinks import Sink
 from lightning_gradguard.sinks.base import to_sink
 
 _D = TypeVar("_D", bound=Detector)
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Settings:
             _to_detector(overflow, Overflow, parameter="overflow"),
         )
         chosen: list[Detector] = [detector for detector in built_in if detector is not None]
-        for detector in detectors:
+        for detector in _sequence(detectors, parameter="detectors"):
             _check_own(
                 detector,
                 taken={NonFinite.name, Explosion.name, Vanishing.name, Overflow.name} | {other.name for other in chosen},
@@ -71,7 +72,7 @@ class Settings:
         return cls(
             clipper=_to_clipper(clip),
             detectors=tuple(chosen),
-            sinks=tuple(to_sink(sink) for sink in sinks),
+            sinks=tuple(to_sink(sink) for sink in _sequence(sinks, parameter="sinks")),
             histogram_every_n_steps=histogram_every_n_steps,
         )
 
@@ -100,9 +101,15 @@ def _to_detector(value: object, of_type: type[_D], *, parameter: str) -> _D | No
     if isinstance(value, str):
         return of_type(to_action(value, parameter=parameter))
     raise ValueError(
-        f"`{parameter}` must be an action's name, a {of_type.__name__}(...) or None, got {value!r}. "
+        f"`{parameter}` must be an action's name, {of_type.__name__}(...) or None, got {value!r}. "
         f'For example `{parameter}="warn"` or `{parameter}={of_type.__name__}("skip", patience=3)`.'
     )
+
+
+def _sequence(value: Sequence[_T], *, parameter: str) -> Sequence[_T]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"`{parameter}` must be a list or tuple, got {value!r}. Put it in brackets: `{parameter}=[...]`.")
+    return value
 
 
 def _check_own(detector: object, taken: set[str]) -> None:

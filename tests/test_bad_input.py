@@ -96,7 +96,7 @@ CASES = {
     "nonfinite": (lambda: guard(nonfinite="wran"), "nonfinite", "one of", "'wran'", "pass None"),
     "explosion-rollback": (lambda: guard(explosion=Action.ROLLBACK), "explosion", "an action", "'rollback'", "'stop'"),
     "explosion-bool": (lambda: guard(explosion=False), "explosion", "an action's name", "False", '`explosion="warn"`'),
-    "vanishing-other": (lambda: guard(vanishing=NonFinite()), "vanishing", "a Vanishing(...)", "<", 'Vanishing("skip"'),
+    "vanishing-other": (lambda: guard(vanishing=NonFinite()), "vanishing", "Vanishing(...)", "<", 'Vanishing("skip"'),
     "overflow-number": (lambda: guard(overflow=1), "overflow", "Overflow(...) or None", "1", '`overflow="warn"`'),
     "patience": (lambda: NonFinite(patience=0), "patience", "an integer >= 1", "0", "Pass 1"),
     "patience-float": (lambda: NonFinite(patience=2.0), "patience", "an integer", "2.0", "Pass 1"),

@@ -23,6 +23,7 @@ from lightning_gradguard import (
     Guard,
     GuardWarning,
     NonFinite,
+    Position,
     SinkWarning,
     Verdict,
 )
@@ -240,12 +241,17 @@ def test_micro_batches_of_the_last_step_are_forgotten():
     assert loop.step(1.0).measurement.num_micro_batches == 1
 
 
-def test_micro_batches_for_another_optimizer_can_be_forgotten():
-    """Their losses are not this step's."""
+def test_backward_passes_of_another_optimizer_do_not_count():
+    """A pass that left this optimizer's gradients as they were says nothing about its step."""
     loop = Loop()
+    loop.model.zero_grad()
     loop.guard.before_backward(torch.tensor(math.nan))
-    loop.guard.forget_backward()
-    assert loop.step(1.0).alerts == ()
+    loss = loop.model(torch.ones(1, 4)).sum()
+    loop.guard.before_backward(loss)
+    loss.backward()
+    record = loop.guard.step(Position(step=0, num_optimizers=2))
+    assert record.alerts == ()
+    assert record.measurement.loss == pytest.approx(loss.item())
 
 
 def test_loss_nan_with_finite_gradients_is_caught():

@@ -42,7 +42,11 @@ class ClipNorm(FactorClipper):
 
     def coefficient(self, gradients: Gradients, global_norm: Tensor) -> Tensor:
         """`max_norm / (norm + 1e-6)`, at most 1."""
-        norm = global_norm if self.norm_type == 2.0 else gradients.total_norm(self.norm_type)
+        norm = global_norm
+        if self.norm_type != 2.0:
+            norm = gradients.total_norm(self.norm_type)
+            # High powers overflow early; for p > 2 the 2-norm is an upper bound of the p-norm.
+            norm = torch.where(norm.isfinite(), norm, global_norm.to(norm))
         return torch.clamp(self.max_norm / (norm + _EPS), max=1.0)
 
     def __repr__(self) -> str:

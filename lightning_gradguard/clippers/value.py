@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipped, Clipper
@@ -34,7 +36,8 @@ class ClipValue(Clipper):
         before = float(global_norm)
         gradients.clamp_(self.clip_value)
         after = float(gradients.total_norm())
-        return Clipped(coef=after / before if after < before else 1.0, norm=after)
+        is_smaller = math.isfinite(before) and after < before
+        return Clipped(coef=after / before if is_smaller else 1.0, norm=after)
 
     def __repr__(self) -> str:
         return f"ClipValue(clip_value={self.clip_value})"

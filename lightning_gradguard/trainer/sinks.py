@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -10,21 +11,21 @@ from lightning.pytorch.loggers import Logger
 from lightning_gradguard.sinks import ConsoleSink, JsonlSink, LoggerSink, Sink, TensorBoardSink
 
 
-def built_in_sinks(trainer: Trainer) -> list[Sink]:
-    """Console, `alerts.jsonl` and one sink a logger; on other ranks than the first none.
+def all_sinks(trainer: Trainer, own: Sequence[Sink]) -> tuple[Sink, ...]:
+    """`alerts.jsonl`, one sink a logger, the user's own, and the console; on other ranks than the first none.
 
     Must be called on all ranks, since the Trainer agrees on its folder between them.
     """
     log_dir = trainer.log_dir
     if not trainer.is_global_zero:
-        return []
-    sinks: list[Sink] = []
+        return ()
+    built_in: list[Sink] = []
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         if log_dir is not None:
-            sinks.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
-        sinks.extend(_of_logger(logger) for logger in trainer.loggers)
-    # Last: where warnings are errors, it raises, and the others must have the alert by then.
-    return [*sinks, ConsoleSink()]
+            built_in.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
+        built_in.extend(_of_logger(logger) for logger in trainer.loggers)
+    # The console comes last: where warnings are errors it raises, and the others must have the alert by then.
+    return (*built_in, *own, ConsoleSink())
 
 
 def _of_logger(logger: Logger) -> Sink:

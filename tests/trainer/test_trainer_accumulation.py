@@ -46,7 +46,6 @@ def test_accumulation_window_after_a_partial_one_counts_from_zero(tmp_path):
     assert (second.step, second.epoch, second.micro_batch) == (3, 1, 1)
 
 
-@pytest.mark.xfail(strict=True, reason="`batch_idx` is that of the window's last batch, which did nothing wrong")
 def test_accumulation_alert_names_the_batch_that_did_the_damage(tmp_path):
     """`batch_idx` and `micro_batch` belong together: batch 5 is micro-batch 1 of the window that began with 4."""
     (alert,) = _run(tmp_path, {5: "nan"}).alerts

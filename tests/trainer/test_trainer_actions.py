@@ -379,7 +379,6 @@ def test_alert_where_warnings_are_errors_leaves_fit_before_the_bad_update(tmp_pa
     assert [line["step"] for line in read_alerts(tmp_path)] == [BAD]
 
 
-@pytest.mark.xfail(strict=True, raises=GradientWarning, reason="the console's warning leaves `fit` before the GradientError")
 @pytest.mark.filterwarnings("error::lightning_gradguard.GradientWarning")
 def test_raise_where_warnings_are_errors_still_raises_the_gradient_error(tmp_path):
     """The action's own exception has the last word."""

@@ -11,10 +11,6 @@ from toys import FEATURES, SPOIL, Snapshots, fit, make_batches, make_trainer, sa
 
 from lightning_gradguard import GradGuard, GradientWarning
 
-_FOREIGN_LOSS = pytest.mark.xfail(
-    strict=True, reason="each guard takes every loss since its last step for its own, so the first optimizer is skipped too"
-)
-
 
 class Twins(LightningModule):
     """Two models that never meet, an optimizer each; `faults` says which batch spoils whose loss."""
@@ -77,9 +73,7 @@ def test_two_optimizers_nan_in_one_loss_skips_only_that_one(bad, good, index, fa
 
 
 @pytest.mark.parametrize("fault", ["nan", "nan_loss"])
-@pytest.mark.parametrize(
-    ("bad", "good", "index"), [("left", "right", 0), pytest.param("right", "left", 1, marks=_FOREIGN_LOSS)]
-)
+@pytest.mark.parametrize(("bad", "good", "index"), [("left", "right", 0), ("right", "left", 1)])
 def test_two_optimizers_both_backwards_before_both_steps_nan_skips_only_its_own(bad, good, index, fault, tmp_path):
     """Whose loss it was is not told by the order of calls; the other optimizer's step is healthy."""
     guard, snapshots = GradGuard(), Snapshots()

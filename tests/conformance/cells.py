@@ -1,0 +1,63 @@
+"""The axes of the matrix, and which of their combinations can't exist."""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+PRECISIONS = ("fp32", "fp64", "bf16-mixed", "bf16-true", "fp16")
+OPTIMIZERS = ("sgd_foreach", "sgd_forloop", "sgd_fused", "adamw_foreach", "adamw_forloop", "adamw_fused", "lbfgs")
+LOOPS = ("automatic", "accumulation", "manual", "gan")
+TOPOLOGIES = ("single", "ddp", "fsdp2", "tp")
+
+
+class Cell(NamedTuple):
+    """One way to train."""
+
+    precision: str
+    optimizer: str
+    loop: str
+    topology: str
+
+    def __str__(self) -> str:
+        """Read by `docs/conformance_table.py` in the names of the tests."""
+        return ":".join(self)
+
+    @property
+    def group(self) -> str:
+        """The cells that are trained one after another in one process group: those of a topology, quick or slow."""
+        return self.topology if self.is_quick else f"{self.topology}-slow"
+
+    @property
+    def is_quick(self) -> bool:
+        """Whether it is tested by default: with many ranks each kernel and each optimizer is, but not all pairs of them."""
+        return self.topology == "single" or self.optimizer in ("sgd_fused", "adamw_foreach", "lbfgs")
+
+
+REASONS = {
+    "lbfgs-fp16": "Lightning refuses LBFGS under a GradScaler.",
+    "lbfgs-accumulation": (
+        "Lightning evaluates LBFGS's closure on the last micro-batch alone and adds each evaluation to the gradients of the "
+        "one before, so that there is no right result to compare with."
+    ),
+    "lbfgs-dtensor": "torch's LBFGS flattens all gradients into one vector, which DTensors of different placements refuse.",
+}
+"""Why a combination can't exist, by the name that `reason_against` gives it."""
+
+
+def reason_against(cell: Cell) -> str | None:
+    """Key of the reason why a cell can't exist; None if it can."""
+    if cell.optimizer != "lbfgs":
+        return None
+    if cell.precision == "fp16":
+        return "lbfgs-fp16"
+    if cell.loop == "accumulation":
+        return "lbfgs-accumulation"
+    return "lbfgs-dtensor" if cell.topology in ("fsdp2", "tp") else None
+
+
+ALL_CELLS = [
+    Cell(precision, optimizer, loop, topology)
+    for topology, precision, optimizer, loop in itertools.product(TOPOLOGIES, PRECISIONS, OPTIMIZERS, LOOPS)
+]
+CELLS = [cell for cell in ALL_CELLS if reason_against(cell) is None]

@@ -87,7 +87,7 @@ class HuggingFaceGPT2(nn.Module):
 
     def __init__(self, depth: int = DEPTH) -> None:
         super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel  # noqa: PLC0415  # optional, and slow to import
+        from transformers import GPT2Config, GPT2LMHeadModel  # optional, and slow to import
 
         config = GPT2Config(
             vocab_size=VOCABULARY,

@@ -42,7 +42,7 @@ class Training(LightningModule):
         self.network = network
         self.optimizer = optimizer
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:  # noqa: ARG002
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss, logged as everybody does."""
         loss = self.network(batch)
         self.log("loss", loss)

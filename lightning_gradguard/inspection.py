@@ -38,7 +38,7 @@ def inspect(
     found = torch.stack([_count(tensor).cpu() for tensor in tensors])
     # Rounded up: of replicas that should be alike, but are not, any one with damage counts.
     counts = np.ceil(together.sum_((found[:, :2] * weights).to(device)).cpu().numpy())
-    max_abs = together.max_(found[:, 2].to(device)).cpu()
+    max_abs = together.max_(found[:, 2].contiguous().to(device)).cpu()  # gloo takes the memory of a strided view as it lies
     norms = measurement.norms.copy()
     present = np.flatnonzero(measurement.has_grad)
     squares = torch.stack([_scaled_square(*pair).cpu() for pair in zip(tensors, max_abs, strict=True)])

@@ -164,7 +164,7 @@ class Guard:
         """
         scale = self._scaling.scale if self._scaling is not None else None
         if self._pending:
-            sofar = Gradients(self._parameters.tensors, sharded=self._parameters.is_sharded).local_total_norm()
+            sofar = self._gradients().local_total_norm()
             self._pending[-1] = replace(self._pending[-1], total_norm=sofar if scale is None else sofar / scale)
         if loss is None or loss.numel() != 1:
             self._pending.append(MicroBatch())
@@ -202,8 +202,8 @@ class Guard:
         position = position or Position(step=self.totals.num_steps, log_step=self.totals.num_steps)
         gradients, facts = self._measure(position, with_histogram=_is_due(position.log_step, self._histogram_interval))
         layout = self._parameters.layout
-        bar = self._judge.bar()
-        if self.last is not None and bar is not None and self._gate.can_defer(gradients):
+        bar = self._judge.bar() if self.last is not None and self._gate.can_defer(gradients) else None
+        if self.last is not None and bar is not None:
             coef = self._gate.defer_(gradients, facts, bar)
             self._flight = Flight.start(position, facts, coef, gradients.present, layout)
             return self.last
@@ -256,12 +256,16 @@ class Guard:
         if clipper is not None and saved is not None:
             clipper.load_state_dict(saved)
 
+    def _gradients(self) -> Gradients:
+        watched = self._parameters
+        return Gradients(watched.tensors, sharded=watched.is_sharded, is_uniform=watched.is_uniform)
+
     def _measure(self, position: Position, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:
         scale = None
         if self._scaling is not None:
             scale = self._scaling.scale
             self._scaling.unscale_()
-        gradients = Gradients(self._parameters.tensors, sharded=self._parameters.is_sharded)
+        gradients = self._gradients()
         histogram = self._histogram_meter.count(gradients) if with_histogram and gradients.tensors else None
         facts = measure(
             gradients,

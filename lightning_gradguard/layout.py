@@ -13,6 +13,9 @@ Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+# Norms between these have squares that float64 holds, sums of them included.
+_MIN_SQUARED, _MAX_SQUARED = 1e-140, 1e140
+
 
 def clean_name(name: str) -> str:
     """A parameter's name as the user wrote it, without what `torch.compile` puts in between.
@@ -61,10 +64,17 @@ class Partition:
         )
 
     def norms(self, norms: Floats) -> Floats:
-        """2-norm of each group from the 2-norms of all parameters; scaled, so that no square over- or underflows."""
+        """2-norm of each group from the 2-norms of all parameters."""
         if not self.names:
             return np.zeros(0)
         members = norms[self.indices]
+        largest = float(members.max())
+        if _MIN_SQUARED < largest < _MAX_SQUARED and members.min() > _MIN_SQUARED:
+            return np.sqrt(np.add.reduceat(members * members, self.starts))
+        return self._scaled_norms(members)
+
+    def _scaled_norms(self, members: Floats) -> Floats:
+        """The same where squares could over- or underflow."""
         largest = np.maximum.reduceat(members, self.starts)
         scale = np.where((largest > 0) & np.isfinite(largest), largest, 1.0)
         sizes = np.diff(self.starts, append=len(members))
@@ -135,3 +145,8 @@ class Layout:
         comparison by depth would mix two things.
         """
         return Partition.by_key([module_of(name) for name in self.names], keep=self.ndims >= 2)
+
+    @cached_property
+    def weight_roots(self) -> Floats:
+        """Square root of the number of elements of each group of `weights`: norm over it is the rms."""
+        return np.sqrt(self.weights.totals(self.numels).astype(np.float64))

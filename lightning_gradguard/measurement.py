@@ -32,6 +32,7 @@ class Gradients:
     Args:
         parameters: tensors with a `.grad` or None there.
         sharded: whether there are DTensors among them.
+        is_uniform: whether all are known to share device and dtype, which saves a look at each.
 
     Attributes:
         present: which parameters have a gradient, bool [num_parameters].
@@ -39,18 +40,22 @@ class Gradients:
         shares: which share of each counts here in a sum over ranks, [num_tensors]; None where nothing is sharded.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, sharded: bool = False) -> None:
+    def __init__(self, parameters: Sequence[Tensor], *, sharded: bool = False, is_uniform: bool = False) -> None:
         self.ranks = Ranks.current()
+        self._is_uniform = is_uniform
         grads = [parameter.grad for parameter in parameters]
         shares = None
         if sharded:
             shards = [local_shard_(parameter, self.ranks) for parameter in parameters]
             grads = [shard for shard, _ in shards]
             shares = [share for shard, share in shards if shard is not None]
-        if any(grad is not None and grad.is_sparse for grad in grads):
-            grads = [_coalesce_(parameter) for parameter in parameters]
         self.tensors = [grad for grad in grads if grad is not None]
-        self.present: Bools = np.fromiter((grad is not None for grad in grads), dtype=np.bool_, count=len(grads))
+        if True in [grad.is_sparse for grad in self.tensors]:
+            grads = [_coalesce_(parameter) for parameter in parameters]
+            self.tensors = [grad for grad in grads if grad is not None]
+        self.present: Bools = np.ones(len(grads), dtype=np.bool_)
+        if len(self.tensors) < len(grads):
+            self.present[:] = [grad is not None for grad in grads]
         self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
         self.shares = None if shares is None else torch.tensor(shares).to(self.device, non_blocking=True)
 
@@ -97,6 +102,8 @@ class Gradients:
             torch._foreach_clamp_max_(reals, limit)
 
     def _by_kind(self) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+        if self._is_uniform and self.tensors:
+            return {(self.device, self.tensors[0].dtype): self.tensors}
         groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for tensor in self.tensors:
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -233,15 +240,16 @@ def measure(
             gradients, which they leave as they were.
     """
     norms, ranks = gradients.norms(), gradients.ranks
+    total_norm = total(norms, 2.0)
     signs = norms.new_zeros(0, 4)
     if micro_batches:
-        own = _signs(micro_batches, total(norms, 2.0), some_are_foreign=some_are_foreign)
-        signs = gather(own, ranks)
+        signs = gather(_signs(micro_batches, total_norm, some_are_foreign=some_are_foreign), ranks)
     if gradients.shares is not None:
         norms, signs, histogram = _sum_shards(gradients, norms, signs, histogram)
+        total_norm = total(norms, 2.0)
     elif micro_batches:
         ranks.sum_(signs)
-    return Facts(norms, total(norms, 2.0), len(micro_batches), signs, loss_scale, histogram)
+    return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram)
 
 
 def _sum_shards(
@@ -272,6 +280,9 @@ def _signs(micro_batches: Sequence[MicroBatch], last_norm: Tensor, *, some_are_f
     """
     number = len(micro_batches)
     none = last_norm.new_zeros(())
+    if number == 1 and not some_are_foreign:
+        loss = none if micro_batches[0].loss is None else _narrow(micro_batches[0].loss, none)
+        return torch.stack([loss.isfinite().to(none), torch.ones_like(none), loss, loss])
     losses = torch.stack([none if micro.loss is None else _narrow(micro.loss, none) for micro in micro_batches])
     norms = torch.stack([none if micro.total_norm is None else micro.total_norm.to(none) for micro in micro_batches])
     positions = torch.arange(number, device=none.device)

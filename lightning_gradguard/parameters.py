@@ -42,6 +42,11 @@ class WatchedParameters:
         return self._is_sharded
 
     @property
+    def is_uniform(self) -> bool:
+        """Whether all share device and dtype; so do their gradients then."""
+        return self._is_uniform
+
+    @property
     def layout(self) -> Layout:
         """Names and sizes."""
         return self._layout
@@ -72,6 +77,7 @@ class WatchedParameters:
             unnamed = [(where, parameter) for key, (where, parameter) in inside.items() if key not in known]
             named = model_order + unnamed
         self._tensors = [parameter for _, parameter in named]
+        self._is_uniform = len({(tensor.device, tensor.dtype) for tensor in self._tensors}) <= 1
         self._is_sharded = is_sharded(self._tensors)
         self._layout = Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in self._tensors))
 

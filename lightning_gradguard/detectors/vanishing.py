@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.layout import Floats, Layout, Partition
+from lightning_gradguard.layout import Floats, Layout
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, ParameterReport, Verdict
 
@@ -115,16 +117,16 @@ class Vanishing(Detector):
     def _fades(self, depth: _Depth) -> bool:
         if len(depth.modules) < _MIN_DEPTH:
             return False
-        both_ends = max(depth.decades[:2]) - max(depth.decades[-2:]) < math.log10(self._min_ratio)
+        both_ends = depth.decades[:2].max() - depth.decades[-2:].max() < math.log10(self._min_ratio)
         in_all = depth.slope * (len(depth.modules) - 1)
-        return both_ends or (depth.slope > self._slope and in_all > _MIN_DECADES)
+        return bool(both_ends) or (depth.slope > self._slope and in_all > _MIN_DECADES)
 
     def _verdict(self, lasting: list[str], depth: _Depth, measurement: Measurement) -> Verdict:
         dead = [symptom.removeprefix("dead:") for symptom in lasting if symptom.startswith("dead:")]
         for_steps = max(self._lasting[symptom] for symptom in lasting)
         if "floor" in lasting:
             value, limit = measurement.global_norm, self._min_norm
-            modules = list(depth.modules)
+            modules: Sequence[str] = depth.modules
             message = f"the global gradient norm is {value:.3g} and has been below {limit:g} for {for_steps} steps"
             remedy = "Check that the loss depends on the parameters, and the initialisation for zeros and saturation."
         elif dead:
@@ -138,7 +140,7 @@ class Vanishing(Detector):
             )
         else:
             value, limit = 10.0 ** (depth.decades[0] - depth.decades[-1]), self._min_ratio
-            modules = list(depth.modules)
+            modules = depth.modules
             message = depth.describe()
             remedy = (
                 "Use ReLU-like activations, residual connections or normalisation, and an initialisation that keeps the "
@@ -160,16 +162,15 @@ class _Depth:
     def __init__(self, measurement: Measurement) -> None:
         layout: Layout = measurement.layout
         self._measurement = measurement
-        partition: Partition = layout.weights
-        norms = partition.norms(measurement.norms)
-        trained = partition.any(measurement.has_grad)
+        names = layout.weights.names
+        norms = layout.weights.norms(measurement.norms)
+        trained = layout.weights.any(measurement.has_grad)
         alive = trained & (norms > 0)
-        rms: Floats = norms[alive] / np.sqrt(partition.totals(layout.numels)[alive])
-        self.modules = [name for name, keep in zip(partition.names, alive, strict=True) if keep]
-        self.decades: list[float] = np.log10(rms).tolist()
+        self.modules = tuple(compress(names, alive.tolist()))
+        self.decades: Floats = np.log10(norms[alive] / layout.weight_roots[alive])
         self.slope = _slope(self.decades)
-        silent = [name for name, keep in zip(partition.names, trained & ~alive, strict=True) if keep]
-        self.dead = silent if self.modules else []
+        has_silent = len(self.modules) and len(self.modules) < int(trained.sum())
+        self.dead = tuple(compress(names, (trained & ~alive).tolist())) if has_silent else ()
 
     def describe(self) -> str:
         """The decay in words, with the module where the gradient is lost on its way from the output."""
@@ -181,7 +182,7 @@ class _Depth:
             f"{10.0**first:.1e} in `{self.modules[0]}`, {self.slope:.2g} decades a module, and it is lost at `{lost}`"
         )
 
-    def reports(self, modules: list[str], count: int = 5) -> tuple[ParameterReport, ...]:
+    def reports(self, modules: Sequence[str], count: int = 5) -> tuple[ParameterReport, ...]:
         """The parameters of these modules that are matrices or kernels."""
         wanted = {f"{module}." if module else "" for module in modules[:count]}
         names, norms = self._measurement.names, self._measurement.norms
@@ -192,8 +193,8 @@ class _Depth:
         )
 
 
-def _slope(values: list[float]) -> float:
+def _slope(values: Floats) -> float:
     if len(values) < 2:
         return 0.0
     depth = np.arange(len(values)) - (len(values) - 1) / 2
-    return float(depth @ np.array(values) / (depth @ depth))
+    return float(depth @ values / (depth @ depth))

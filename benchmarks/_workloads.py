@@ -57,7 +57,7 @@ class MLP(nn.Module):
         """Cross entropy of the class."""
         hidden, targets = batch
         for layer in self.layers:
-            hidden = hidden + layer(hidden).relu() / len(self.layers) ** 0.5
+            hidden = hidden + layer(hidden).tanh() / len(self.layers) ** 0.5
         return F.cross_entropy(self.head(hidden), targets)
 
 

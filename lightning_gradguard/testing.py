@@ -28,8 +28,9 @@ def inject(
 ) -> Iterator[None]:
     """Damage one gradient in one backward pass, where a real fault would: before ranks sum, unscale and clip.
 
-    A hook on the parameter does it; it is gone when the context ends. Under FSDP2, whose parameters take no hook, the
-    gradient that flows into the parameter's module is damaged instead, and so are those of the modules before it.
+    A hook on the parameter does it; it is gone when the context ends. Under FSDP2 and tensor parallelism, which put other
+    tensors in the parameter's place, the gradient that flows into the parameter's module is damaged instead, and so are
+    those of the modules before it.
 
     Args:
         model: the module that is trained.
@@ -58,15 +59,21 @@ def inject(
     require_float("factor", factor, above=0.0, remedy="The default is 1e6.")
     name, target = _find(model, parameter)
     damage = _Damage(fault, step, rank, factor)
+    owner, _, leaf = name.rpartition(".")
+
+    def on_output(module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG001
+        # `fit` shards after this function was called, so only now it shows whether the parameter is still the one trained.
+        if output.requires_grad and not (getattr(module, leaf) is target and _takes_hooks(target)):
+            output.register_hook(damage)  # type: ignore[no-untyped-call]
+
+    handles = [model.get_submodule(owner).register_forward_hook(on_output)]
     if _takes_hooks(target):
-        handle = target.register_hook(damage)  # type: ignore[no-untyped-call]
-    else:
-        owner = model.get_submodule(name.rpartition(".")[0])
-        handle = owner.register_forward_hook(damage.on_output)
+        handles.append(target.register_hook(damage))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 class _Damage:
@@ -87,13 +94,8 @@ class _Damage:
         if self._fault == "explosion":
             return grad * self._factor
         damaged = grad.clone()
-        damaged.view(-1)[0] = float(self._fault)
+        damaged[(0,) * damaged.dim()] = float(self._fault)
         return damaged
-
-    def on_output(self, module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG002
-        """Forward hook: damages the gradient of the module's output."""
-        if output.requires_grad:
-            output.register_hook(self)  # type: ignore[no-untyped-call]
 
 
 def _find(model: nn.Module, parameter: str | None) -> tuple[str, nn.Parameter]:

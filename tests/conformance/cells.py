@@ -10,6 +10,12 @@ OPTIMIZERS = ("sgd_foreach", "sgd_forloop", "sgd_fused", "adamw_foreach", "adamw
 LOOPS = ("automatic", "accumulation", "manual", "gan")
 TOPOLOGIES = ("single", "ddp", "fsdp2", "tp")
 
+_QUICK = {
+    "ddp": ("sgd_fused", "adamw_foreach", "lbfgs"),
+    "fsdp2": ("sgd_foreach", "adamw_fused"),
+    "tp": ("sgd_forloop", "adamw_foreach"),
+}
+
 
 class Cell(NamedTuple):
     """One way to train."""
@@ -31,7 +37,7 @@ class Cell(NamedTuple):
     @property
     def is_quick(self) -> bool:
         """Whether it is tested by default: with many ranks each kernel and each optimizer is, but not all pairs of them."""
-        return self.topology == "single" or self.optimizer in ("sgd_fused", "adamw_foreach", "lbfgs")
+        return self.topology == "single" or self.optimizer in _QUICK[self.topology]
 
 
 REASONS = {
@@ -40,6 +46,7 @@ REASONS = {
         "Lightning evaluates LBFGS's closure on the last micro-batch alone and adds each evaluation to the gradients of the "
         "one before, so that there is no right result to compare with."
     ),
+    "fused-sgd-dtensor": "torch has no fused SGD for DTensors.",
     "lbfgs-dtensor": "torch's LBFGS flattens all gradients into one vector, which DTensors of different placements refuse.",
 }
 """Why a combination can't exist, by the name that `reason_against` gives it."""
@@ -47,13 +54,16 @@ REASONS = {
 
 def reason_against(cell: Cell) -> str | None:
     """Key of the reason why a cell can't exist; None if it can."""
+    is_sharded = cell.topology in ("fsdp2", "tp")
+    if cell.optimizer == "sgd_fused" and is_sharded:
+        return "fused-sgd-dtensor"
     if cell.optimizer != "lbfgs":
         return None
     if cell.precision == "fp16":
         return "lbfgs-fp16"
     if cell.loop == "accumulation":
         return "lbfgs-accumulation"
-    return "lbfgs-dtensor" if cell.topology in ("fsdp2", "tp") else None
+    return "lbfgs-dtensor" if is_sharded else None
 
 
 ALL_CELLS = [

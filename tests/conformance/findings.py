@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import socket
 import traceback
 import warnings
 from pathlib import Path
@@ -14,7 +11,8 @@ from typing import Any
 import torch
 from cells import CELLS, Cell
 from filelock import FileLock
-from torch import Tensor, multiprocessing
+from ranks import on_ranks
+from torch import Tensor
 from training import BAD_STEP, MAX_NORM, NUM_STEPS, Run, train
 
 from lightning_gradguard import GradGuard
@@ -22,34 +20,20 @@ from lightning_gradguard import GradGuard
 
 def findings_of(group: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
     """The findings of all cells of a group, by cell, one for each rank; made once for all workers of a test run."""
-    with FileLock(folder / f"{group}.lock"):
-        if not (folder / f"{group}-0.json").exists():
-            ranks = 1 if group == "single" else 2
-            args = (ranks, _free_port(), group, str(folder))
-            if ranks == 1:
-                _look_at_all(0, *args)
-            else:
-                multiprocessing.spawn(_look_at_all, args, nprocs=ranks)
-    of_ranks = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{group}-[0-9].json"))]
+    path = folder / f"{group}.json"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            of_ranks = [look_at_all(group)] if group == "single" else on_ranks(2, look_at_all, group)
+            path.write_text(json.dumps(of_ranks))
+    of_ranks = json.loads(path.read_text())
     return {name: [found[name] for found in of_ranks] for name in of_ranks[0]}
 
 
-def _look_at_all(rank: int, num_ranks: int, port: int, group: str, folder: str) -> None:
-    if num_ranks > 1:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_RANK": rank}
-        os.environ |= {name: str(value) for name, value in place.items()} | {"NODE_RANK": "0"}
-        torch.set_num_threads(1)
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    found = {}
+def look_at_all(group: str) -> dict[str, dict[str, Any]]:
+    """The findings of this rank, by cell."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the guard warns of every NaN; here they are counted
-        for cell in CELLS:
-            if cell.group == group:
-                found[str(cell)] = _look_at(cell)
-    # Renamed last, so that a file that exists is whole.
-    path = Path(folder) / f"{group}-{rank}.json"
-    path.with_suffix(".part").write_text(json.dumps(found))
-    path.with_suffix(".part").replace(path)
+        return {str(cell): _look_at(cell) for cell in CELLS if cell.group == group}
 
 
 def _look_at(cell: Cell) -> dict[str, Any]:
@@ -136,9 +120,3 @@ def _error(left: list[list[Tensor]], right: list[list[Tensor]]) -> float:
     """Distance relative to length, over all weights of this rank."""
     a, b = (torch.cat([tensor.double().flatten() for net in nets for tensor in net]) for nets in (left, right))
     return float((a - b).norm() / b.norm())
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

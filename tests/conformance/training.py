@@ -18,7 +18,7 @@ from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, 
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
@@ -124,9 +124,8 @@ class Student(LightningModule):
             return
         for net in self.nets():
             if self.cell.topology == "tp":
-                parallelize_module(
-                    net, self.device_mesh["tensor_parallel"], {"0": ColwiseParallel(), "2": RowwiseParallel()}
-                )
+                plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(output_layouts=Replicate())}
+                parallelize_module(net, self.device_mesh["tensor_parallel"], plan)
             else:
                 fully_shard(net, mesh=self.device_mesh["data_parallel"])
 
@@ -246,7 +245,7 @@ _OPTIMIZERS = _optimizers()
 
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    # 5 rows on two ranks are uneven shards, 1 row leaves a rank an empty one; the last layer stays plain under TP.
+    # 5 rows on two ranks are uneven shards, 1 row leaves a rank an empty one.
     return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, 5), nn.Tanh(), nn.Linear(5, outputs))
 
 

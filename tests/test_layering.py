@@ -36,7 +36,7 @@ FORBIDDEN = {
 ALONE = {
     "lightning": ("callback", "trainer"),
     "pytorch_lightning": ("callback", "trainer"),
-    "tensorboard": ("sinks.tensorboard",),
+    "tensorboard": ("sinks.summaries", "sinks.tensorboard"),
     "torch.utils.tensorboard": ("sinks.tensorboard",),
 }
 """Who alone imports a foreign package."""

@@ -1,0 +1,89 @@
+"""TensorBoard's protocol buffers: scalars, texts, histograms and the custom-scalars page."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.plugins.custom_scalar import layout_pb2
+
+from lightning_gradguard.layout import Floats
+
+
+def metadata(plugin: str, description: str = "") -> SummaryMetadata:
+    """Which plugin shows a tag, and what it says about it."""
+    return SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name=plugin), summary_description=description)
+
+
+def scalar(tag: str, value: float) -> Summary.Value:
+    """One scalar."""
+    return Summary.Value(tag=tag, simple_value=value)
+
+
+def text(tag: str, content: str) -> Summary.Value:
+    """One text, in Markdown."""
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+    tensor = TensorProto(dtype=DT_STRING, string_val=[content.encode()], tensor_shape=shape)
+    return Summary.Value(tag=tag, tensor=tensor)
+
+
+def histograms_of(tags: Sequence[str], edges: Floats, counts: Floats) -> Iterator[Summary.Value]:
+    """One histogram for each row.
+
+    As TensorBoard stores it, a bucket is known by its right edge; an empty one stands before the first that is full. What
+    can be computed for all rows at once is, since there may be thousands.
+
+    Args:
+        tags: [num_rows].
+        edges: bin edges, [num_bins + 1].
+        counts: [num_rows, num_bins].
+    """
+    full = counts > 0
+    first = full.argmax(axis=1)
+    last = counts.shape[1] - full[:, ::-1].argmax(axis=1)
+    centers = (edges[:-1] + edges[1:]) / 2
+    totals, sums, squares = counts.sum(axis=1), counts @ centers, counts @ centers**2
+    limits = edges.tolist()
+    for row, tag in enumerate(tags):
+        if not totals[row]:
+            yield Summary.Value(tag=tag, histo=HistogramProto(bucket_limit=[0.0], bucket=[0.0]))
+            continue
+        begin, end = first[row], last[row]
+        histo = HistogramProto(
+            min=limits[begin],
+            max=limits[end],
+            num=totals[row],
+            sum=sums[row],
+            sum_squares=squares[row],
+            bucket_limit=limits[begin : end + 1],
+            bucket=[0.0, *counts[row, begin:end].tolist()],
+        )
+        yield Summary.Value(tag=tag, histo=histo)
+
+
+def custom_scalars(prefixes: Sequence[str]) -> Summary.Value:
+    """The "GradGuard" page of TensorBoard's custom scalars: the norm against its limits, groups together."""
+    page = _page(prefixes).SerializeToString()
+    tensor = TensorProto(dtype=DT_STRING, string_val=[page], tensor_shape=TensorShapeProto())
+    return Summary.Value(tag="custom_scalars__config__", tensor=tensor, metadata=metadata("custom_scalars"))
+
+
+def _page(prefixes: Sequence[str]) -> layout_pb2.Layout:
+    charts = [
+        _chart(f"{prefix}: {title}", f"{prefix}/{pattern}")
+        for prefix in prefixes
+        for title, pattern in (
+            ("norm and its limit", "(global_norm|clipped_norm|explosion_limit)$"),
+            ("norms by group", "norm/.*"),
+            ("clipping", "clip_coef$"),
+            ("totals", "num_(skipped|clipped|alerts)$"),
+        )
+    ]
+    return layout_pb2.Layout(category=[layout_pb2.Category(title="GradGuard", chart=charts)])
+
+
+def _chart(title: str, pattern: str) -> layout_pb2.Chart:
+    return layout_pb2.Chart(title=title, multiline=layout_pb2.MultilineChartContent(tag=[pattern]))

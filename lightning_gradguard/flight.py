@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers import Clipped
+from lightning_gradguard.inspection import inspect
 from lightning_gradguard.layout import Bools, Floats, Layout
-from lightning_gradguard.measurement import Facts
+from lightning_gradguard.measurement import Facts, Gradients
 from lightning_gradguard.record import Measurement, ParameterReport, Position
 
 
@@ -21,7 +22,7 @@ class Flight:
 
     Attributes:
         position: where in the training.
-        facts: what was measured; only the shapes are used.
+        facts: what was measured; only its shapes are used from here on.
         present: which parameters have a gradient.
         layout: names and sizes of the parameters.
         histogram: its counts on the host, [num_tensors, row]; None on most steps.
@@ -46,14 +47,22 @@ class Flight:
             landed.record()
         return cls(position, facts, present, layout, histogram, values, landed)
 
-    def land(self) -> tuple[Measurement, Clipped]:
-        """Wait for the copy, and read it. It was queued a whole step ago, so that it is there as a rule."""
+    def land(self, gradients: Gradients | None = None) -> tuple[Measurement, Clipped]:
+        """Wait for the copy, and read it. When a step later, it has been there for long as a rule.
+
+        Args:
+            gradients: what was measured, if it is still there; on an incident it is looked at more closely.
+        """
         if self._landed is not None:
             self._landed.synchronize()
         values: Floats = self._values.double().numpy()
         measurement = self.facts.unpack(values[:-1], self.present, self.layout)
         if not math.isfinite(measurement.global_norm):
-            measurement = _from_norms(measurement)
+            measurement = (
+                _from_norms(measurement)
+                if gradients is None
+                else inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
+            )
         return measurement, Clipped(coef=float(values[-1]), norm=measurement.global_norm * float(values[-1]))
 
 

@@ -121,11 +121,32 @@ class Gate:
         assert self.kernel is not None
         self.kernel.skip(facts.exceeds(bar.max_norm, must_be_finite=bar.must_be_finite))
         self._buffers.remember()
-        coef = torch.ones_like(facts.total_norm)
-        if isinstance(self.clipper, FactorClipper):
-            coef = torch.where(facts.total_norm.isfinite(), self.clipper.coefficient(gradients, facts.total_norm), coef)
-            self.kernel.scale(coef)
+        coef = self._coefficient(gradients, facts)
+        self.kernel.scale(coef)
         return coef
+
+    def queue_clip_(self, gradients: Gradients, facts: Facts) -> Tensor | None:
+        """On a GPU where the host has to decide about the step: clip before the host knows, so that it need wait only once.
+
+        Returns:
+            The factor, scalar on the device; None where the host has to know first. No sync.
+        """
+        if gradients.device.type not in DEFERRING_DEVICES or not isinstance(self.clipper, FactorClipper | None):
+            return None
+        self._buffers.remember()
+        coef = self._coefficient(gradients, facts)
+        if self.clipper is not None and self.kernel is not None:
+            self.kernel.scale(coef)
+        elif self.clipper is not None:
+            gradients.scale_(coef)
+        return coef
+
+    def _coefficient(self, gradients: Gradients, facts: Facts) -> Tensor:
+        """The factor of clipping; 1 without a clipper, and where the norm says nothing. No sync."""
+        one = torch.ones_like(facts.total_norm)
+        if not isinstance(self.clipper, FactorClipper):
+            return one
+        return torch.where(facts.total_norm.isfinite(), self.clipper.coefficient(gradients, facts.total_norm), one)
 
     def settle(self, *, skipped: bool) -> None:
         """Once it is known what the device has done: repair buffers, or take them for good."""

@@ -176,9 +176,9 @@ class Guard:
     def step(self, position: Position | None = None) -> Record:
         """Inspect the gradients, then clip them, or keep the optimizer from applying them.
 
-        In place. At most one collective; more on an incident with sharded gradients. On a CPU, and wherever the optimizer is
-        not a fused one, the step is decided at once, with one sync (more on an incident). On CUDA with a fused optimizer the
-        device skips and clips by itself, without a sync; the host learns of it at the next step, or at `flush()`.
+        In place. At most one collective; more on an incident with sharded gradients. On a CPU everything is immediate. On
+        CUDA with a fused optimizer the device skips and clips by itself, without a sync; the host learns of it at the next
+        step, or at `flush()`. On CUDA with another one the host waits once, after everything has been queued.
 
         Args:
             position: where in the training this is; None counts from 0.
@@ -207,6 +207,9 @@ class Guard:
             coef = self._gate.defer_(gradients, facts, bar)
             self._flight = Flight.start(position, facts, coef, gradients.present, layout)
             return self.last
+        if (queued := self._gate.queue_clip_(gradients, facts)) is not None:
+            flight = Flight.start(position, facts, queued, gradients.present, layout)
+            return self._land(flight, gradients, facts)
         measurement = facts.read(gradients, layout)
         judgement = self._judge.judge(measurement)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
@@ -219,15 +222,8 @@ class Guard:
             GradientError: where its action is "raise".
         """
         flight, self._flight = self._flight, None
-        if flight is None:
-            return
-        measurement, clipped = flight.land()
-        judgement = self._judge.judge(measurement)
-        self._gate.settle(skipped=judgement.decision.skip)
-        if judgement.decision.skip:
-            clipped = Clipped(coef=1.0, norm=measurement.global_norm)
-        histograms = self._histograms(flight.histogram, flight.present)
-        self._finish(flight.position, measurement, judgement, clipped, histograms)
+        if flight is not None:
+            self._land(flight)
 
     def close(self) -> None:
         """Let the sinks write out what they hold. The guard can be used on."""
@@ -276,6 +272,22 @@ class Guard:
         )
         self._pending.clear()
         return gradients, facts
+
+    def _land(self, flight: Flight, gradients: Gradients | None = None, facts: Facts | None = None) -> Record:
+        """Judge a step that the device has clipped; skip it where the gradients are still here, else the device did."""
+        measurement, clipped = flight.land(gradients)
+        judgement = self._judge.judge(measurement)
+        is_here = gradients is not None and facts is not None
+        if judgement.decision.skip:
+            clipped = Clipped(coef=1.0, norm=measurement.global_norm)
+        if judgement.decision.skip and is_here:
+            self._gate.skip_()
+        elif measurement.overflowed and gradients is not None and facts is not None:
+            clipped = self._gate.clip_(gradients, facts, measurement)
+        else:
+            self._gate.settle(skipped=judgement.decision.skip)
+        histograms = self._histograms(flight.histogram, flight.present)
+        return self._finish(flight.position, measurement, judgement, clipped, histograms)
 
     def _histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
         return None if counts is None else self._histogram_meter.read(counts, present, self._parameters.layout)

@@ -23,7 +23,8 @@ class ConsoleSink:
         for alert in record.alerts:
             text = f"{alert.message} {alert.remedy}"
             if alert.action > Action.LOG:
-                warnings.warn(text, GradientWarning, stacklevel=2)
+                # A place in this file would tell nobody anything; the step takes the line number's place.
+                warnings.warn_explicit(text, GradientWarning, "gradguard", alert.step)
             else:
                 _logger.info(text)
 

@@ -56,13 +56,15 @@ class Gradients:
         self.present: Bools = np.ones(len(grads), dtype=np.bool_)
         if len(self.tensors) < len(grads):
             self.present[:] = [grad is not None for grad in grads]
-        self.device = self.tensors[0].device if self.tensors else torch.device("cpu")
+        # Also where there is no gradient at all, the ranks have to sum on a device that their backend knows.
+        some = self.tensors or parameters
+        self.device = some[0].device if some else torch.device("cpu")
         self.shares = None if shares is None else torch.tensor(shares).to(self.device, non_blocking=True)
 
     def norms(self, norm_type: float = 2.0) -> Tensor:
         """Norm of what this rank holds of each gradient, float32 or wider, on one device, [num_tensors]. No sync."""
         if not self.tensors:
-            return torch.zeros(0)
+            return torch.zeros(0, device=self.device)
         groups = self._by_kind()
         if len(groups) == 1:
             (members,) = groups.values()

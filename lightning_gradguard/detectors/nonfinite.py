@@ -65,7 +65,9 @@ def _describe_gradients(measurement: Measurement) -> str:
     found = " and ".join(f"{count:,} {what}" for count, what in counts if count)
     others = len(measurement.nonfinite) - 1
     more = f", and {others} more of {int(measurement.has_grad.sum())} gradients are damaged" if others else ""
-    loss = "" if measurement.loss is None else f"; the loss is {measurement.loss:g}"
+    # With several micro-batches the last loss may be a healthy one's.
+    is_known = measurement.loss is not None and measurement.num_micro_batches == 1
+    loss = f"; the loss is {measurement.loss:g}" if is_known else ""
     return f"the gradient of `{worst.name}` has {found} elements{more}{loss}"
 
 

@@ -1,0 +1,86 @@
+"""Takes the pictures of README.md: a real TensorBoard on the quickstart's run, in a real browser.
+
+Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extra `docs`, Chromium and its driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
+
+IMAGES = Path(__file__).parent / "images"
+PORT = 6123
+VIEWS = {"custom_scalars": 800, "text": 680, "histograms": 900}
+"""TensorBoard's tabs, and the height of the picture in pixels."""
+
+
+@contextlib.contextmanager
+def tensorboard(log_dir: str) -> Iterator[str]:
+    """A running TensorBoard; its address."""
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", log_dir, "--port", str(PORT), "--load_fast=false"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "http://" in line:
+                break
+        try:
+            yield f"http://localhost:{PORT}"
+        finally:
+            process.terminate()
+
+
+@contextlib.contextmanager
+def browser() -> Iterator[webdriver.Chrome]:
+    """Headless Chromium with a profile of its own."""
+    with tempfile.TemporaryDirectory() as profile:
+        options = webdriver.ChromeOptions()
+        options.binary_location = "/usr/bin/chromium"
+        for argument in (
+            "--headless",
+            "--no-sandbox",
+            "--disable-gpu",
+            "--disable-quic",
+            "--no-first-run",
+            "--disable-background-networking",
+            "--disable-component-update",
+            "--disable-sync",
+            "--hide-scrollbars",
+            f"--user-data-dir={profile}",
+        ):
+            options.add_argument(argument)
+        driver = webdriver.Chrome(options=options, service=webdriver.ChromeService("/usr/bin/chromedriver"))
+        try:
+            yield driver
+        finally:
+            driver.quit()
+
+
+def main(log_dir: str = "logs/quickstart") -> None:
+    """One picture of each view."""
+    IMAGES.mkdir(exist_ok=True)
+    with tensorboard(log_dir) as address, browser() as driver:
+        for tab, height in VIEWS.items():
+            driver.set_window_size(1500, height)
+            driver.get(f"{address}/?darkMode=false#{tab}")
+            WebDriverWait(driver, 30).until(lambda found: found.find_elements(By.CSS_SELECTOR, "tb-app-root, app-header"))
+            WebDriverWait(driver, 60).until(_is_drawn)
+            driver.save_screenshot(str(IMAGES / f"{tab}.png"))
+
+
+def _is_drawn(driver: webdriver.Chrome) -> bool:
+    """Whether the page has stopped changing: two pictures in a row are the same."""
+    first = driver.get_screenshot_as_png()
+    driver.execute_async_script("setTimeout(arguments[arguments.length - 1], 4000)")
+    return driver.get_screenshot_as_png() == first
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

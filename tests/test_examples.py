@@ -1,0 +1,131 @@
+"""The examples do what they claim, and so does the README."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRACT = {
+    "scalars": {
+        "gradguard/global_norm",
+        "gradguard/clipped_norm",
+        "gradguard/clip_coef",
+        "gradguard/explosion_limit",
+        "gradguard/num_skipped",
+        "gradguard/num_clipped",
+        "gradguard/num_alerts",
+        "gradguard/norm/lstm",
+        "gradguard/norm/head",
+    },
+    "histograms": {"gradguard/log10_norms", "gradients/lstm.weight_ih_l0", "gradients/head.bias"},
+    "tensors": {"gradguard/alerts", "custom_scalars__config__"},
+}
+
+
+def run_example(name, *arguments, cwd):
+    """Run an example as a user would; its output."""
+    command = [sys.executable, str(ROOT / "examples" / name), *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_quickstart_is_stopped_before_the_bad_step(tmp_path, monkeypatch, capsys):
+    """It ends by itself, with every tag of the contract, the alert, and the weights from before."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import quickstart  # noqa: PLC0415
+
+    before = {}
+
+    class Remembering(quickstart.CharacterModel):
+        """Keeps the weights that each step begins with."""
+
+        def on_train_batch_start(self, batch, batch_idx):
+            before["weights"] = [parameter.detach().clone() for parameter in self.parameters()]
+
+    monkeypatch.setattr(quickstart, "CharacterModel", Remembering)
+    with pytest.warns(UserWarning, match="Explosion at step 130"):
+        trainer = quickstart.main(str(tmp_path), max_steps=180, hidden_size=16)
+    guard = next(callback for callback in trainer.callbacks if isinstance(callback, quickstart.GradGuard))
+    assert guard.stopped_by.kind == "explosion"
+    assert (guard.num_steps, guard.num_skipped) == (131, 1)
+    assert all(torch.equal(*pair) for pair in zip(trainer.model.parameters(), before["weights"], strict=True))
+    lines = (Path(trainer.log_dir) / "gradguard" / "alerts.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["explosion"]
+    events = EventAccumulator(trainer.log_dir).Reload().Tags()
+    assert {kind: tags - set(events[kind]) for kind, tags in CONTRACT.items()} == {kind: set() for kind in CONTRACT}
+    assert "tensorboard --logdir" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_vanishing_sigmoid_names_where_the_gradient_dies(tmp_path):
+    """An alert for the sigmoid network, none for the same with ReLU, which learns."""
+    output = run_example("vanishing_sigmoid.py", cwd=tmp_path)
+    assert "it is lost at `layers." in output
+    assert re.search(r"ReLU: \d\d\.\d% of the test images right, 0 alerts", output)
+
+
+@pytest.mark.slow
+def test_exploding_rnn_compares_three_runs(tmp_path):
+    """Watched it breaks, clipped it trains, skipped it stays as it was."""
+    output = run_example("exploding_rnn.py", cwd=tmp_path)
+    assert "watched: test loss nan" in output
+    assert re.search(r"clipped: .* 360 clipped, 0 skipped, 0 alerts", output)
+
+
+def test_raw_loop_skips_one_step(tmp_path):
+    """The NaN batch is the third micro-batch of its step."""
+    output = run_example("raw_loop.py", cwd=tmp_path)
+    assert "1 skipped" in output
+    assert "micro-batch 2" in output
+
+
+@pytest.mark.slow
+def test_cli_reads_the_configuration(tmp_path):
+    """300 steps, clipped as configured."""
+    run_example("cli.py", "fit", "--config", str(ROOT / "examples" / "config.yaml"), cwd=tmp_path)
+    assert (tmp_path / "logs" / "cli").is_dir()
+
+
+def test_readme_python_blocks_run_or_name_what_exists():
+    """Blocks without a model of the reader's run; all names that they import are there."""
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 3
+    for block in blocks:
+        lines = [line.removeprefix("  ") if block.startswith("  ") else line for line in block.splitlines()]
+        code = "\n".join(line for line in lines if "Trainer" not in line)
+        if "trainer.fit" in code:
+            code = code.split("\n\n", maxsplit=1)[0]
+        exec(compile(code, "README.md", "exec"), {})
+
+
+def test_readme_names_every_option_of_the_constructor():
+    """A new keyword without a row in the table is a mistake."""
+    import inspect  # noqa: PLC0415
+
+    from lightning_gradguard import GradGuard  # noqa: PLC0415
+
+    for name in inspect.signature(GradGuard.__init__).parameters:
+        assert name == "self" or f"| `{name}` |" in README
+
+
+def test_readme_test_command_is_the_one_that_ci_runs():
+    """One command between the markers that .ci/run reads."""
+    block = re.search(r"<!-- test-command -->\n```bash\n(.*)\n```\n<!-- end -->", README)
+    assert block is not None
+    assert block.group(1).endswith(".venv/bin/pytest")
+
+
+def test_readme_pictures_are_there():
+    """And none stands in the folder that nobody shows."""
+    shown = set(re.findall(r"\]\(docs/images/(.*?)\)", README))
+    assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}

@@ -93,9 +93,23 @@ class _Damage:
             return grad
         if self._fault == "explosion":
             return grad * self._factor
-        damaged = grad.clone()
-        damaged[(0,) * damaged.dim()] = float(self._fault)
-        return damaged
+        value = float(self._fault)
+        if type(grad) is not Tensor:
+            from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+            if isinstance(grad, DTensor):
+                # Writing into a DTensor is a collective, in which the other ranks would not take part.
+                local = _with_first(grad.to_local(), value)
+                mesh, shape, stride = grad.device_mesh, grad.shape, grad.stride()
+                return DTensor.from_local(local, mesh, grad.placements, run_check=False, shape=shape, stride=stride)
+        return _with_first(grad, value)
+
+
+def _with_first(tensor: Tensor, value: float) -> Tensor:
+    """A copy whose first element is `value`."""
+    copy = tensor.clone()
+    copy[(0,) * copy.dim()] = value
+    return copy
 
 
 def _find(model: nn.Module, parameter: str | None) -> tuple[str, nn.Parameter]:

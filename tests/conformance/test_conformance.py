@@ -9,9 +9,9 @@ import pytest
 from cells import ALL_CELLS, REASONS, Cell, reason_against
 from training import train
 
-_CLIP_TOLERANCE = {"fp32": 1e-6, "fp64": 1e-6, "bf16-mixed": 1e-6, "bf16-true": 1e-2, "fp16": 1e-6}
+_CLIP_TOLERANCE = {"fp32": 1e-5, "fp64": 1e-7, "bf16-mixed": 1e-5, "bf16-true": 1e-2, "fp16": 1e-5}
 """Distance of the weights from those clipped by hand, relative to their length. Fused kernels divide by a float32 factor,
-whatever the precision; with bf16 weights torch's own clipping computes its norm in bf16, the guard in float32."""
+whatever the precision; ranks sum in another order; and Adam makes steps of full length out of gradients near 0."""
 
 _NORM_TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12, "bf16-mixed": 1e-6, "bf16-true": 1e-6, "fp16": 1e-6}
 

@@ -114,8 +114,10 @@ class Student(LightningModule):
         super().__init__()
         self.cell, self.run_ = cell, run
         self.automatic_optimization = cell.loop in ("automatic", "accumulation")
-        self.second = _mlp(FEATURES, 8, 1)
-        self.first = _mlp(NOISE, 8, FEATURES) if cell.loop == "gan" else None
+        # 5 rows on two ranks are uneven shards, 1 row leaves a rank an empty one; TP has to split the columns evenly.
+        width = 6 if cell.topology == "tp" else 5
+        self.second = _mlp(FEATURES, 8, width, 1)
+        self.first = _mlp(NOISE, 8, width, FEATURES) if cell.loop == "gan" else None
         self.step_index = -1
 
     def configure_model(self) -> None:
@@ -124,7 +126,7 @@ class Student(LightningModule):
             return
         for net in self.nets():
             if self.cell.topology == "tp":
-                plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": ColwiseParallel(output_layouts=Replicate())}
+                plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": RowwiseParallel(input_layouts=Replicate())}
                 parallelize_module(net, self.device_mesh["tensor_parallel"], plan)
             else:
                 fully_shard(net, mesh=self.device_mesh["data_parallel"])
@@ -244,9 +246,10 @@ def _optimizers() -> dict[str, Callable[..., torch.optim.Optimizer]]:
 _OPTIMIZERS = _optimizers()
 
 
-def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    # 5 rows on two ranks are uneven shards, 1 row leaves a rank an empty one.
-    return nn.Sequential(nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, 5), nn.Tanh(), nn.Linear(5, outputs))
+def _mlp(inputs: int, hidden: int, width: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.Tanh(), nn.Linear(hidden, width), nn.Tanh(), nn.Linear(width, outputs)
+    )
 
 
 def _batches(cell: Cell, trainer: Trainer) -> list[tuple[Tensor, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -29,6 +29,7 @@ from lightning_gradguard.scaling import LossScaling
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 from lightning_gradguard.sinks.base import SafeSink
+from lightning_gradguard.summary import count
 
 # Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
 # never calls `step` reaches it.
@@ -196,6 +197,7 @@ class Guard:
         if was_running and self.stopped_by is not None and self.last is not None:
             # The host has just learnt that the step before ends the training: this one comes too late.
             self._gate.skip_()
+            self._pending.clear()
             return self.last
         self._parameters.refresh()
         self._gate.open()
@@ -324,7 +326,7 @@ class Guard:
     ) -> Record:
         """Count, record, and tell."""
         alerts = alerts_of(position, judgement.verdicts, judgement.decision)
-        self._count(measurement, judgement.decision, clipped, alerts)
+        self.totals = count(self.totals, measurement, judgement.decision, alerts, is_clipped=clipped.coef < 1.0)
         record = Record(
             position,
             measurement,
@@ -340,20 +342,6 @@ class Guard:
         )
         self._publish(record)
         return record
-
-    def _count(self, measurement: Measurement, decision: Decision, clipped: Clipped, alerts: tuple[Alert, ...]) -> None:
-        totals = self.totals
-        by_kind = Counter(totals.alerts_by_kind)
-        by_kind.update(alert.kind for alert in alerts)
-        self.totals = Totals(
-            num_steps=totals.num_steps + 1,
-            num_skipped=totals.num_skipped + decision.skip,
-            num_overflows=totals.num_overflows + measurement.is_scaler_overflow,
-            num_clipped=totals.num_clipped + (clipped.coef < 1.0),
-            num_alerts=totals.num_alerts + len(alerts),
-            num_repeats=totals.num_repeats + decision.alerting.count(False),
-            alerts_by_kind=dict(by_kind),
-        )
 
     def _publish(self, record: Record) -> None:
         self.last = record

@@ -1,11 +1,28 @@
-"""What a run came to, in one line or two."""
+"""What a run came to: counted step by step, and said in one line or two."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from lightning_gradguard.record import Alert, Totals
+from lightning_gradguard.record import Alert, Decision, Measurement, Totals
+
+
+def count(
+    totals: Totals, measurement: Measurement, decision: Decision, alerts: Sequence[Alert], *, is_clipped: bool
+) -> Totals:
+    """The counts after one more step."""
+    by_kind = Counter(totals.alerts_by_kind)
+    by_kind.update(alert.kind for alert in alerts)
+    return Totals(
+        num_steps=totals.num_steps + 1,
+        num_skipped=totals.num_skipped + decision.skip,
+        num_overflows=totals.num_overflows + measurement.is_scaler_overflow,
+        num_clipped=totals.num_clipped + is_clipped,
+        num_alerts=totals.num_alerts + len(alerts),
+        num_repeats=totals.num_repeats + decision.alerting.count(False),
+        alerts_by_kind=dict(by_kind),
+    )
 
 
 def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
@@ -21,10 +38,12 @@ def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
     alerts = ", ".join(f"{count:,} {kind}" for kind, count in by_kind.items()) or "none"
     repeats = sum(entry.num_repeats for entry in each)
     silent = f" ({repeats:,} more inside their cooldown)" if repeats else ""
+    overflows = sum(entry.num_overflows for entry in each)
+    calibration = f" ({overflows:,} of them while the GradScaler looked for its scale)" if overflows else ""
     num_steps = sum(entry.num_steps for entry in each)
     counts = (
         f"GradGuard: {num_steps:,} steps, {sum(entry.num_clipped for entry in each):,} clipped, "
-        f"{sum(entry.num_skipped for entry in each):,} skipped; alerts: {alerts}{silent}."
+        f"{sum(entry.num_skipped for entry in each):,} skipped{calibration}; alerts: {alerts}{silent}."
     )
     if num_steps == 0:
         return (

@@ -85,7 +85,7 @@ def main(log_dir: str = "logs", max_epochs: int = MAX_EPOCHS) -> dict[str, tuple
         )
         if guard.alerts:
             print(f"  first: {guard.alerts[0].message}")
-    print("Clipped, it learns, slowly. Skipping keeps the weights from harm, but where every step explodes it learns nothing.")
+    print("Clipped, it learns, slowly. Skipping keeps the weights from harm, but learns nothing here.")
     print(f"\nAlerts: {log_dir}/exploding_rnn/*/gradguard/alerts.jsonl")
     print(f"Look at it: tensorboard --logdir {log_dir}/exploding_rnn")
     return results

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 from selenium import webdriver
 from selenium.webdriver.common.by import By
@@ -18,8 +19,14 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 IMAGES = Path(__file__).parent / "images"
 PORT = 6123
-VIEWS = {"custom_scalars": 800, "text": 680, "histograms": 900}
-"""TensorBoard's tabs, and the height of the picture in pixels."""
+FILTER = "gradguard/(global_norm|clipped_norm|explosion_limit|num_skipped)"
+VIEWS = {
+    "timeseries": (f"tagFilter={quote(FILTER)}&smoothing=0", "timeseries", 1300),
+    "custom_scalars": ("", "custom_scalars&_smoothingWeight=0", 940),
+    "text": ("", "text", 760),
+    "histograms": ("", "histograms", 900),
+}
+"""By picture: TensorBoard's settings, its tab, and the height of the window in pixels. Smoothing would hide one step."""
 
 
 @contextlib.contextmanager
@@ -67,12 +74,12 @@ def main(log_dir: str = "logs/quickstart") -> None:
     """One picture of each view."""
     IMAGES.mkdir(exist_ok=True)
     with tensorboard(log_dir) as address, browser() as driver:
-        for tab, height in VIEWS.items():
+        for name, (settings, tab, height) in VIEWS.items():
             driver.set_window_size(1500, height)
-            driver.get(f"{address}/?darkMode=false#{tab}")
+            driver.get(f"{address}/?darkMode=false&{settings}#{tab}")
             WebDriverWait(driver, 30).until(lambda found: found.find_elements(By.CSS_SELECTOR, "tb-app-root, app-header"))
             WebDriverWait(driver, 60).until(_is_drawn)
-            driver.save_screenshot(str(IMAGES / f"{tab}.png"))
+            driver.save_screenshot(str(IMAGES / f"{name}.png"))
 
 
 def _is_drawn(driver: webdriver.Chrome) -> bool:

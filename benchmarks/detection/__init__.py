@@ -1,0 +1,1 @@
+"""How well the detectors tell a sick training from a healthy one, beside the rules that others use."""

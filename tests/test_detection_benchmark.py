@@ -1,0 +1,101 @@
+"""The benchmark of the detectors: that its labels, its split and its scores are what it says they are."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from builders import measurement
+
+from benchmarks.detection import recording as recordings
+from benchmarks.detection import rules
+from benchmarks.detection.recording import Recording, recorded, run
+from benchmarks.detection.score import score
+from benchmarks.detection.split import TEST, TUNING
+from benchmarks.detection.trainings import KINDS, Kind
+
+HEALTHY = Kind("calm", KINDS["mlp_adam"].build)
+SICK = Kind("spiked", KINDS["mlp_adam"].build, "a fault", ("explosion",), onset=30)
+
+
+def made(kind, norms):
+    """A recording of a model with one module."""
+    return Recording(kind, 0, tuple(measurement([float(norm)], loss=1.0) for norm in norms), 0.0)
+
+
+def test_split_every_kind_is_in_one_half():
+    """And both halves hold healthy and sick ones, with every fault."""
+    assert not TUNING & TEST
+    assert set(KINDS) == TUNING | TEST
+    faults = [{KINDS[name].fault for name in half} for half in (TUNING, TEST)]
+    assert faults[0] == faults[1]
+
+
+def test_kinds_are_at_least_sixteen_of_each():
+    """Every sick one says which detectors must find it."""
+    healthy = [kind for kind in KINDS.values() if kind.is_healthy]
+    sick = [kind for kind in KINDS.values() if not kind.is_healthy]
+    assert min(len(healthy), len(sick)) >= 16
+    assert all(set(kind.must_find) <= {"nonfinite", "explosion", "vanishing", "overflow"} for kind in sick)
+    assert all(kind.must_find for kind in sick)
+
+
+def test_score_alarm_after_the_onset_is_recall_and_before_it_is_false():
+    """Delay counts from the onset."""
+    calm, spiked = [1.0] * 60, [1.0] * 32 + [100.0] + [1.0] * 27
+    found = score(rules.gradguard(), [made(HEALTHY, calm), made(SICK, spiked)])
+    assert (found.recall, found.delay_of("a fault"), found.false_alarms) == (1.0, 2, 0)
+    assert found.healthy_steps == 60 + 30
+    early = score(rules.gradguard(), [made(SICK, [1.0] * 20 + [100.0] + [1.0] * 39)])
+    assert (early.recall, early.false_alarms) == (0.0, 1)
+    assert early.missed == ["spiked (seed 0)"]
+
+
+def test_score_finding_of_another_kind_does_not_count():
+    """An explosion is not found by whoever else fires."""
+    spiked = [1.0] * 32 + [math.nan] + [1.0] * 27
+    assert score(rules.gradguard(), [made(SICK, spiked)]).recall == 0.0
+    assert score(rules.gradguard(), [made(SICK, spiked)], any_kind=True).recall == 1.0
+
+
+@pytest.mark.parametrize("rule", [rules.gradguard(), *rules.PEERS.values()], ids=["ours", *rules.PEERS])
+def test_rule_on_steady_norms_flags_nothing(rule):
+    """Noise of five percent."""
+    norms = np.exp(np.random.default_rng(0).normal(0.0, 0.05, 200))
+    fired = rule(made(HEALTHY, norms))
+    assert len(fired) == 200
+    assert sum(map(bool, fired)) <= (2 if rule is rules.zclip else 0)
+
+
+def test_olmo_after_one_nan_flags_its_whole_window():
+    """As seen in the original."""
+    fired = rules.olmo(made(HEALTHY, [1.0, 1.1] * 50 + [math.nan] + [1.0, 1.1] * 100))
+    assert sum(map(bool, fired)) == 129
+
+
+@pytest.mark.parametrize("name", ["mlp_adam", "nan_element", "fp16_backward", "exploding_rnn"])
+def test_training_of_few_steps_runs_and_is_seeded(name):
+    """The same figures twice."""
+    first, second = (run(KINDS[name], 0, steps=3) for _ in range(2))
+    assert first.losses == second.losses
+    assert len(first.measurements) == 3
+
+
+def test_recording_through_the_cache_is_what_was_measured(tmp_path, monkeypatch):
+    """NaN, who is damaged, and where the loss was."""
+    monkeypatch.setattr(recordings, "CACHE", tmp_path)
+    monkeypatch.setattr(recordings.run, "__defaults__", (160,))
+    read, measured = recorded("nan_element", 1), run(KINDS["nan_element"], 1)
+    for one, other in zip(read.measurements, measured.measurements, strict=True):
+        assert np.array_equal(one.norms, other.norms, equal_nan=True)
+        assert repr((one.loss, one.damage, one.nonfinite)) == repr((other.loss, other.damage, other.nonfinite))
+    assert not read.measurements[150].is_finite
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_detectors_at_default_settings_raise_no_alarm_on_healthy_kinds():
+    """One seed of each, all of them run afresh or from the cache."""
+    healthy = [recorded(name, 0) for name, kind in KINDS.items() if kind.is_healthy]
+    assert score(rules.gradguard(), healthy).alarmed == {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -76,6 +76,63 @@ def local_shard_(parameter: Tensor, ranks: Ranks) -> tuple[Tensor | None, float]
         grad = grad.redistribute(placements=whole)
         parameter.grad = grad
     return grad.to_local(), _num_shards(grad) / ranks.size
+
+
+def local_weight(parameter: Tensor) -> Tensor:
+    """What this rank holds of a parameter, in the shape of what it holds of its gradient. No sync.
+
+    Of a parameter with a sparse gradient only the rows that the gradient has, copied; a collective only where a DTensor is
+    laid out otherwise than its gradient.
+    """
+    weight, grad = parameter.detach(), parameter.grad
+    assert grad is not None
+    if grad.is_sparse:
+        return weight[tuple(grad._indices())]
+    if not is_sharded([parameter]):
+        return weight
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    assert isinstance(weight, DTensor)
+    assert isinstance(grad, DTensor)
+    if weight.placements != grad.placements:
+        weight = weight.redistribute(placements=grad.placements)
+    return weight.to_local()
+
+
+def sum_pieces_(norms: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+    """From 2-norms of pieces of output units to those of whole units, in place.
+
+    An output unit is an index of the first dimension; a vector is one unit. Sharding a matrix by rows leaves its units
+    whole; by columns, and of vectors in any way, it leaves each rank a piece. No sync; a collective for each mesh and set of
+    its dimensions by which units are split, among those ranks.
+
+    Args:
+        norms: of what this rank holds, one tensor for each parameter.
+        parameters: whose gradients' placements count.
+    """
+    if not is_sharded(parameters):
+        return
+    from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
+
+    groups: dict[Any, list[Tensor]] = {}
+    for norm, parameter in zip(norms, parameters, strict=True):
+        grad = parameter.grad
+        if not isinstance(grad, DTensor):
+            continue
+        dims = tuple(
+            dim
+            for dim, placement in enumerate(grad.placements)
+            if not placement.is_replicate() and (grad.ndim <= 1 or not isinstance(placement, Shard) or placement.dim > 0)
+        )
+        if dims:
+            groups.setdefault((grad.device_mesh, dims, norm.dtype), []).append(norm)
+    for (mesh, dims, _), members in groups.items():
+        squares = torch.cat([member.reshape(-1) for member in members]).square()
+        for dim in dims:
+            dist.all_reduce(squares, group=mesh.get_group(dim))
+        pieces = torch.split_with_sizes(squares.sqrt(), [member.numel() for member in members])
+        for member, whole in zip(members, pieces, strict=True):
+            member.copy_(whole.view_as(member))
 
 
 def _num_shards(tensor: DTensor) -> int:

@@ -7,6 +7,7 @@ closer at single elements only when that copy shows an incident.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,15 +34,27 @@ class Gradients:
         parameters: tensors with a `.grad` or None there.
         sharded: whether there are DTensors among them.
         is_uniform: whether all are known to share device and dtype, which saves a look at each.
+        names: one per parameter; empty: they go by their position.
 
     Attributes:
         present: which parameters have a gradient, bool [num_parameters].
         tensors: their gradients' values on this rank.
         shares: which share of each counts here in a sum over ranks, [num_tensors]; None where nothing is sharded.
+        measured: 2-norm of each over all ranks, [num_tensors]; None where they were not measured, or changed since.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, sharded: bool = False, is_uniform: bool = False) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        sharded: bool = False,
+        is_uniform: bool = False,
+        names: Sequence[str] = (),
+    ) -> None:
         self.ranks = Ranks.current()
+        self.measured: Tensor | None = None
+        self._parameters = parameters
+        self._names = names
         self._is_uniform = is_uniform
         grads = [parameter.grad for parameter in parameters]
         shares = None
@@ -60,6 +73,46 @@ class Gradients:
         some = self.tensors or parameters
         self.device = some[0].device if some else torch.device("cpu")
         self.shares = None if shares is None else torch.tensor(shares).to(self.device, non_blocking=True)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that have a gradient, [num_tensors]."""
+        names = self._names or [str(index) for index in range(len(self.present))]
+        return [name for name, is_here in zip(names, self.present.tolist(), strict=True) if is_here]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that have a gradient, as the user passed them, [num_tensors]."""
+        return [it for it, is_here in zip(self._parameters, self.present.tolist(), strict=True) if is_here]
+
+    def select(self, indices: Sequence[int]) -> Gradients:
+        """Some of them, by their index in `tensors`, ascending; they share memory with these. No sync."""
+        part = copy.copy(self)
+        part.tensors = [self.tensors[index] for index in indices]
+        part.present = np.zeros_like(self.present)
+        part.present[np.flatnonzero(self.present)[list(indices)]] = True
+        rows = torch.tensor(indices, dtype=torch.long)
+        part.shares = None if self.shares is None else self.shares[_to(rows, self.shares.device)]
+        part.measured = None if self.measured is None else self.measured[_to(rows, self.measured.device)]
+        return part
+
+    def tensor_norms(self, norm_type: float = 2.0) -> Tensor:
+        """Norm of each gradient over all ranks, float32 or wider, [num_tensors].
+
+        No sync; a pass over the gradients, and a collective where they are sharded, unless it has just been measured.
+        """
+        if norm_type == 2.0 and self.measured is not None:
+            return self.measured
+        norms = self.norms(norm_type)
+        if self.shares is None:
+            return norms
+        # Over all parameters, also those without a gradient here, so that all ranks reduce vectors of one length.
+        present = torch.from_numpy(np.flatnonzero(self.present)).to(norms.device, non_blocking=True)
+        rows = norms.new_zeros(len(self.present))
+        if norm_type == math.inf:
+            return self.ranks.max_(rows.index_copy_(0, present, norms)).index_select(0, present)
+        rows.index_copy_(0, present, norms**norm_type * self.shares)
+        return self.ranks.sum_(rows).index_select(0, present) ** (1.0 / norm_type)
 
     def norms(self, norm_type: float = 2.0) -> Tensor:
         """Norm of what this rank holds of each gradient, float32 or wider, on one device, [num_tensors]. No sync."""
@@ -92,12 +145,21 @@ class Gradients:
 
     def scale_(self, coef: Tensor | float) -> None:
         """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
+        self.measured = None
         for (device, _), members in self._by_kind().items():
             factor = _to(coef, device) if isinstance(coef, Tensor) else coef
             torch._foreach_mul_(members, factor)
 
+    def scale_each_(self, coefs: Sequence[float]) -> None:
+        """Multiply each gradient by a factor of its own, in place; those with a factor of 1 are not touched. No sync."""
+        self.measured = None
+        scaled = [(tensor, coef) for tensor, coef in zip(self.tensors, coefs, strict=True) if coef != 1.0]
+        if scaled:
+            torch._foreach_mul_([tensor for tensor, _ in scaled], [coef for _, coef in scaled])
+
     def clamp_(self, limit: float) -> None:
         """Clamp every element to [-limit, limit], in place; real and imaginary part apart. NaN stays. No sync."""
+        self.measured = None
         for members in self._by_kind().values():
             reals = [torch.view_as_real(member) if member.is_complex() else member for member in members]
             torch._foreach_clamp_min_(reals, -limit)
@@ -228,7 +290,7 @@ def measure(
     histogram: Tensor | None = None,
     some_are_foreign: bool = False,
 ) -> Facts:
-    """The device half: one pass over the gradients. Changes nothing, never waits for the device.
+    """The device half: one pass over the gradients. Changes none, never waits for the device.
 
     At most one collective: a sum over ranks of 4 bytes for each parameter, where gradients are sharded, and of 16 bytes for
     each rank, where losses are watched. A histogram of sharded gradients travels in it.
@@ -251,6 +313,7 @@ def measure(
         total_norm = total(norms, 2.0)
     elif micro_batches:
         ranks.sum_(signs)
+    gradients.measured = norms
     return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram)
 
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_gradguard.callback import GradGuard
-    from lightning_gradguard.clippers import ClipNorm, Clipper, ClipValue
+    from lightning_gradguard.clippers import (
+        AGC,
+        AdaGC,
+        AutoClip,
+        ClipNorm,
+        ClipParameterNorm,
+        Clipper,
+        ClipValue,
+        Grouped,
+        ZClip,
+    )
     from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
     from lightning_gradguard.errors import GradientError, GradientWarning, GuardWarning, SinkWarning
     from lightning_gradguard.guard import Guard
@@ -21,9 +31,13 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AGC",
     "Action",
+    "AdaGC",
     "Alert",
+    "AutoClip",
     "ClipNorm",
+    "ClipParameterNorm",
     "ClipValue",
     "Clipper",
     "Culprit",
@@ -33,6 +47,7 @@ __all__ = [
     "GradGuard",
     "GradientError",
     "GradientWarning",
+    "Grouped",
     "Guard",
     "GuardWarning",
     "Measurement",
@@ -44,11 +59,12 @@ __all__ = [
     "SinkWarning",
     "Vanishing",
     "Verdict",
+    "ZClip",
 ]
 
 _MODULE_OF = {
     "callback": ["GradGuard"],
-    "clippers": ["ClipNorm", "ClipValue", "Clipper"],
+    "clippers": ["AGC", "AdaGC", "AutoClip", "ClipNorm", "ClipParameterNorm", "ClipValue", "Clipper", "Grouped", "ZClip"],
     "detectors": ["Detector", "Explosion", "NonFinite", "Overflow", "Vanishing"],
     "errors": ["GradientError", "GradientWarning", "GuardWarning", "SinkWarning"],
     "guard": ["Guard"],

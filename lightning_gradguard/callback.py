@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -36,7 +36,7 @@ class GradGuard(Callback):
     """Inspects every backward pass: measures, logs, clips, and keeps bad updates from being applied.
 
     Args:
-        clip: largest global norm, or a clipper; None: no clipping.
+        clip: largest global norm, or a clipper, or a mapping of patterns of names to either (`Grouped`); None: no clipping.
         nonfinite: what to do about NaN and Inf: an action's name, a configured detector, or None for off.
         explosion: the same for gradients that are finite but far too large.
         vanishing: the same for gradients that no longer reach a part of the model.
@@ -61,7 +61,7 @@ class GradGuard(Callback):
     def __init__(
         self,
         *,
-        clip: float | Clipper | None = None,
+        clip: float | Clipper | Mapping[str, float | Clipper | None] | None = None,
         nonfinite: ActionName | Action | NonFinite | None = "skip",
         explosion: ActionName | Action | Explosion | None = "warn",
         vanishing: ActionName | Action | Vanishing | None = "warn",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,17 +95,21 @@ class Gate:
         self.kernel = FusedKernel(optimizer) if optimizer and FusedKernel.fits(optimizer) and not uses_scaler else None
         is_lbfgs = isinstance(optimizer, torch.optim.LBFGS)
         self.undoable = UndoableStep(optimizer, parameters.tensors) if is_lbfgs else None  # type: ignore[arg-type]
+        self._history_before: dict[str, Any] | None = None
 
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
         if self.kernel is not None:
             self.kernel.clear()
+        self._history_before = None
 
     def skip_(self) -> None:
         """Keep the step from being applied. One sync where there are buffers."""
         skip_(self._parameters.tensors)
         if self.undoable is not None:
             self.undoable.undo_()
+        if self.clipper is not None and self._history_before is not None:
+            self.clipper.load_state_dict(self._history_before)
         self._buffers.repair_()
 
     def can_defer(self, gradients: Gradients) -> bool:
@@ -113,8 +118,13 @@ class Gate:
             self.kernel is not None
             and self.kernel.can_skip
             and gradients.device.type in DEFERRING_DEVICES
-            and (self.clipper is None or isinstance(self.clipper, FactorClipper))
+            and self._clips_unseen
         )
+
+    @property
+    def _clips_unseen(self) -> bool:
+        """Whether the device can clip before the host knows the norm; also where there is nothing that clips."""
+        return self.clipper is None or (isinstance(self.clipper, FactorClipper) and not self.clipper.needs_host)
 
     def defer_(self, gradients: Gradients, facts: Facts, bar: Bar) -> Tensor:
         """Have the device skip or clip by itself; the factor of clipping, scalar on the device. No sync."""
@@ -131,7 +141,7 @@ class Gate:
         Returns:
             The factor, scalar on the device; None where the host has to know first. No sync.
         """
-        if gradients.device.type not in DEFERRING_DEVICES or not isinstance(self.clipper, FactorClipper | None):
+        if gradients.device.type not in DEFERRING_DEVICES or not self._clips_unseen:
             return None
         self._buffers.remember()
         coef = self._coefficient(gradients, facts)
@@ -155,8 +165,15 @@ class Gate:
         else:
             self._buffers.confirm()
 
-    def clip_(self, gradients: Gradients, facts: Facts, measurement: Measurement) -> Clipped:
-        """Let the step through, clipped. At most one sync."""
+    def clip_(self, gradients: Gradients, facts: Facts, measurement: Measurement, *, is_repeated: bool = False) -> Clipped:
+        """Let the step through, clipped. At most one sync but for those of the clipper's own.
+
+        Args:
+            gradients: to be clipped.
+            facts: about them.
+            measurement: the same on the host.
+            is_repeated: whether an evaluation of the same step has been clipped before.
+        """
         self._buffers.remember()
         self._buffers.confirm()
         if self.clipper is None or not gradients.tensors:
@@ -164,9 +181,21 @@ class Gate:
         norm = facts.total_norm
         if measurement.overflowed:
             norm = torch.tensor(measurement.global_norm, dtype=torch.float64)
-        if self.kernel is None or not isinstance(self.clipper, FactorClipper):
-            return self.clipper.clip_(gradients, norm)
-        factor, clipped = self.clipper.factor(gradients, norm)
+            gradients.measured = torch.from_numpy(measurement.norms[measurement.has_grad])
+        # One step is one entry of a clipper's history, and a damaged one is none.
+        is_no_entry = is_repeated or measurement.overflowed or not measurement.is_finite
+        history = self.clipper.state_dict() if is_no_entry or self.undoable is not None else None
+        clipped = self._clip_(self.clipper, gradients, norm)
+        if is_no_entry and history is not None:
+            self.clipper.load_state_dict(history)
+        elif history is not None:
+            self._history_before = history
+        return clipped
+
+    def _clip_(self, clipper: Clipper, gradients: Gradients, norm: Tensor) -> Clipped:
+        if self.kernel is None or not isinstance(clipper, FactorClipper):
+            return clipper.clip_(gradients, norm)
+        factor, clipped = clipper.factor(gradients, norm)
         if clipped.coef < 1.0:
             self.kernel.scale(factor)
         return clipped

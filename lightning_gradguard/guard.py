@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -45,7 +45,7 @@ class Guard:
     Args:
         named_parameters: the model's parameters, as `model.named_parameters()` gives them.
         optimizer: whose parameters are watched; None: all of `named_parameters`.
-        clip: largest norm, or a clipper; None: no clipping.
+        clip: largest norm, or a clipper, or a mapping of patterns of names to either (`Grouped`); None: no clipping.
         nonfinite, explosion, vanishing, overflow: an action's name, a configured detector, or None for off.
         detectors: your own, beside these.
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
@@ -78,7 +78,7 @@ class Guard:
         named_parameters: Iterable[tuple[str, Tensor]],
         optimizer: torch.optim.Optimizer | None = None,
         *,
-        clip: float | Clipper | None = None,
+        clip: float | Clipper | Mapping[str, float | Clipper | None] | None = None,
         nonfinite: ActionName | Action | NonFinite | None = "skip",
         explosion: ActionName | Action | Explosion | None = "warn",
         vanishing: ActionName | Action | Vanishing | None = "warn",
@@ -256,7 +256,9 @@ class Guard:
 
     def _gradients(self) -> Gradients:
         watched = self._parameters
-        return Gradients(watched.tensors, sharded=watched.is_sharded, is_uniform=watched.is_uniform)
+        return Gradients(
+            watched.tensors, sharded=watched.is_sharded, is_uniform=watched.is_uniform, names=watched.layout.names
+        )
 
     def _measure(self, position: Position, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:
         scale = None
@@ -308,7 +310,7 @@ class Guard:
             self._gate.skip_()
             return first
         if measurement.is_finite:
-            self._gate.clip_(gradients, facts, measurement)
+            self._gate.clip_(gradients, facts, measurement, is_repeated=True)
             return first
         judgement = self._judge.judge(measurement, is_repeated=True)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)

@@ -134,3 +134,9 @@ def require_float(
         return
     upper = f" and <= {up_to:g}" if up_to != float("inf") else "" if infinite else " and finite"
     raise ValueError(f"`{parameter}` must be a number > {above:g}{upper}, got {value!r}. {remedy}")
+
+
+def require_decay(value: object, *, default: float) -> None:
+    """Raise a `ValueError` unless `decay`, the weight on the past, lies in (0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+        raise ValueError(f"`decay` must be a number > 0 and < 1, got {value!r}. The authors' choice is {default}.")

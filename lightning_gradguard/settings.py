@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lightning_gradguard.clippers import ClipNorm, Clipper
+from lightning_gradguard.clippers import ClipNorm, Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.policy import Action, ActionName, require_int, to_action
 from lightning_gradguard.record import Record
@@ -38,7 +38,7 @@ class Settings:
     def of(
         cls,
         *,
-        clip: float | Clipper | None,
+        clip: float | Clipper | Mapping[str, float | Clipper | None] | None,
         nonfinite: ActionName | Action | NonFinite | None,
         explosion: ActionName | Action | Explosion | None,
         vanishing: ActionName | Action | Vanishing | None,
@@ -81,9 +81,11 @@ class Settings:
         return Settings(copy.deepcopy(self.clipper), copy.deepcopy(self.detectors), self.sinks, self.histogram_every_n_steps)
 
 
-def _to_clipper(clip: float | Clipper | None) -> Clipper | None:
+def _to_clipper(clip: float | Clipper | Mapping[str, float | Clipper | None] | None) -> Clipper | None:
     if clip is None or isinstance(clip, Clipper):
         return clip
+    if isinstance(clip, Mapping):
+        return Grouped(clip)
     if isinstance(clip, bool) or not isinstance(clip, (int, float)):
         raise ValueError(
             f"`clip` must be a number (the largest norm), a Clipper or None, got {clip!r}. "

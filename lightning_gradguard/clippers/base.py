@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +28,11 @@ class Clipped:
 
 
 class Clipper(ABC):
-    """Makes the gradients of one step smaller. Called after the step was measured, and only if it is applied."""
+    """Makes the gradients of one step smaller. Called after the step was measured, and only if it is applied.
+
+    One that keeps a history takes each call for a step. What is no step of its own (a further evaluation inside a step of
+    LBFGS, a step whose loss or gradients are damaged), the guard takes back, by `load_state_dict`.
+    """
 
     @abstractmethod
     def clip_(self, gradients: Gradients, global_norm: Tensor) -> Clipped:
@@ -48,14 +53,24 @@ class Clipper(ABC):
 
 
 class FactorClipper(Clipper):
-    """A clipper whose rule is one factor for all gradients: say `coefficient`, the rest is here."""
+    """A clipper whose rule is one factor for all gradients: say `coefficient`, the rest is here.
+
+    Attributes:
+        needs_host: whether the rule reads the norm on the host, or learns from it. If not, a GPU clips while the host knows
+            nothing yet; `learn` is never called then.
+    """
+
+    needs_host: ClassVar[bool] = False
 
     @abstractmethod
     def coefficient(self, gradients: Gradients, global_norm: Tensor) -> Tensor:
-        """The factor in (0, 1], a scalar on the device of `global_norm`. Changes nothing; no sync."""
+        """The factor in (0, 1], a scalar on the device of `global_norm`. Changes nothing; no sync unless `needs_host`."""
+
+    def learn(self, global_norm: float) -> None:
+        """Take a step's norm into the history, once its factor is known. Only finite norms come here."""
 
     def factor(self, gradients: Gradients, global_norm: Tensor) -> tuple[Tensor, Clipped]:
-        """The factor, and what clipping by it comes to; changes nothing. One sync.
+        """The factor, and what clipping by it comes to; changes no gradient, but learns from the norm. One sync.
 
         A norm that is NaN or infinite says nothing about the finite elements, and a factor computed from it would
         turn [1, inf] into [0, nan]: the factor for such gradients is 1.
@@ -65,6 +80,7 @@ class FactorClipper(Clipper):
             return torch.ones_like(global_norm), Clipped(coef=1.0, norm=norm)
         factor = self.coefficient(gradients, global_norm)
         coef = float(factor)
+        self.learn(norm)
         return factor, Clipped(coef, norm * coef)
 
     def clip_(self, gradients: Gradients, global_norm: Tensor) -> Clipped:
@@ -73,3 +89,26 @@ class FactorClipper(Clipper):
         if clipped.coef < 1.0:
             gradients.scale_(factor)
         return clipped
+
+
+def clip_each_(gradients: Gradients, norms: Tensor, coefs: Tensor, global_norm: Tensor) -> Clipped:
+    """Multiply each gradient by its own factor, in place. No sync where `global_norm` is on the CPU.
+
+    Args:
+        gradients: of one optimizer.
+        norms: their 2-norms over all ranks, on the CPU [num_tensors].
+        coefs: the factors in (0, 1], on the CPU [num_tensors].
+        global_norm: 2-norm over all, scalar.
+    """
+    before = float(global_norm)
+    gradients.scale_each_(coefs.tolist())
+    if bool((coefs == 1.0).all()):
+        return Clipped(coef=1.0, norm=before)
+    return clipped_to(before, (norms.double() * coefs.double()).tolist())
+
+
+def clipped_to(before: float, norms: Sequence[float]) -> Clipped:
+    """What clipping did, from the global norm before it and the norms of all parts after."""
+    after = math.hypot(*norms)
+    is_smaller = math.isfinite(before) and 0.0 < after < before
+    return Clipped(coef=after / before if is_smaller else 1.0, norm=after)

@@ -13,7 +13,8 @@ from builders import examples, through_checkpoint, with_grads
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard import ClipNorm, ClipValue
+import lightning_gradguard
+from lightning_gradguard import AGC, AdaGC, AutoClip, ClipNorm, ClipParameterNorm, ClipValue, Grouped, ZClip
 from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
 from lightning_gradguard.measurement import Gradients
 
@@ -31,10 +32,21 @@ MAKERS = {
     "norm-3": lambda: ClipNorm(1.0, norm_type=3.0),
     "norm-inf": lambda: ClipNorm(1.0, norm_type=math.inf),
     "value": lambda: ClipValue(0.5),
+    "parameter-norm": lambda: ClipParameterNorm(1.0),
+    "parameter-norm-1": lambda: ClipParameterNorm(1.0, norm_type=1.0),
+    "parameter-norm-inf": lambda: ClipParameterNorm(1.0, norm_type=math.inf),
+    "agc": lambda: AGC(clip_factor=1.0, eps=0.5),
+    "autoclip": lambda: AutoClip(percentile=50.0, window=4),
+    "zclip": lambda: ZClip(warmup_steps=3),
+    "zclip-uncapped": lambda: ZClip(warmup_steps=3, max_norm=None),
+    "adagc": lambda: AdaGC(warmup_steps=3),
+    "grouped": lambda: Grouped({"0": AutoClip(), "1": 1.0, "2": AGC(clip_factor=1.0, eps=0.5)}),
     "own": Halve,
 }
 every_clipper = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
-every_factor_clipper = pytest.mark.parametrize("make", [MAKERS[key] for key in MAKERS if key != "value"])
+factor_clippers = {key: make for key, make in MAKERS.items() if isinstance(make(), FactorClipper)}
+every_factor_clipper = pytest.mark.parametrize("make", factor_clippers.values(), ids=factor_clippers)
+PUBLIC = {name: getattr(lightning_gradguard, name) for name in lightning_gradguard.__all__}
 ROWS = st.lists(
     st.lists(st.floats(-1e6, 1e6).map(lambda x: float(np.float32(x))), min_size=1, max_size=4), min_size=1, max_size=4
 )
@@ -107,7 +119,19 @@ def test_factor_clipper_keeps_the_direction(make, rows):
     assert all(torch.equal(new, old * factor) for new, old in zip(after, before, strict=True))
 
 
-@pytest.mark.parametrize("make", [ClipNorm, lambda size: ClipNorm(size, 1.0), ClipValue])
+@pytest.mark.parametrize(
+    "make",
+    [
+        ClipNorm,
+        lambda size: ClipNorm(size, 1.0),
+        ClipValue,
+        ClipParameterNorm,
+        lambda size: AGC(eps=size),
+        lambda size: ZClip(max_norm=size),
+        lambda size: AdaGC(max_norm=size),
+        lambda size: Grouped({"*": size}),
+    ],
+)
 @examples
 @given(rows=ROWS, exponent=st.integers(0, 20))
 def test_clipper_gradients_and_limit_scaled_alike_scale_the_result(make, rows, exponent):
@@ -193,10 +217,23 @@ def test_clipper_one_damaged_step_changes_no_later_one(make):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("clipper", [ClipNorm(2.5, norm_type=math.inf), ClipValue(0.25)])
+@pytest.mark.parametrize(
+    "clipper",
+    [
+        ClipNorm(2.5, norm_type=math.inf),
+        ClipValue(0.25),
+        ClipParameterNorm(2.5, norm_type=math.inf),
+        AGC(0.02, exclude=["head.*"]),
+        AutoClip(20.0, window=None),
+        ZClip(3.0, max_norm=None),
+        AdaGC(1.1),
+        Grouped({"a.*": 1.0, "b.*": AGC(), "c": None}),
+    ],
+    ids=lambda clipper: type(clipper).__name__,
+)
 def test_clipper_shown_reads_like_its_call(clipper):
     """So that a printed configuration can be pasted."""
-    assert repr(eval(repr(clipper), {"ClipNorm": ClipNorm, "ClipValue": ClipValue, "inf": math.inf})) == repr(clipper)
+    assert repr(eval(repr(clipper), {"inf": math.inf} | PUBLIC)) == repr(clipper)
 
 
 def test_clipper_is_abstract():

@@ -1,6 +1,7 @@
-"""A training that saves every few steps, told how to begin and whether to be killed in the middle.
+"""Trainings that save every few steps, told how to begin and whether to be killed in the middle.
 
-Run by `test_resume_kill.py` as `python resume_script.py FOLDER CLIPPER whole|killed|resumed`; writes its decisions.
+Run by `test_resume_kill.py` as `python resume_script.py FOLDER whole|killed|resumed`: one forked process for each clipper,
+which writes its decisions into its own folder.
 """
 
 from __future__ import annotations
@@ -16,11 +17,36 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_gradguard import ClipNorm, ClipValue, Explosion, GradGuard, NonFinite, Record, Vanishing
+from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    AutoClip,
+    ClipNorm,
+    ClipParameterNorm,
+    ClipValue,
+    Explosion,
+    GradGuard,
+    NonFinite,
+    Overflow,
+    Record,
+    Vanishing,
+    ZClip,
+)
 
-CLIPPERS = {"none": lambda: None, "norm": lambda: ClipNorm(1.0), "value": lambda: ClipValue(0.05)}
+CLIPPERS = {
+    "none": lambda: None,
+    "norm": lambda: ClipNorm(1.0),
+    "value": lambda: ClipValue(0.05),
+    "parameter_norm": lambda: ClipParameterNorm(0.5),
+    "agc": AGC,
+    "autoclip": AutoClip,
+    "zclip": ZClip,
+    "adagc": lambda: AdaGC(warmup_steps=20),
+    "scaler": lambda: ClipNorm(1.0),  # in fp16, whose scale is far too large at first
+}
 NUM_BATCHES, SAVE_EVERY, KILL_AFTER = 60, 5, 43
 
 
@@ -85,11 +111,14 @@ def main(folder: Path, clipper: str, mode: str) -> None:
         nonfinite=NonFinite("skip", cooldown=3),
         explosion=Explosion("skip", patience=2, cooldown=12, adapt_after=3),
         vanishing=Vanishing("warn", cooldown=7),
+        overflow=Overflow("warn", max_in_a_row=1, cooldown=2),
         sinks=[note],
     )
     checkpoint = ModelCheckpoint(folder, every_n_train_steps=SAVE_EVERY, save_last=True, filename="step-{step}")
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**22)
     trainer = Trainer(
         accelerator="cpu",
+        plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)] if clipper == "scaler" else [],
         max_epochs=1,
         logger=False,
         enable_progress_bar=False,
@@ -129,5 +158,17 @@ class Loader:
         self.first = state["position"]
 
 
+def fork(folder: Path, mode: str) -> dict[str, int]:
+    """Exit code of each clipper's process; negative: the signal that ended it."""
+    codes = {}
+    for clipper in CLIPPERS:
+        (folder / clipper).mkdir(exist_ok=True)
+        if (child := os.fork()) == 0:
+            main(folder / clipper, clipper, mode)
+            os._exit(0)
+        codes[clipper] = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return codes
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
+    (Path(sys.argv[1]) / "codes.json").write_text(json.dumps(fork(Path(sys.argv[1]), sys.argv[2])))

@@ -13,29 +13,41 @@ import torch
 from resume_script import CLIPPERS, KILL_AFTER, NUM_BATCHES, SAVE_EVERY
 
 _SCRIPT = Path(__file__).parent / "resume_script.py"
+_FIRST = (KILL_AFTER + 1) // SAVE_EVERY * SAVE_EVERY
 
 
-def _run(folder: Path, clipper: str, mode: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(_SCRIPT), str(folder), clipper, mode]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+def _run(folder: Path, mode: str) -> dict[str, int]:
+    done = subprocess.run([sys.executable, str(_SCRIPT), str(folder), mode], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    codes = json.loads((folder / "codes.json").read_text())
+    assert set(codes.values()) == {-signal.SIGKILL if mode == "killed" else 0}, done.stderr
+    return codes
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> tuple[Path, Path]:
+    """Of runs that were never killed, and of ones that were killed and then resumed."""
+    whole, killed = tmp_path_factory.mktemp("whole"), tmp_path_factory.mktemp("killed")
+    _run(whole, "whole")
+    _run(killed, "killed")
+    assert not list(killed.glob("*/killed.json"))
+    _run(killed, "resumed")
+    return whole, killed
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS)
-def test_run_killed_in_an_epoch_and_resumed_decides_bit_for_bit_as_one_never_killed(clipper, tmp_path):
-    """Norms, verdicts, limits, patience, cooldown, clipping and the weights; the checkpoint loads as plain types."""
-    (tmp_path / "whole").mkdir()
-    whole = _run(tmp_path / "whole", clipper, "whole")
-    assert whole.returncode == 0, whole.stderr
-    killed = _run(tmp_path, clipper, "killed")
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert not (tmp_path / "killed.json").exists()
-    torch.load(tmp_path / "last.ckpt", weights_only=True)
-    resumed = _run(tmp_path, clipper, "resumed")
-    assert resumed.returncode == 0, resumed.stderr
-    expected = json.loads((tmp_path / "whole" / "whole.json").read_text())
-    found = json.loads((tmp_path / "resumed.json").read_text())
-    first = (KILL_AFTER + 1) // SAVE_EVERY * SAVE_EVERY
-    assert len(found["decisions"]) == NUM_BATCHES - first
-    assert found["decisions"] == expected["decisions"][first:]
+def test_run_killed_in_an_epoch_and_resumed_decides_bit_for_bit_as_one_never_killed(clipper, folders):
+    """Norms, verdicts, limits, patience, cooldown, clipping, and the weights in the end."""
+    whole, killed = folders
+    expected = json.loads((whole / clipper / "whole.json").read_text())
+    found = json.loads((killed / clipper / "resumed.json").read_text())
+    assert len(found["decisions"]) == NUM_BATCHES - _FIRST
+    assert found["decisions"] == expected["decisions"][_FIRST:]
     assert found["weights"] == expected["weights"]
     assert found["num_skipped"] == expected["num_skipped"] > 1
+
+
+def test_checkpoint_of_a_killed_run_loads_as_plain_types(folders):
+    """Whoever reads it needs no code of this package."""
+    for path in folders[1].glob("*/last.ckpt"):
+        assert torch.load(path, weights_only=True)["callbacks"]["GradGuard"]["guards"]

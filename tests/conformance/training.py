@@ -16,7 +16,8 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -72,7 +73,17 @@ def train(cell: Cell, **settings: Any) -> Run:
     run.state = _plain([optimizer.state_dict()["state"] for optimizer in trainer.optimizers])
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     run.scale = scaler.get_scale() if scaler else None
+    if module.mesh is not None:
+        _leave(module.mesh)
     return run
+
+
+def _leave(mesh: DeviceMesh) -> None:
+    """Give up a mesh's process groups; each has threads that would wait for ever, a thousand by the end of the matrix."""
+    for dimension in range(mesh.ndim):
+        group = mesh.get_group(dimension)
+        if group is not distributed.group.WORLD:
+            distributed.destroy_process_group(group)
 
 
 @dataclass
@@ -119,11 +130,13 @@ class Student(LightningModule):
         self.second = _mlp(FEATURES, 8, width, 1)
         self.first = _mlp(NOISE, 8, width, FEATURES) if cell.loop == "gan" else None
         self.step_index = -1
+        self.mesh: DeviceMesh | None = None
 
     def configure_model(self) -> None:
         """Shard."""
         if self.cell.topology not in ("fsdp2", "tp"):
             return
+        self.mesh = self.device_mesh
         for net in self.nets():
             if self.cell.topology == "tp":
                 plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "4": RowwiseParallel(input_layouts=Replicate())}

@@ -114,25 +114,28 @@ class Gradients:
         rows.index_copy_(0, present, norms**norm_type * self.shares)
         return self.ranks.sum_(rows).index_select(0, present) ** (1.0 / norm_type)
 
-    def norms(self, norm_type: float = 2.0) -> Tensor:
-        """Norm of what this rank holds of each gradient, float32 or wider, on one device, [num_tensors]. No sync."""
+    def norms(self, norm_type: float = 2.0, *, wide: bool = False) -> Tensor:
+        """Norm of what this rank holds of each gradient, on one device, [num_tensors]. No sync.
+
+        In float32 or wider; with `wide` in float64, which also holds norms whose squares float32 can't hold.
+        """
         if not self.tensors:
             return torch.zeros(0, device=self.device)
         groups = self._by_kind()
         if len(groups) == 1:
             (members,) = groups.values()
-            return torch.stack(_norms(members, norm_type))
-        dtype = torch.float64 if any(dtype in _WIDE for _, dtype in groups) else torch.float32
+            return torch.stack(_norms(members, norm_type, wide=wide))
+        dtype = torch.float64 if wide or any(dtype in _WIDE for _, dtype in groups) else torch.float32
         found = {
             id(tensor): norm
             for members in groups.values()
-            for tensor, norm in zip(members, _norms(members, norm_type), strict=True)
+            for tensor, norm in zip(members, _norms(members, norm_type, wide=wide), strict=True)
         }
         return torch.stack([_to(found[id(tensor)], self.device, dtype) for tensor in self.tensors])
 
-    def total_norm(self, norm_type: float = 2.0) -> Tensor:
+    def total_norm(self, norm_type: float = 2.0, *, wide: bool = False) -> Tensor:
         """Norm over all gradients and ranks, scalar. No sync; a collective where gradients are sharded."""
-        norms = self.norms(norm_type)
+        norms = self.norms(norm_type, wide=wide)
         if self.shares is None:
             return total(norms, norm_type)
         if norm_type == math.inf:
@@ -187,13 +190,15 @@ def _coalesce_(parameter: Tensor) -> Tensor | None:
     return parameter.grad._values()
 
 
-def _norms(tensors: list[Tensor], norm_type: float) -> list[Tensor]:
+def _norms(tensors: list[Tensor], norm_type: float, *, wide: bool = False) -> list[Tensor]:
     dtype = tensors[0].dtype
     if dtype.itemsize == 1:  # float8 has no arithmetic of its own
         tensors, dtype = [tensor.float() for tensor in tensors], torch.float32
     if norm_type == math.inf:  # an empty tensor has no largest element
         tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
-    if dtype in (torch.float16, torch.bfloat16):
+    if wide and dtype not in _WIDE:
+        tensors = [tensor.to(torch.promote_types(dtype, torch.float64)) for tensor in tensors]
+    elif dtype in (torch.float16, torch.bfloat16):
         return list(torch._foreach_norm(tensors, norm_type, dtype=torch.float32))
     return list(torch._foreach_norm(tensors, norm_type))
 

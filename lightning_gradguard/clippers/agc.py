@@ -63,7 +63,8 @@ class AGC(Clipper):
             coefs = self._coefs([of_weights[row] for row in rows], [of_gradients[row] for row in rows])
             torch._foreach_mul_([part.tensors[row] for row in rows], coefs)
         gradients.measured = None
-        return clipped_to(float(global_norm), [float(gradients.total_norm())])
+        after = gradients.total_norm(wide=global_norm.dtype is torch.float64)
+        return clipped_to(float(global_norm), [float(after)])
 
     def __repr__(self) -> str:
         return f"AGC(clip_factor={self.clip_factor}, eps={self.eps}, exclude={self.exclude})"

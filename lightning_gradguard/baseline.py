@@ -9,6 +9,9 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 # Turns a median absolute deviation into the standard deviation of a normal distribution: 1 / Phi^-1(3/4).
 MAD_TO_SIGMA = 1.4826
 
@@ -237,6 +240,129 @@ class NamedBaselines:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._counts, self._values = dict(state["counts"]), dict(state["values"])
+
+
+class LogBaselines:
+    """Limits for many positive quantities at once, each from the median and MAD of the logarithms of its values
+    in the last steps.
+
+    A limit is what `max(log(ratio), z * sigma)` above the median allows. So that a step costs a few numpy calls however many
+    quantities there are, each step refreshes the limits of every sixteenth; a limit is at most 16 steps old. Memory: 4 bytes
+    for each value of the window, and 8 more for each quantity.
+
+    Args:
+        window: how many steps count, >= 2.
+        warmup: how many values it takes until there is a limit, >= 2.
+        ratio: how many times the median is allowed in any case, > 1.
+        z: robust standard deviations that are allowed, > 0.
+        min_mad: floor of the spread, in units of the natural logarithm.
+
+    References:
+        F. R. Hampel, "The influence curve and its role in robust estimation", 1974 (median and MAD).
+
+    >>> baselines = LogBaselines(window=4, warmup=2, ratio=5.0, z=8.0)
+    >>> for _ in range(32):
+    ...     baselines.add(np.log([1.0, 100.0]))
+    >>> baselines.exceeded(np.log([1.0, 600.0])).tolist(), np.exp(baselines.limits()).round().tolist()
+    ([1], [5.0, 500.0])
+    """
+
+    def __init__(self, *, window: int, warmup: int, ratio: float, z: float, min_mad: float = 0.1) -> None:
+        self._window = window
+        self._warmup = warmup
+        self._min_distance = math.log(ratio)
+        self._z = z
+        self._min_mad = min_mad
+        self._values: NDArray[np.float32]
+        self._limits: NDArray[np.float64]
+        self._num_added: int
+        self._begin(0)
+
+    def exceeded(self, logs: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Indices of those above their limits. Where a limit looks exceeded, it is brought up to date first."""
+        if len(logs) != len(self._limits):
+            return np.zeros(0, dtype=np.int64)
+        found = np.flatnonzero(logs > self._limits)
+        if len(found):
+            self._refresh(found)
+            found = found[logs[found] > self._limits[found]]
+        return found
+
+    def limits(self) -> NDArray[np.float64]:
+        """Logarithms of the limits as they are; infinite where there are too few values."""
+        limits: NDArray[np.float64] = self._limits.copy()
+        return limits
+
+    def median(self, index: int) -> float:
+        """Median of the logarithms of one quantity, which needs at least one value."""
+        return float(np.nanmedian(self._values[:, index]))
+
+    def add(self, logs: NDArray[np.float64]) -> None:
+        """Take in one value of each; those that are not finite are left out. Another number of quantities starts afresh."""
+        if len(logs) != len(self._limits):
+            self._begin(len(logs))
+        row = self._values[self._num_added % self._window]
+        row[:] = logs
+        row[~np.isfinite(row)] = np.nan
+        self._num_added += 1
+        self._refresh(slice(self._num_added % _TURNS, None, _TURNS))
+
+    def forget(self, indices: NDArray[np.int64]) -> None:
+        """Start these again without history."""
+        self._values[:, indices] = np.nan
+        self._limits[indices] = np.inf
+
+    def state_dict(self) -> dict[str, Any]:
+        """Values and limits as strings of bytes: thousands of floats would be slow to save."""
+        return {
+            "values": _to_text(self._values),
+            "limits": _to_text(self._limits),
+            "window": self._window,
+            "num_added": self._num_added,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; one with another window starts afresh."""
+        limits = np.frombuffer(state["limits"].encode("latin-1"), dtype=np.float64).copy()
+        self._begin(len(limits))
+        if state["window"] == self._window:
+            values = np.frombuffer(state["values"].encode("latin-1"), dtype=np.float32)
+            self._values = values.reshape(self._window, len(limits)).copy()
+            self._limits, self._num_added = limits, state["num_added"]
+
+    def _begin(self, number: int) -> None:
+        self._values = np.full((self._window, number), np.nan, dtype=np.float32)
+        self._limits = np.full(number, np.inf)
+        self._num_added = 0
+
+    def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
+        values = self._values[:, indices].T.copy()
+        counts = np.count_nonzero(~np.isnan(values), axis=1)
+        limits = np.full(len(values), np.inf)
+        known = counts >= self._warmup
+        if known.any():
+            values, counts = values[known], counts[known]
+            medians = _row_medians(values, counts)
+            mads = _row_medians(np.abs(values - medians[:, None]), counts)
+            sigmas = MAD_TO_SIGMA * np.maximum(mads, self._min_mad)
+            limits[known] = medians + np.maximum(self._min_distance, self._z * sigmas)
+        self._limits[indices] = limits
+
+
+_TURNS = 16
+
+
+def _to_text(values: NDArray[Any]) -> str:
+    # `bytes` themselves are refused by `torch.load(weights_only=True)` where there are none.
+    return values.tobytes().decode("latin-1")
+
+
+def _row_medians(values: NDArray[np.float32], counts: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Median of the `counts` values of each row that are not NaN; NaN sorts last."""
+    ordered = np.sort(values, axis=1)
+    rows = np.arange(len(values))
+    middle: NDArray[np.float32] = (ordered[rows, (counts - 1) // 2] + ordered[rows, counts // 2]) / np.float32(2)
+    return middle
 
 
 def _median(values: Iterable[float]) -> float:

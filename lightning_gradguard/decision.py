@@ -27,14 +27,14 @@ class Streak:
         """After a step without a hit."""
         return Streak(0, self.alerted_at, self.alerted_action) if self.hits else self
 
-    def hit(self, step: int, policy: Policy) -> tuple[Streak, Action, bool]:
+    def hit(self, step: int, policy: Policy, *, is_advisory: bool = False) -> tuple[Streak, Action, bool]:
         """After a hit: the new streak, the action, and whether it is reported.
 
         Inside the cooldown it is not, unless the action is stronger than the last that was reported, or ends the
-        training: nobody should have to guess why it did.
+        training: nobody should have to guess why it did. An advisory hit never does more than warn.
         """
         hits = self.hits + 1
-        action = policy.act(hits)
+        action = min(policy.act(hits), Action.WARN) if is_advisory else policy.act(hits)
         silent = self.alerted_at is not None and step - self.alerted_at <= policy.cooldown
         stronger = self.alerted_action is not None and action > self.alerted_action
         if silent and not stronger and action < Action.STOP:
@@ -63,7 +63,7 @@ def decide(
         The decision, whose tuples have one entry for each verdict that is not None, and the new streaks.
     """
     outcomes = [
-        streak.hit(step, policy) if verdict is not None else None
+        None if verdict is None else streak.hit(step, policy, is_advisory=verdict.is_advisory)
         for policy, streak, verdict in zip(policies, streaks, verdicts, strict=True)
     ]
     after = tuple(

@@ -164,6 +164,7 @@ class Verdict:
         parameters: worst offenders first.
         micro_batch: the backward pass that was first, from 0.
         rank: the process that was first; None if that can't be told.
+        is_advisory: whether it is worth a warning at most, whatever the detector's action: the step is applied.
     """
 
     kind: str
@@ -174,6 +175,7 @@ class Verdict:
     parameters: tuple[ParameterReport, ...] = ()
     micro_batch: int = 0
     rank: int | None = None
+    is_advisory: bool = False
 
 
 @dataclass(frozen=True)

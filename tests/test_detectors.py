@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard import Action, Explosion, Measurement, NonFinite, Vanishing
+from lightning_gradguard.decision import Streak
 from lightning_gradguard.detectors.overflow import Overflow
 from lightning_gradguard.layout import Layout
 
@@ -243,3 +244,43 @@ def test_vanishing_steps_without_gradients_count_for_nothing():
     fade = [measurement(fading(1.0), loss=1.0)]
     steps = fade * 25 + [no_gradients()] * 10 + fade * 10
     assert hits(Vanishing(), steps) == [40, 41, 42, 43, 44]
+
+
+def test_explosion_spike_of_one_parameter_warns_whatever_the_action():
+    """The global norm hides it: fifty times the usual of one, less than double of all."""
+    detector = Explosion("skip")
+    noise = np.exp(np.random.default_rng(0).normal(0.0, 0.1, (60, 3))) * (1.0, 1.0, 0.02)
+    assert hits(detector, [measurement(row.tolist()) for row in noise]) == []
+    spiked = measurement([1.0, 1.0, 1.0])
+    assert spiked.global_norm < detector.limit()
+    verdict = detector.observe(spiked)
+    assert verdict.is_advisory
+    assert verdict.parameters[0].name == "layers.2.weight"
+    assert "times its usual 0.02" in verdict.message
+    assert Explosion("skip", min_share=None).observe(spiked) is None
+
+
+def test_explosion_parameter_with_a_small_share_is_no_hit():
+    """What carries one percent of the norm harms nobody."""
+    detector = Explosion()
+    assert hits(detector, [measurement([1.0, 1e-4])] * 60 + [measurement([1.0, 0.01])]) == []
+
+
+def test_explosion_parameter_at_a_new_level_is_learned():
+    """After twenty hits it is taken for normal; later spikes are found again."""
+    before, after = [1.0, 1.0, 0.02], [1.0, 1.0, 0.5]
+    found = hits(Explosion(), [measurement(before)] * 60 + [measurement(after)] * 100 + [measurement([1.0, 1.0, 3.0])])
+    assert found == [*range(60, 80), 160]
+
+
+def test_explosion_growth_of_one_parameter_is_found_within_fifteen_steps():
+    """A third more at each step."""
+    grown = [measurement([1.0, 1.0, 0.3 * 1.33 ** max(step - 60, 0)]) for step in range(80)]
+    assert 60 < hits(Explosion(), grown)[0] <= 75
+
+
+def test_verdict_that_is_advisory_neither_skips_nor_stops():
+    """Nor does it where it is the last of many in a row."""
+    streak = Streak(hits=4)
+    _, action, _ = streak.hit(9, Explosion("raise", stop_after=5).policy, is_advisory=True)
+    assert action is Action.WARN

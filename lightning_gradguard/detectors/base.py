@@ -38,7 +38,8 @@ class Detector(ABC):
     """Kind of its alerts; unique among the detectors of a guard."""
 
     is_gated: ClassVar[bool] = False
-    """Whether it fires exactly when the global norm is finite and above `limit()`. A GPU can then skip without asking."""
+    """Whether it fires exactly when the global norm is finite and above `limit()`, advisory verdicts apart. A GPU can then
+    skip without asking."""
 
     def __init__(
         self,

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lightning_gradguard.baseline import LogBaseline
+import numpy as np
+
+from lightning_gradguard.baseline import LogBaseline, LogBaselines
 from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.layout import Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
-from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.record import Measurement, ParameterReport, Verdict
 
 _RECENT = 16
 
 
 class Explosion(Detector):
-    """Fires when the global norm exceeds an absolute limit, or leaves its own history upwards.
+    """Fires when the global norm exceeds an absolute limit, or when it or a single parameter leaves its history upwards.
 
     The relative limit is the larger of two, both counted from the median of the history: `ratio` times that median,
     and `z` robust standard deviations above it on a logarithmic scale. Both have to be exceeded, since either alone
@@ -26,6 +29,15 @@ class Explosion(Detector):
     false alarms, ratio > 5 alone fifteen. A second median over the last 16 norms follows models that start to learn
     late, where a healthy norm climbs tenfold within 30 steps.
 
+    The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
+    `min_share` of the global norm. It sees what the global norm hides: the spike of one layer, and one that grows slowly,
+    whose rise the others cover for longer than the global history takes to get used to it. Such a finding is advisory: it
+    warns, and neither skips nor stops, whatever the action. So a step is skipped exactly where the global norm is above
+    `limit()`, which a GPU can tell by itself without waiting for the host.
+
+    What it can't see is a network that is sick from its first step on: there is no history to compare with, and gradients
+    have no natural size. `max_norm` is for those who know their model.
+
     Args:
         action: what happens on a hit.
         max_norm: absolute limit for the global norm, > 0. None: no absolute limit.
@@ -34,7 +46,10 @@ class Explosion(Detector):
         window: steps of history, >= 2. Short ones forget a fault quickly, long ones follow slowly.
         warmup_steps: healthy steps before the relative limit counts, >= 2.
         adapt_after: hits in a row after which the new level is taken for normal and becomes the history (a change of
-            data or of the loss does that), >= 2. It never happens where the action ends the training.
+            data or of the loss does that), >= 2. It never happens where the action ends the training. Parameters
+            learn their new level in the `warmup_steps` that follow.
+        min_share: share of the global norm that a parameter must carry to be looked at alone, > 0 and <= 1. None: parameters
+            are not looked at alone. It costs 264 bytes of memory for each parameter.
         patience, cooldown, stop_after: see `Detector`. After an alert, ten steps of silence.
 
     Raises:
@@ -57,6 +72,7 @@ class Explosion(Detector):
         window: int = 64,
         warmup_steps: int = 16,
         adapt_after: int = 20,
+        min_share: float | None = 0.05,
         patience: int = 1,
         cooldown: int = 10,
         stop_after: int | None = None,
@@ -74,6 +90,8 @@ class Explosion(Detector):
         require_int("window", window, at_least=2, remedy="The default is 64.")
         require_int("warmup_steps", warmup_steps, at_least=2, remedy="The default is 16.")
         require_int("adapt_after", adapt_after, at_least=2, remedy="The default is 20.")
+        if min_share is not None:
+            require_float("min_share", min_share, above=0.0, up_to=1.0, remedy="To watch the global norm alone pass None.")
         if warmup_steps > window:
             raise ValueError(f"`warmup_steps` must be <= `window`, got {warmup_steps} > {window}. Make the window longer.")
         self._max_norm = math.inf if max_norm is None else float(max_norm)
@@ -83,19 +101,25 @@ class Explosion(Detector):
         self._adapt_after = adapt_after
         self._baseline = LogBaseline(window=window, recent=_RECENT)
         self._flagged: list[float] = []
+        self._min_share = math.inf if min_share is None or ratio is None else min_share
+        self._parameters = LogBaselines(window=window, warmup=warmup_steps, ratio=ratio or math.inf, z=z)
+        self._num_advised = 0
 
     def limit(self) -> float:
         """The smaller of the absolute limit and, after the warm-up, the relative one."""
         return min(self._max_norm, self._relative_limit())
 
     def observe(self, measurement: Measurement) -> Verdict | None:
-        """A hit if the global norm is finite and above `limit()`, or too large for float32 arithmetic."""
+        """A hit if the global norm is finite and above `limit()`, or too large for float32 arithmetic.
+
+        An advisory one if it is not, but a parameter is above its own limit.
+        """
         norm, limit = measurement.global_norm, self.limit()
         if not math.isfinite(norm):
             return None
         if norm <= limit and not measurement.overflowed:
             self._flagged.clear()
-            return None
+            return self._observe_parameters(measurement)
         verdict = Verdict(
             kind=self.name,
             value=norm,
@@ -112,17 +136,64 @@ class Explosion(Detector):
         return verdict
 
     def learn(self, measurement: Measurement) -> None:
-        """Take the norm into the history."""
+        """Take the norms into the history."""
         self._baseline.add(measurement.global_norm)
+        if self._min_share <= 1.0:
+            self._parameters.add(_logs(measurement))
 
     def state_dict(self) -> dict[str, Any]:
         """History and the current run of hits."""
-        return {"baseline": self._baseline.state_dict(), "flagged": list(self._flagged)}
+        return {
+            "baseline": self._baseline.state_dict(),
+            "flagged": list(self._flagged),
+            "parameters": self._parameters.state_dict(),
+            "num_advised": self._num_advised,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._baseline.load_state_dict(state["baseline"])
         self._flagged = list(state["flagged"])
+        self._parameters.load_state_dict(state["parameters"])
+        self._num_advised = state["num_advised"]
+
+    def _observe_parameters(self, measurement: Measurement) -> Verdict | None:
+        if self._min_share > 1.0:
+            return None
+        found = self._parameters.exceeded(_logs(measurement))
+        if len(found):
+            found = found[measurement.norms[found] >= self._min_share * measurement.global_norm]
+        if not len(found):
+            self._num_advised = 0
+            return None
+        limits = self._parameters.limits()
+        worst = found[np.argmax(_logs(measurement)[found] - limits[found])]
+        norm, usual = float(measurement.norms[worst]), math.exp(self._parameters.median(worst))
+        others = f", as are {len(found) - 1} others" if len(found) > 1 else ""
+        verdict = Verdict(
+            kind=self.name,
+            value=norm,
+            limit=math.exp(min(limits[worst], 700.0)),
+            message=(
+                f"the gradient of `{measurement.names[worst]}` has norm {norm:.3g}, {norm / usual:.3g} times its usual "
+                f"{usual:.3g}{others}, while the global norm {measurement.global_norm:.3g} is within its limit"
+            ),
+            remedy=(
+                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. Clip with `clip=`, or "
+                "lower the learning rate of its group."
+            ),
+            parameters=tuple(
+                ParameterReport(measurement.names[index], float(measurement.norms[index]))
+                for index in sorted(found, key=lambda index: -measurement.norms[index])[:5]
+            ),
+            micro_batch=measurement.last_micro_batch,
+            is_advisory=True,
+        )
+        self._num_advised += 1
+        if self._num_advised >= self._adapt_after:
+            self._parameters.forget(found)
+            self._num_advised = 0
+        return verdict
 
     def _relative_limit(self) -> float:
         if self._ratio is None or len(self._baseline) < self._warmup_steps:
@@ -137,6 +208,7 @@ class Explosion(Detector):
         if len(self._flagged) >= self._adapt_after:
             self._baseline.restart(self._flagged)
             self._flagged.clear()
+            self._parameters.forget(np.arange(len(self._parameters.limits())))
 
     def _describe(self, norm: float, limit: float) -> str:
         if norm <= limit:
@@ -145,3 +217,10 @@ class Explosion(Detector):
             return f"the global gradient norm is {norm:.3g}, above max_norm={limit:g}"
         usual = math.exp(self._baseline.median)
         return f"the global gradient norm is {norm:.3g}, {norm / usual:.3g} times its usual {usual:.3g} (limit {limit:.3g})"
+
+
+def _logs(measurement: Measurement) -> Floats:
+    """Logarithms of the norms of the parameters; minus infinity where there is no gradient."""
+    with np.errstate(divide="ignore"):
+        logs: Floats = np.log(measurement.norms)
+    return logs

@@ -23,7 +23,7 @@ from lightning_gradguard.record import Damage, Measurement, ParameterReport
 CACHE = Path(__file__).parents[2] / ".cache" / "detection"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recording:
     """What a guard measured of one run.
 

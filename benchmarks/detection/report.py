@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from benchmarks.detection.recording import all_of
@@ -59,10 +60,11 @@ def half(name: str) -> Half:
     """Score everything on one half; what is not recorded yet is run first."""
     recordings = list(all_of(HALVES[name], SEEDS))
     fresh = all_of(frozenset(kind for kind in HALVES[name] if KINDS[kind].is_healthy), FRESH_SEEDS)
+    ours = cache(gradguard())  # replayed once for all scores
     return Half(
         name,
-        score(gradguard(), recordings),
-        {detector: score(gradguard(), recordings, kinds=kinds) for detector, kinds in DETECTORS.items()},
+        score(ours, recordings),
+        {detector: score(ours, recordings, kinds=kinds) for detector, kinds in DETECTORS.items()},
         {rule: score(PEERS[rule], recordings, any_kind=True) for rule in PEERS},
         score(gradguard(), fresh),
     )
@@ -120,6 +122,8 @@ def document(halves: Sequence[Half]) -> str:
         parts += [f"## The {one.name} half", by_fault(one).markdown(), _lines(one), by_rule(one).markdown()]
     if len(halves) == 1:
         parts.append("The test half has not been looked at yet.")
+    else:
+        parts.append(_REMARKS)
     return "\n\n".join(parts) + "\n"
 
 
@@ -165,5 +169,32 @@ and does nothing else; detectors and rules are then replayed over the recorded m
 - *False alarm*: a flagged step in a healthy run, or before the onset of a sick one. Flagged steps inside a cooldown count.
 - The kinds are split into two halves (`benchmarks/detection/split.py`, fixed before any detector was run on them). Detectors
   were tuned on the tuning half only; the test half was scored once they were final.
+- Before that, the labels of all sick kinds were checked by their losses, and of some also by how far each matrix moves and how
+  many of its gradient's elements are zero; one kind in each half (saturation) was built anew for it, before any scoring.
 - The rules of others are re-implemented from what they publish, with the constants that they ship. Two of them look at the
   loss only, and none was made for all of these faults."""
+
+_REMARKS = """## What was aimed at, and what was not reached
+
+On the test half:
+
+| aim | reached |
+| --- | --- |
+| NaN and infinity: all found, at the step itself | yes |
+| sudden explosions: 95 %, median delay 1 step at most | yes |
+| slow explosions: 95 %, median delay 15 steps at most | no: `adam_epsilon` is missed, `exploding_rnn` is found late |
+| vanishing, dead, detached: 95 %, within `persistence` | no: `deep_tanh_default` and `zero_init` are missed |
+| no false alarm on the seeds above | yes |
+| on fresh seeds at most 1 in 10,000 steps | no: three flagged steps of one LSTM, see above |
+| more found than by any rule with as few false alarms | yes |
+
+Vanishing reports nothing in its first 30 steps, so what is sick from the start is found at step 30 at the earliest, ten steps
+after `persistence`: recurrent nets look as if they vanished in their first steps, and then train.
+
+These figures are those of the detectors as they were when the test half was opened. Whoever changes a detector because of a
+kind named here has used up the test half for it, and should say so or add new kinds.
+
+A network that is sick from its first step is found only once it produces NaN or infinity: `bad_init_large`, whose gradients are
+of size 1e10 from the start and shrink, has no history that would tell. An absolute limit finds it (`Explosion(max_norm=...)`); the
+fixed limits of neurolens do, too, and pay for it with several hundred false alarms in 10,000 steps. That is the trade-off:
+absolute limits add those kinds, and alarm on every summed loss."""

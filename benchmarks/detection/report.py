@@ -169,8 +169,8 @@ and does nothing else; detectors and rules are then replayed over the recorded m
 - *False alarm*: a flagged step in a healthy run, or before the onset of a sick one. Flagged steps inside a cooldown count.
 - The kinds are split into two halves (`benchmarks/detection/split.py`, fixed before any detector was run on them). Detectors
   were tuned on the tuning half only; the test half was scored once they were final.
-- Before that, the labels of all sick kinds were checked by their losses, and of some also by how far each matrix moves and how
-  many of its gradient's elements are zero; one kind in each half (saturation) was built anew for it, before any scoring.
+- Before that, the labels of all sick kinds were checked by their losses, and of some also by how far each matrix moves and
+  how many of its gradient's elements are zero; one kind in each half (saturation) was built anew for it, before any scoring.
 - The rules of others are re-implemented from what they publish, with the constants that they ship. Two of them look at the
   loss only, and none was made for all of these faults."""
 
@@ -188,13 +188,13 @@ On the test half:
 | on fresh seeds at most 1 in 10,000 steps | no: three flagged steps of one LSTM, see above |
 | more found than by any rule with as few false alarms | yes |
 
-Vanishing reports nothing in its first 30 steps, so what is sick from the start is found at step 30 at the earliest, ten steps
-after `persistence`: recurrent nets look as if they vanished in their first steps, and then train.
+Vanishing reports nothing in its first 30 steps, so what is sick from the start is found at step 30 at the earliest, ten
+steps after `persistence`: recurrent nets look as if they vanished in their first steps, and then train.
 
 These figures are those of the detectors as they were when the test half was opened. Whoever changes a detector because of a
 kind named here has used up the test half for it, and should say so or add new kinds.
 
-A network that is sick from its first step is found only once it produces NaN or infinity: `bad_init_large`, whose gradients are
-of size 1e10 from the start and shrink, has no history that would tell. An absolute limit finds it (`Explosion(max_norm=...)`); the
-fixed limits of neurolens do, too, and pay for it with several hundred false alarms in 10,000 steps. That is the trade-off:
-absolute limits add those kinds, and alarm on every summed loss."""
+A network that is sick from its first step is found only once it produces NaN or infinity: `bad_init_large`, whose
+gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute limit finds it
+(`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with several hundred false alarms in 10,000
+steps. That is the trade-off: absolute limits add those kinds, and alarm on every summed loss."""

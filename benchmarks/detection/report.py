@@ -196,5 +196,5 @@ kind named here has used up the test half for it, and should say so or add new k
 
 A network that is sick from its first step is found only once it produces NaN or infinity: `bad_init_large`, whose
 gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute limit finds it
-(`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with several hundred false alarms in 10,000
+(`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with hundreds of false alarms in 10,000
 steps. That is the trade-off: absolute limits add those kinds, and alarm on every summed loss."""

@@ -38,12 +38,12 @@ norms, within 1e-6 (1e-12 in fp64). A NaN, and a bad loss, come on one rank alon
 """
 
 
-def main(report: str) -> None:
+def main(reports: list[str]) -> None:
     """Write the page."""
     passed: dict[str, int] = defaultdict(int)
     failed: dict[str, list[str]] = defaultdict(list)
     tests: dict[str, None] = {}
-    for case in ET.parse(report).iter("testcase"):
+    for case in (case for report in reports for case in ET.parse(report).iter("testcase")):
         match = re.fullmatch(r"(test_\w+)\[(.+)\]", case.attrib["name"])
         if match is None or case.find("skipped") is not None:
             continue
@@ -88,5 +88,5 @@ def _entry(cell: Cell, passed: dict[str, int], failed: dict[str, list[str]], let
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("report", help="what pytest's --junitxml wrote")
-    main(parser.parse_args().report)
+    parser.add_argument("reports", nargs="+", help="what pytest's --junitxml wrote, in one or several runs")
+    main(parser.parse_args().reports)

@@ -43,7 +43,8 @@ class UndoableStep:
         if not self._is_running:
             return
         self._is_bad = True
-        torch._foreach_copy_(self._parameters, self._saved)
+        for parameter, saved in zip(self._parameters, self._saved, strict=True):  # DTensors have no `_foreach_copy_`
+            parameter.copy_(saved)
         self._optimizer.state.clear()
         for key, values in self._saved_state.items():
             self._optimizer.state[key] = _copy(values)

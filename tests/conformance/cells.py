@@ -49,7 +49,7 @@ REASONS = {
         "one before, so that there is no right result to compare with."
     ),
     "fused-sgd-dtensor": "torch has no fused SGD for DTensors.",
-    "lbfgs-dtensor": "torch's LBFGS flattens all gradients into one vector, which DTensors of different placements refuse.",
+    "lbfgs-fsdp2": "torch's LBFGS flattens each gradient, which DTensors refuse for shards of unequal size.",
 }
 """Why a combination can't exist, by the name that `reason_against` gives it."""
 
@@ -65,7 +65,7 @@ def reason_against(cell: Cell) -> str | None:
         return "lbfgs-fp16"
     if cell.loop == "accumulation":
         return "lbfgs-accumulation"
-    return "lbfgs-dtensor" if is_sharded else None
+    return "lbfgs-fsdp2" if cell.topology == "fsdp2" else None
 
 
 ALL_CELLS = [

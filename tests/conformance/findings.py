@@ -71,6 +71,7 @@ def _compare(cell: Cell) -> dict[str, Any]:
             "equal": _same(clipped.weights, by_hand.weights),
             "moved": not _same(clipped.weights, plain.weights),
             "error": _error(clipped.weights, by_hand.weights),
+            "first_error": _error(clipped.first_gradients, by_hand.first_gradients) if by_hand.first_gradients else None,
             "num_clipped": clipping.num_clipped,
         },
         "nan": {

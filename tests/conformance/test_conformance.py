@@ -13,6 +13,11 @@ _CLIP_TOLERANCE = {"fp32": 1e-5, "fp64": 1e-7, "bf16-mixed": 1e-5, "bf16-true": 
 """Distance of the weights from those clipped by hand, relative to their length. Fused kernels divide by a float32 factor,
 whatever the precision; ranks sum in another order; and Adam makes steps of full length out of gradients near 0."""
 
+_FIRST_TOLERANCE = {"fp32": 1e-6, "bf16-mixed": 1e-6, "bf16-true": 1e-2}
+"""The same of the clipped gradients at the first evaluation of LBFGS. It divides differences of gradients by each other, so that
+a last bit grows some hundred thousand times (in fp64, to 1e-11), and weights can't be compared where ranks sum in another
+order."""
+
 _NORM_TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12, "bf16-mixed": 1e-6, "bf16-true": 1e-6, "fp16": 1e-6}
 
 
@@ -33,7 +38,10 @@ def test_clip_equals_torchs_clipping_by_hand(cell, found):
         clip = rank["clip"]
         assert clip["moved"]
         assert clip["num_clipped"] > 0
-        assert clip["equal"] if exact else clip["error"] <= _CLIP_TOLERANCE[cell.precision]
+        if cell.optimizer == "lbfgs" and cell.topology == "tp" and cell.precision != "fp64":
+            assert clip["first_error"] <= _FIRST_TOLERANCE[cell.precision]
+        else:
+            assert clip["equal"] if exact else clip["error"] <= _CLIP_TOLERANCE[cell.precision]
 
 
 def test_nan_on_one_rank_skips_exactly_that_step_on_all(found):

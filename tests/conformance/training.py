@@ -97,6 +97,7 @@ class Run:
         inject: put a NaN into a gradient of step `BAD_STEP`, on the last rank.
         spoil: multiply the loss of that step by NaN, on the last rank.
         leave_out: never take that step.
+        first_gradients: what LBFGS was given at its first evaluation.
     """
 
     cell: Cell
@@ -106,6 +107,7 @@ class Run:
     spoil: bool = False
     leave_out: bool = False
     weights: list[list[Tensor]] = field(default_factory=list)
+    first_gradients: list[list[Tensor]] = field(default_factory=list)
     state: Any = None
     scale: float | None = None
     norms: dict[tuple[int, int], float] = field(default_factory=dict)
@@ -214,9 +216,14 @@ class Student(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take the norm and, if asked for, clip by hand."""
-        if self.run_.guard is not None or self.run_.leave_out:
-            return
+        """Without the guard take the norm and, if asked for, clip by hand. Callbacks, the guard among them, were here before."""
+        if self.run_.guard is None and not self.run_.leave_out:
+            self._look_by_hand(optimizer)
+        if not self.run_.first_gradients and self.cell.optimizer == "lbfgs":
+            groups = optimizer.param_groups
+            self.run_.first_gradients = _plain([[parameter.grad for group in groups for parameter in group["params"]]])
+
+    def _look_by_hand(self, optimizer: torch.optim.Optimizer) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.cell.optimizer.endswith("fused"):
             scaler.unscale_(optimizer)

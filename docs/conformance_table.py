@@ -30,8 +30,9 @@ processes over gloo, on a CPU). In each of them these tests ran:
 
 The bar: weights and optimizer state equal to the last bit, but for clipping, which is bit-equal in fp32 on one device with
 kernels that don't clip by themselves, and within 1e-5 of the weights' length elsewhere (1e-2 with bf16 weights); and for
-norms, within 1e-6 (1e-12 in fp64). Under tensor parallelism LBFGS blows up the last bit of what ranks sum, so that below fp64
-the clipped gradients of its first evaluation are compared in place of the weights (1e-6; 1e-2 with bf16 weights). A NaN, and a bad loss, come on one rank alone where there are two.
+norms, within 1e-6 (1e-12 in fp64). Under tensor parallelism LBFGS blows up the last bit of what ranks sum, so that below
+fp64 the clipped gradients of its first evaluation are compared in place of the weights (1e-6; 1e-2 with bf16 weights). A
+NaN, and a bad loss, come on one rank alone where there are two.
 
 {summary}
 

@@ -10,7 +10,8 @@ from lightning_gradguard.layout import Bools, Floats, Layout
 from lightning_gradguard.measurement import Gradients
 from lightning_gradguard.record import Histograms
 
-FIRST_DECADE, LAST_DECADE, BINS_PER_DECADE = -20, 8, 4
+# Half decades are what the eye takes in, and each bin is 16 bytes of an event, whose checksum TensorBoard takes in Python.
+FIRST_DECADE, LAST_DECADE, BINS_PER_DECADE = -20, 8, 2
 NUM_BINS = (LAST_DECADE - FIRST_DECADE) * BINS_PER_DECADE
 # Behind the bins, each row counts what has no logarithm.
 _ZERO, _NAN, _INF = NUM_BINS, NUM_BINS + 1, NUM_BINS + 2
@@ -49,7 +50,7 @@ class HistogramMeter:
     """Histograms of log10|g| for all parameters at once, in a handful of kernels.
 
     Tensors of up to `sample_size` elements are counted exactly, but for bin edges that lie up to 0.004 decades beside the
-    quarters of a decade, and magnitudes below 1.8e-40, which count as zero. Of larger tensors a sample of that many
+    halves of a decade, and magnitudes below 1.8e-40, which count as zero. Of larger tensors a sample of that many
     elements, drawn uniformly with replacement, is counted and scaled up, so the cost stops growing with the model. Each bin
     is then an unbiased estimate, and by the inequality of Dvoretzky, Kiefer and Wolfowitz, with Massart's constant, the
     cumulative distribution is off by more than sqrt(ln(2 / 0.05) / (2 * sample_size)) anywhere with a probability of at

@@ -262,19 +262,23 @@ class Facts:
     def unpack(self, values: Floats, present: Bools, layout: Layout) -> Measurement:
         """What the packed values say, once they are on the host, float64 [n]."""
         count = self.norms.numel()
-        norms: Floats = np.zeros(len(layout.names))
-        norms[present] = values[:count]
+        norms: Floats = values[:count]
+        if count < len(layout.names):
+            norms = np.zeros(len(layout.names))
+            norms[present] = values[:count]
         total_norm = float(values[count])
-        signs = values[count + 1 : count + 1 + self.signs.numel()].reshape(self.signs.shape)
+        end = count + 1 + self.signs.numel()
+        # Plain lists: for a handful of ranks faster than numpy.
+        signs = [[float(value) for value in row] for row in values[count + 1 : end].reshape(self.signs.shape)]
         return Measurement(
             layout,
             norms,
             present,
             total_norm,
             num_micro_batches=max(self.num_micro_batches, 1),
-            loss=float(signs[:, _LAST_LOSS].mean()) if self.num_micro_batches else None,
+            loss=sum(row[_LAST_LOSS] for row in signs) / len(signs) if signs else None,
             damage=_damage(signs, self.num_micro_batches, math.isfinite(total_norm)),
-            loss_scale=None if self.loss_scale is None else float(values[count + 1 + self.signs.numel()]),
+            loss_scale=None if self.loss_scale is None else float(values[end]),
         )
 
     def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
@@ -349,10 +353,12 @@ def _signs(micro_batches: Sequence[MicroBatch], last_norm: Tensor, *, some_are_f
     there was none), that loss, and the last loss. A foreign pass has no index.
     """
     number = len(micro_batches)
+    if number == 1 and not some_are_foreign:  # the usual case, in as few kernels as can be
+        (micro,) = micro_batches
+        loss = last_norm.new_zeros(()) if micro.loss is None else _narrow(micro.loss, last_norm)
+        is_finite = loss.isfinite()
+        return torch.stack([is_finite, torch.ones_like(is_finite), loss, loss])
     none = last_norm.new_zeros(())
-    if number == 1 and not some_are_foreign:
-        loss = none if micro_batches[0].loss is None else _narrow(micro_batches[0].loss, none)
-        return torch.stack([loss.isfinite().to(none), torch.ones_like(none), loss, loss])
     losses = torch.stack([none if micro.loss is None else _narrow(micro.loss, none) for micro in micro_batches])
     norms = torch.stack([none if micro.total_norm is None else micro.total_norm.to(none) for micro in micro_batches])
     positions = torch.arange(number, device=none.device)
@@ -377,16 +383,17 @@ def _narrow(loss: Tensor, like: Tensor) -> Tensor:
     return torch.where(loss.isfinite().to(like.device), narrow.clamp(-largest, largest), narrow)
 
 
-def _damage(signs: Floats, num_micro_batches: int, gradients_are_finite: bool) -> Damage | None:  # noqa: FBT001
+def _damage(signs: list[list[float]], num_micro_batches: int, gradients_are_finite: bool) -> Damage | None:  # noqa: FBT001
     """Which backward pass on which rank was first: by its loss, or by gradients that were not summed over ranks yet."""
-    if num_micro_batches and (first := int(signs[:, _FIRST_LOSS].min())) < num_micro_batches:
-        rank = int(signs[:, _FIRST_LOSS].argmin())
-        return Damage(first, rank if len(signs) > 1 else None, loss=float(signs[rank, _DAMAGED_LOSS]))
+    by_loss = [row[_FIRST_LOSS] for row in signs]
+    if signs and (first := min(by_loss)) < num_micro_batches:
+        rank = by_loss.index(first)
+        return Damage(int(first), rank if len(signs) > 1 else None, loss=signs[rank][_DAMAGED_LOSS])
     if gradients_are_finite:
         return None
     # The gradients of all passes but the last were looked at one by one; what they don't show, the last has done.
-    firsts = signs[:, _FIRST_GRADIENT] if num_micro_batches else np.zeros(1)
-    if not num_micro_batches or firsts.min() >= num_micro_batches:
+    by_gradient = [row[_FIRST_GRADIENT] for row in signs]
+    if not signs or (first := min(by_gradient)) >= num_micro_batches:
         return Damage(max(num_micro_batches - 1, 0))
-    alike = (firsts == firsts[0]).all()
-    return Damage(int(firsts.min()), None if alike else int(firsts.argmin()))
+    alike = max(by_gradient) == first
+    return Damage(int(first), None if alike else by_gradient.index(first))

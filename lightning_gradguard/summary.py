@@ -12,8 +12,9 @@ def count(
     totals: Totals, measurement: Measurement, decision: Decision, alerts: Sequence[Alert], *, is_clipped: bool
 ) -> Totals:
     """The counts after one more step."""
-    by_kind = Counter(totals.alerts_by_kind)
-    by_kind.update(alert.kind for alert in alerts)
+    by_kind = totals.alerts_by_kind
+    if alerts:
+        by_kind = dict(Counter(by_kind) + Counter(alert.kind for alert in alerts))
     return Totals(
         num_steps=totals.num_steps + 1,
         num_skipped=totals.num_skipped + decision.skip,
@@ -21,7 +22,7 @@ def count(
         num_clipped=totals.num_clipped + is_clipped,
         num_alerts=totals.num_alerts + len(alerts),
         num_repeats=totals.num_repeats + decision.alerting.count(False),
-        alerts_by_kind=dict(by_kind),
+        alerts_by_kind=by_kind,
     )
 
 

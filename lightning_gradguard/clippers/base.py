@@ -66,6 +66,10 @@ class FactorClipper(Clipper):
     def coefficient(self, gradients: Gradients, global_norm: Tensor) -> Tensor:
         """The factor in (0, 1], a scalar on the device of `global_norm`. Changes nothing; no sync unless `needs_host`."""
 
+    def passes(self, global_norm: float) -> bool:  # noqa: ARG002
+        """Whether the factor for this norm is known to be 1 without computing it; False if in doubt."""
+        return False
+
     def learn(self, global_norm: float) -> None:
         """Take a step's norm into the history, once its factor is known. Only finite norms come here."""
 
@@ -76,7 +80,7 @@ class FactorClipper(Clipper):
         turn [1, inf] into [0, nan]: the factor for such gradients is 1.
         """
         norm = float(global_norm)
-        if not math.isfinite(norm):
+        if not math.isfinite(norm) or self.passes(norm):
             return torch.ones_like(global_norm), Clipped(coef=1.0, norm=norm)
         factor = self.coefficient(gradients, global_norm)
         coef = float(factor)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.layout import Floats, Layout
+from lightning_gradguard.layout import Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, ParameterReport, Verdict
 
@@ -115,10 +116,10 @@ class Vanishing(Detector):
         self._lasting = dict(state["lasting"])
 
     def _fades(self, depth: _Depth) -> bool:
-        if len(depth.modules) < _MIN_DEPTH:
+        if len(depth.decades) < _MIN_DEPTH:
             return False
         both_ends = depth.decades[:2].max() - depth.decades[-2:].max() < math.log10(self._min_ratio)
-        in_all = depth.slope * (len(depth.modules) - 1)
+        in_all = depth.slope * (len(depth.decades) - 1)
         return bool(both_ends) or (depth.slope > self._slope and in_all > _MIN_DECADES)
 
     def _verdict(self, lasting: list[str], depth: _Depth, measurement: Measurement) -> Verdict:
@@ -153,24 +154,32 @@ class _Depth:
     """Gradient rms by depth at one step.
 
     Attributes:
-        modules: those with a gradient that is not zero, in model order.
-        decades: log10 of their rms.
-        slope: decades a module by which the rms grows towards the output (least squares).
-        dead: modules whose gradient is exactly zero; empty if all are.
+        decades: log10 of the rms of the modules with a gradient that is not zero, in model order.
+        slope: decades a module by which it grows towards the output (least squares).
     """
 
     def __init__(self, measurement: Measurement) -> None:
-        layout: Layout = measurement.layout
+        weights = measurement.layout.weights
+        norms = weights.norms(measurement.norms)
         self._measurement = measurement
-        names = layout.weights.names
-        norms = layout.weights.norms(measurement.norms)
-        trained = layout.weights.any(measurement.has_grad)
-        alive = trained & (norms > 0)
-        self.modules = tuple(compress(names, alive.tolist()))
-        self.decades: Floats = np.log10(norms[alive] / layout.weight_roots[alive])
+        self._trained = weights.any(measurement.has_grad)
+        self._alive = self._trained & (norms > 0)
+        self.decades: Floats = np.log10(norms[self._alive] / measurement.layout.weight_roots[self._alive])
         self.slope = _slope(self.decades)
-        has_silent = len(self.modules) and len(self.modules) < int(trained.sum())
-        self.dead = tuple(compress(names, (trained & ~alive).tolist())) if has_silent else ()
+
+    # Names are asked for only where there is something to tell.
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """Those with a gradient that is not zero, in model order."""
+        return tuple(compress(self._measurement.layout.weights.names, self._alive.tolist()))
+
+    @cached_property
+    def dead(self) -> tuple[str, ...]:
+        """Modules whose gradient is exactly zero; empty if all are."""
+        if not 0 < len(self.decades) < int(self._trained.sum()):
+            return ()
+        return tuple(compress(self._measurement.layout.weights.names, (self._trained & ~self._alive).tolist()))
 
     def describe(self) -> str:
         """The decay in words, with the module where the gradient is lost on its way from the output."""

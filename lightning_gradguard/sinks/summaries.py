@@ -44,8 +44,7 @@ def histograms_of(tags: Sequence[str], edges: Floats, counts: Floats) -> Iterato
     full = counts > 0
     first = full.argmax(axis=1)
     last = counts.shape[1] - full[:, ::-1].argmax(axis=1)
-    centers = (edges[:-1] + edges[1:]) / 2
-    totals, sums, squares = counts.sum(axis=1), counts @ centers, counts @ centers**2
+    totals = counts.sum(axis=1)
     limits = edges.tolist()
     for row, tag in enumerate(tags):
         if not totals[row]:
@@ -56,8 +55,6 @@ def histograms_of(tags: Sequence[str], edges: Floats, counts: Floats) -> Iterato
             min=limits[begin],
             max=limits[end],
             num=totals[row],
-            sum=sums[row],
-            sum_squares=squares[row],
             bucket_limit=limits[begin : end + 1],
             bucket=[0.0, *counts[row, begin:end].tolist()],
         )

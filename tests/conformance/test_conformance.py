@@ -14,9 +14,9 @@ _CLIP_TOLERANCE = {"fp32": 1e-5, "fp64": 1e-7, "bf16-mixed": 1e-5, "bf16-true": 
 whatever the precision; ranks sum in another order; and Adam makes steps of full length out of gradients near 0."""
 
 _FIRST_TOLERANCE = {"fp32": 1e-6, "bf16-mixed": 1e-6, "bf16-true": 1e-2}
-"""The same of the clipped gradients at the first evaluation of LBFGS. It divides differences of gradients by each other, so that
-a last bit grows some hundred thousand times (in fp64, to 1e-11), and weights can't be compared where ranks sum in another
-order."""
+"""The same of the clipped gradients at the first evaluation of LBFGS. It divides differences of gradients by each other, so
+that a last bit grows some hundred thousand times (in fp64, to 1e-11), and weights can't be compared where ranks sum in
+another order."""
 
 _NORM_TOLERANCE = {"fp32": 1e-6, "fp64": 1e-12, "bf16-mixed": 1e-6, "bf16-true": 1e-6, "fp16": 1e-6}
 

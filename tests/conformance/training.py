@@ -216,7 +216,7 @@ class Student(LightningModule):
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Without the guard take the norm and, if asked for, clip by hand. Callbacks, the guard among them, were here before."""
+        """Without the guard take the norm and, if asked for, clip by hand. Callbacks, the guard too, were here before."""
         if self.run_.guard is None and not self.run_.leave_out:
             self._look_by_hand(optimizer)
         if not self.run_.first_gradients and self.cell.optimizer == "lbfgs":

@@ -243,12 +243,14 @@ class NamedBaselines:
 
 
 class LogBaselines:
-    """Limits for many positive quantities at once, each from the median and MAD of the logarithms of its values
+    """Limits for the norms of many parts of a whole, each from the median and MAD of the logarithms of its values
     in the last steps.
 
-    A limit is what `max(log(ratio), z * sigma)` above the median allows. So that a step costs a few numpy calls however many
-    quantities there are, each step refreshes the limits of every sixteenth; a limit is at most 16 steps old. Memory: 4 bytes
-    for each value of the window, and 8 more for each quantity.
+    A limit is what `max(log(ratio), z * sigma)` above the median allows. What exceeds it must also have risen that far
+    against the rest of the whole: a part that only goes along with the others is no outlier.
+
+    So that a step costs a few numpy calls however many parts there are, each step refreshes the limits of every sixteenth; a
+    limit is at most 16 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
 
     Args:
         window: how many steps count, >= 2.
@@ -262,9 +264,13 @@ class LogBaselines:
 
     >>> baselines = LogBaselines(window=4, warmup=2, ratio=5.0, z=8.0)
     >>> for _ in range(32):
-    ...     baselines.add(np.log([1.0, 100.0]))
-    >>> baselines.exceeded(np.log([1.0, 600.0])).tolist(), np.exp(baselines.limits()).round().tolist()
-    ([1], [5.0, 500.0])
+    ...     baselines.add(np.log([3.0, 4.0]), np.log(5.0))
+    >>> np.exp(baselines.limits()).round().tolist()
+    [15.0, 20.0]
+    >>> baselines.exceeded(np.log([3.0, 40.0]), np.log(np.hypot(3.0, 40.0))).tolist()
+    [1]
+    >>> baselines.exceeded(np.log([30.0, 40.0]), np.log(50.0)).tolist()
+    []
     """
 
     def __init__(self, *, window: int, warmup: int, ratio: float, z: float, min_mad: float = 0.1) -> None:
@@ -274,18 +280,30 @@ class LogBaselines:
         self._z = z
         self._min_mad = min_mad
         self._values: NDArray[np.float32]
+        self._totals: NDArray[np.float32]
         self._limits: NDArray[np.float64]
         self._num_added: int
         self._begin(0)
 
-    def exceeded(self, logs: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Indices of those above their limits. Where a limit looks exceeded, it is brought up to date first."""
+    def exceeded(self, logs: NDArray[np.float64], total: float) -> NDArray[np.int64]:
+        """Indices of those that have left their history upwards, by themselves and against the rest.
+
+        Where a limit looks exceeded, it is brought up to date first.
+
+        Args:
+            logs: logarithms of the norms of the parts.
+            total: that of the norm of the whole.
+        """
         if len(logs) != len(self._limits):
             return np.zeros(0, dtype=np.int64)
         found = np.flatnonzero(logs > self._limits)
         if len(found):
             self._refresh(found)
             found = found[logs[found] > self._limits[found]]
+        if len(found):
+            limits = self._limits_of(_against_the_rest(self._values[:, found], self._totals[:, None]).T)
+            now = _against_the_rest(logs[found].astype(np.float32), np.full(1, total, dtype=np.float32))
+            found = found[now > limits]
         return found
 
     def limits(self) -> NDArray[np.float64]:
@@ -294,16 +312,17 @@ class LogBaselines:
         return limits
 
     def median(self, index: int) -> float:
-        """Median of the logarithms of one quantity, which needs at least one value."""
+        """Median of the logarithms of one part, which needs at least one value."""
         return float(np.nanmedian(self._values[:, index]))
 
-    def add(self, logs: NDArray[np.float64]) -> None:
-        """Take in one value of each; those that are not finite are left out. Another number of quantities starts afresh."""
+    def add(self, logs: NDArray[np.float64], total: float) -> None:
+        """Take in one value of each; those that are not finite are left out. Another number of parts starts afresh."""
         if len(logs) != len(self._limits):
             self._begin(len(logs))
         row = self._values[self._num_added % self._window]
         row[:] = logs
         row[~np.isfinite(row)] = np.nan
+        self._totals[self._num_added % self._window] = total
         self._num_added += 1
         self._refresh(slice(self._num_added % _TURNS, None, _TURNS))
 
@@ -316,6 +335,7 @@ class LogBaselines:
         """Values and limits as strings of bytes: thousands of floats would be slow to save."""
         return {
             "values": _to_text(self._values),
+            "totals": _to_text(self._totals),
             "limits": _to_text(self._limits),
             "window": self._window,
             "num_added": self._num_added,
@@ -328,15 +348,20 @@ class LogBaselines:
         if state["window"] == self._window:
             values = np.frombuffer(state["values"].encode("latin-1"), dtype=np.float32)
             self._values = values.reshape(self._window, len(limits)).copy()
+            self._totals = np.frombuffer(state["totals"].encode("latin-1"), dtype=np.float32).copy()
             self._limits, self._num_added = limits, state["num_added"]
 
     def _begin(self, number: int) -> None:
         self._values = np.full((self._window, number), np.nan, dtype=np.float32)
+        self._totals = np.full(self._window, np.nan, dtype=np.float32)
         self._limits = np.full(number, np.inf)
         self._num_added = 0
 
     def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
-        values = self._values[:, indices].T.copy()
+        self._limits[indices] = self._limits_of(self._values[:, indices].T.copy())
+
+    def _limits_of(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
+        """The limit of each row; infinite where there are too few values."""
         counts = np.count_nonzero(~np.isnan(values), axis=1)
         limits = np.full(len(values), np.inf)
         known = counts >= self._warmup
@@ -346,10 +371,21 @@ class LogBaselines:
             mads = _row_medians(np.abs(values - medians[:, None]), counts)
             sigmas = MAD_TO_SIGMA * np.maximum(mads, self._min_mad)
             limits[known] = medians + np.maximum(self._min_distance, self._z * sigmas)
-        self._limits[indices] = limits
+        return limits
 
 
 _TURNS = 16
+
+
+# Where a part is nearly everything, what it leaves for the rest is rounding.
+_MIN_REST = 1e-4
+
+
+def _against_the_rest(logs: NDArray[np.float32], totals: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Logarithm of a part's norm over the norm of all others together, from those of the part and of the whole."""
+    shares = np.minimum(logs - totals, 0.0)
+    against: NDArray[np.float32] = shares - 0.5 * np.log(np.maximum(1.0 - np.exp(2.0 * shares), _MIN_REST))
+    return against
 
 
 def _to_text(values: NDArray[Any]) -> str:

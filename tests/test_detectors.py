@@ -284,3 +284,11 @@ def test_verdict_that_is_advisory_neither_skips_nor_stops():
     streak = Streak(hits=4)
     _, action, _ = streak.hit(9, Explosion("raise", stop_after=5).policy, is_advisory=True)
     assert action is Action.WARN
+
+
+def test_explosion_parameter_that_rises_with_all_others_is_no_hit():
+    """A network that starts to learn late: every norm climbs thirtyfold, one of them twice as far."""
+    climb = [1.12 ** min(step, 30) for step in range(60)]
+    steps = [measurement([1.0, 1.0, 0.3])] * 60 + [measurement([size, size, 0.3 * size**1.2]) for size in climb]
+    assert max(climb) > 25.0
+    assert hits(Explosion(), steps) == []

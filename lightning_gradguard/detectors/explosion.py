@@ -30,10 +30,11 @@ class Explosion(Detector):
     late, where a healthy norm climbs tenfold within 30 steps.
 
     The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
-    `min_share` of the global norm. It sees what the global norm hides: the spike of one layer, and one that grows slowly,
-    whose rise the others cover for longer than the global history takes to get used to it. Such a finding is advisory: it
-    warns, and neither skips nor stops, whatever the action. So a step is skipped exactly where the global norm is above
-    `limit()`, which a GPU can tell by itself without waiting for the host.
+    `min_share` of the global norm. It must have left its history against the norm of all others, too: where a whole network
+    starts to learn, each of its parameters rises. That sees what the global norm hides: the spike of one layer, and one that
+    grows slowly, whose rise the others cover for longer than the global history takes to get used to it. Such a finding is
+    advisory: it warns, and neither skips nor stops, whatever the action. So a step is skipped exactly where the global norm
+    is above `limit()`, which a GPU can tell by itself without waiting for the host.
 
     What it can't see is a network that is sick from its first step on: there is no history to compare with, and gradients
     have no natural size. `max_norm` is for those who know their model.
@@ -139,7 +140,7 @@ class Explosion(Detector):
         """Take the norms into the history."""
         self._baseline.add(measurement.global_norm)
         if self._min_share <= 1.0:
-            self._parameters.add(_logs(measurement))
+            self._parameters.add(_logs(measurement), _log(measurement.global_norm))
 
     def state_dict(self) -> dict[str, Any]:
         """History and the current run of hits."""
@@ -160,7 +161,7 @@ class Explosion(Detector):
     def _observe_parameters(self, measurement: Measurement) -> Verdict | None:
         if self._min_share > 1.0:
             return None
-        found = self._parameters.exceeded(_logs(measurement))
+        found = self._parameters.exceeded(_logs(measurement), _log(measurement.global_norm))
         if len(found):
             found = found[measurement.norms[found] >= self._min_share * measurement.global_norm]
         if not len(found):
@@ -224,3 +225,7 @@ def _logs(measurement: Measurement) -> Floats:
     with np.errstate(divide="ignore"):
         logs: Floats = np.log(measurement.norms)
     return logs
+
+
+def _log(norm: float) -> float:
+    return math.log(norm) if norm > 0.0 else -math.inf

@@ -292,6 +292,13 @@ def late_start() -> Training:
 
 
 @healthy
+def late_relu() -> Training:
+    """Ten layers that start to learn late; then all norms climb, some layers' faster than others'."""
+    network = mlp([64] * 10 + [10])
+    return _digits(network, torch.optim.Adam(network.parameters(), 1e-3), 32)
+
+
+@healthy
 def policy_gradient() -> Training:
     """A bandit whose context is a digit."""
     network = mlp([64, 48, 10], nn.Tanh)

@@ -229,7 +229,7 @@ class Facts:
         norms: 2-norm of each gradient, float32 or wider [num_tensors].
         total_norm: 2-norm over all, scalar, same dtype and device.
         num_micro_batches: backward passes of this step.
-        signs: what each rank saw of them, [num_ranks, 4]; see `_signs`.
+        signs: what each rank saw of them, [num_ranks, 4]; see `_signs`. Of a single one on a single rank its loss, [1, 1].
         loss_scale: a GradScaler's scale, scalar; None without one.
         histogram: a row of counts for each gradient, [num_tensors, row]; None on most steps.
     """
@@ -270,6 +270,8 @@ class Facts:
         end = count + 1 + self.signs.numel()
         # Plain lists: for a handful of ranks faster than numpy.
         signs = [[float(value) for value in row] for row in values[count + 1 : end].reshape(self.signs.shape)]
+        if self.signs.shape[1] == 1:
+            signs = [[float(math.isfinite(loss)), 1.0, loss, loss] for (loss,) in signs]
         return Measurement(
             layout,
             norms,
@@ -286,7 +288,9 @@ class Facts:
         is_bad = self.total_norm.isfinite() & (self.total_norm > max_norm)
         if must_be_finite:
             is_bad = is_bad | ~self.total_norm.isfinite()
-            if self.num_micro_batches:
+            if self.signs.shape[1] == 1:
+                is_bad = is_bad | ~self.signs.isfinite().all()
+            elif self.num_micro_batches:
                 is_bad = is_bad | (self.signs[:, _FIRST_LOSS] < self.num_micro_batches).any()
         return is_bad
 
@@ -315,7 +319,11 @@ def measure(
     norms, ranks = gradients.norms(), gradients.ranks
     total_norm = total(norms, 2.0)
     signs = norms.new_zeros(0, 4)
-    if micro_batches:
+    if len(micro_batches) == 1 == ranks.size and not some_are_foreign:
+        # The usual case, without a kernel. Ranks may differ in their number of passes, so between them it can't be taken.
+        loss = micro_batches[0].loss
+        signs = norms.new_zeros(1, 1) if loss is None else _narrow(loss, total_norm).reshape(1, 1)
+    elif micro_batches:
         signs = gather(_signs(micro_batches, total_norm, some_are_foreign=some_are_foreign), ranks)
     if gradients.shares is not None:
         norms, signs, histogram = _sum_shards(gradients, norms, signs, histogram)
@@ -340,7 +348,7 @@ def _sum_shards(
     rows = table.new_zeros(len(gradients.present), table.shape[1]).index_copy_(0, present, table)
     summed = gradients.ranks.sum_(torch.cat([rows.reshape(-1), signs.reshape(-1)]))
     table = summed[: rows.numel()].view_as(rows).index_select(0, present)
-    return table[:, 0].sqrt(), summed[rows.numel() :].view(-1, 4), None if histogram is None else table[:, 1:]
+    return table[:, 0].sqrt(), summed[rows.numel() :].view_as(signs), None if histogram is None else table[:, 1:]
 
 
 _FIRST_LOSS, _FIRST_GRADIENT, _DAMAGED_LOSS, _LAST_LOSS = range(4)
@@ -353,12 +361,11 @@ def _signs(micro_batches: Sequence[MicroBatch], last_norm: Tensor, *, some_are_f
     there was none), that loss, and the last loss. A foreign pass has no index.
     """
     number = len(micro_batches)
-    if number == 1 and not some_are_foreign:  # the usual case, in as few kernels as can be
-        (micro,) = micro_batches
-        loss = last_norm.new_zeros(()) if micro.loss is None else _narrow(micro.loss, last_norm)
+    none = last_norm.new_zeros(())
+    if number == 1 and not some_are_foreign:
+        loss = none if micro_batches[0].loss is None else _narrow(micro_batches[0].loss, none)
         is_finite = loss.isfinite()
         return torch.stack([is_finite, torch.ones_like(is_finite), loss, loss])
-    none = last_norm.new_zeros(())
     losses = torch.stack([none if micro.loss is None else _narrow(micro.loss, none) for micro in micro_batches])
     norms = torch.stack([none if micro.total_norm is None else micro.total_norm.to(none) for micro in micro_batches])
     positions = torch.arange(number, device=none.device)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, insort
+from bisect import bisect_left, bisect_right, insort
 from collections import deque
-from collections.abc import Iterable
-from functools import cached_property
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,7 @@ class LogBaseline:
 
     def __init__(self, *, window: int, recent: int, min_mad: float = 0.1) -> None:
         self._values: deque[float] = deque(maxlen=window)
+        self._ordered: list[float] = []
         self._recent = recent
         self._min_mad = min_mad
 
@@ -48,33 +49,51 @@ class LogBaseline:
 
     def add(self, value: float) -> None:
         """Take in one value; what has no finite logarithm (NaN, infinities, 0, negative) is left out."""
-        if 0.0 < value < math.inf:
-            self._values.append(math.log(value))
-            self._forget()
+        if not 0.0 < value < math.inf:
+            return
+        if len(self._values) == self._values.maxlen:
+            del self._ordered[bisect_left(self._ordered, self._values[0])]
+        log = math.log(value)
+        self._values.append(log)
+        insort(self._ordered, log)
 
     def restart(self, values: Iterable[float]) -> None:
         """Start again from these values."""
         self._values.clear()
-        self._forget()
+        self._ordered.clear()
         for value in values:
             self.add(value)
 
-    @cached_property
+    @property
     def median(self) -> float:
         """Median of the logarithms: the larger of the whole window's and the recent ones'.
 
         The recent median follows a healthy rise within a few steps; the whole window's keeps the bar up while
         the values fall. Needs at least one value.
         """
-        recent = list(self._values)[-self._recent :]
-        return max(_median(self._values), _median(recent))
+        return max(_middle(self._ordered), self.latest(self._recent))
 
-    @cached_property
+    @property
     def sigma(self) -> float:
         """Robust standard deviation of the logarithms. Needs at least one value."""
-        center = _median(self._values)
-        mad = _median(abs(value - center) for value in self._values)
+        center = _middle(self._ordered)
+        mad = median(abs(value - center) for value in self._ordered)
         return MAD_TO_SIGMA * max(mad, self._min_mad)
+
+    def latest(self, count: int) -> float:
+        """Median of the logarithms of the last `count` values. Needs at least one value."""
+        number = len(self._values)
+        return median(islice(self._values, max(number - count, 0), number))
+
+    def distance(self, ratio: float, z: float) -> float:
+        """How far above the median a value must lie, on the logarithm: `max(log(ratio), z * sigma)`."""
+        at_least = math.log(ratio)
+        center, width = _middle(self._ordered), at_least / (z * MAD_TO_SIGMA)
+        # Where most values lie within `width`, the spread doesn't count, and needn't be computed: the usual case.
+        near = bisect_right(self._ordered, center + width) - bisect_left(self._ordered, center - width)
+        if self._min_mad <= width and near > len(self._ordered) // 2:
+            return at_least
+        return max(at_least, z * self.sigma)
 
     def state_dict(self) -> dict[str, Any]:
         """The values, as plain floats."""
@@ -84,11 +103,7 @@ class LogBaseline:
         """Continue from a saved state; the last `window` values count."""
         self._values.clear()
         self._values.extend(state["values"])
-        self._forget()
-
-    def _forget(self) -> None:
-        self.__dict__.pop("median", None)
-        self.__dict__.pop("sigma", None)
+        self._ordered = sorted(self._values)
 
 
 class QuantileBaseline:
@@ -249,8 +264,8 @@ class LogBaselines:
     A limit is what `max(log(ratio), z * sigma)` above the median allows. What exceeds it must also have risen that far
     against the rest of the whole: a part that only goes along with the others is no outlier.
 
-    So that a step costs a few numpy calls however many parts there are, each step refreshes the limits of every sixteenth; a
-    limit is at most 16 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
+    So that most steps cost a few numpy calls however many parts there are, every fourth step refreshes the limits of every
+    eighth; a limit is at most 32 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
 
     Args:
         window: how many steps count, >= 2.
@@ -313,18 +328,20 @@ class LogBaselines:
 
     def median(self, index: int) -> float:
         """Median of the logarithms of one part, which needs at least one value."""
-        return float(np.nanmedian(self._values[:, index]))
+        values = self._values[:, index]
+        return float(np.median(values[np.isfinite(values)]))
 
     def add(self, logs: NDArray[np.float64], total: float) -> None:
         """Take in one value of each; those that are not finite are left out. Another number of parts starts afresh."""
         if len(logs) != len(self._limits):
             self._begin(len(logs))
-        row = self._values[self._num_added % self._window]
-        row[:] = logs
-        row[~np.isfinite(row)] = np.nan
-        self._totals[self._num_added % self._window] = total
+        where = self._num_added % self._window
+        self._values[where] = logs
+        self._totals[where] = total
         self._num_added += 1
-        self._refresh(slice(self._num_added % _TURNS, None, _TURNS))
+        turn, is_between = divmod(self._num_added, _REFRESH_EVERY)
+        if not is_between:
+            self._refresh(slice(turn % _TURNS, None, _TURNS))
 
     def forget(self, indices: NDArray[np.int64]) -> None:
         """Start these again without history."""
@@ -358,11 +375,13 @@ class LogBaselines:
         self._num_added = 0
 
     def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
-        self._limits[indices] = self._limits_of(self._values[:, indices].T.copy())
+        self._limits[indices] = self._limits_of(self._values[:, indices].T)
 
     def _limits_of(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """The limit of each row; infinite where there are too few values."""
-        counts = np.count_nonzero(~np.isnan(values), axis=1)
+        usable = np.isfinite(values)
+        values = np.where(usable, values, np.float32(np.nan))
+        counts = np.count_nonzero(usable, axis=1)
         limits = np.full(len(values), np.inf)
         known = counts >= self._warmup
         if known.any():
@@ -374,7 +393,8 @@ class LogBaselines:
         return limits
 
 
-_TURNS = 16
+_TURNS = 8
+_REFRESH_EVERY = 4
 
 
 # Where a part is nearly everything, what it leaves for the rest is rounding.
@@ -401,8 +421,11 @@ def _row_medians(values: NDArray[np.float32], counts: NDArray[np.int64]) -> NDAr
     return middle
 
 
-def _median(values: Iterable[float]) -> float:
-    # A tenth of the time that `statistics.median` or numpy take for a few dozen values, at every step.
-    ordered = sorted(values)
+def median(values: Iterable[float]) -> float:
+    """Median of at least one value; a tenth of the time that `statistics.median` or numpy take for a few dozen."""
+    return _middle(sorted(values))
+
+
+def _middle(ordered: Sequence[float]) -> float:
     middle = len(ordered) // 2
     return ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2

@@ -145,6 +145,13 @@ class Measurement:
         present = np.flatnonzero(self.has_grad)
         return {self.names[index]: float(self.norms[index]) for index in present}
 
+    @cached_property
+    def log_norms(self) -> Floats:
+        """Natural logarithms of the norms; minus infinity where there is no gradient."""
+        with np.errstate(divide="ignore"):
+            logs: Floats = np.log(self.norms)
+        return logs
+
     def largest(self, count: int = 5) -> tuple[ParameterReport, ...]:
         """The parameters with the largest gradients, largest first."""
         order = np.argsort(-self.norms, kind="stable")[:count]

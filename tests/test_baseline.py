@@ -37,6 +37,14 @@ def test_baseline_median_and_sigma_equal_the_standard_library(values):
     assert baseline.sigma == pytest.approx(1.4826 * max(mad, 0.1))
 
 
+@examples
+@given(VALUES, st.sampled_from([1.5, 5.0, 1e3]), st.sampled_from([0.5, 3.0, 8.0]))
+def test_baseline_distance_equals_its_formula(values, ratio, z):
+    """Also where the spread is not computed, since it would not count."""
+    baseline = filled(values)
+    assert baseline.distance(ratio, z) == pytest.approx(max(math.log(ratio), z * baseline.sigma))
+
+
 def test_mad_to_sigma_is_that_of_a_normal_distribution():
     """1 / Phi^-1(3/4)."""
     assert pytest.approx(1 / statistics.NormalDist().inv_cdf(0.75), rel=1e-4) == MAD_TO_SIGMA

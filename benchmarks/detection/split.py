@@ -13,7 +13,7 @@ TUNING = frozenset({
     "heavy_tail", "label_noise", "lr_restarts", "deep_tanh", "multi_task", "converged", "late_start", "late_relu",
     # explosions
     "lr_jump", "bad_batch", "data_scale_shift", "one_layer_spike", "slow_divergence", "slow_layer_growth", "rate_too_high",
-    "bad_init_large",
+    "bad_init_large", "range_test_adam", "range_test_sgd", "range_test_transformer", "inverted_decay",
     # NaN, infinity, fp16
     "nan_element", "log_of_zero", "fp16_backward",
     # vanishing

@@ -9,11 +9,12 @@ import numpy as np
 
 from lightning_gradguard.baseline import LogBaseline, LogBaselines
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.layout import Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, ParameterReport, Verdict
+from lightning_gradguard.trend import Trend
 
 _RECENT = 16
+_LATEST = 5
 
 
 class Explosion(Detector):
@@ -27,7 +28,11 @@ class Explosion(Detector):
     Why these defaults: over 51 healthy and 36 exploding trainings the rule z > 8 with a ratio > 5 over the last 64
     norms raised no false alarm and found what any history-based rule on the global norm found; z > 6 alone raised two
     false alarms, ratio > 5 alone fifteen. A second median over the last 16 norms follows models that start to learn
-    late, where a healthy norm climbs tenfold within 30 steps.
+    late, where a healthy norm climbs tenfold within 30 steps. While the loss falls to where it has not been before, a third
+    median over the last 5 follows faster still.
+
+    A norm that grows by a few percent at every step is followed by any median. So a norm that has risen `ratio` times over 64
+    steps, without a pause and together with the loss, is a hit as well, an advisory one (see below).
 
     The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
     `min_share` of the global norm. It must have left its history against the norm of all others, too: where a whole network
@@ -101,6 +106,9 @@ class Explosion(Detector):
         self._warmup_steps = warmup_steps
         self._adapt_after = adapt_after
         self._baseline = LogBaseline(window=window, recent=_RECENT)
+        self._trend = Trend()
+        self._grows = False
+        self._limit = self._max_norm
         self._flagged: list[float] = []
         self._min_share = math.inf if min_share is None or ratio is None else min_share
         self._parameters = LogBaselines(window=window, warmup=warmup_steps, ratio=ratio or math.inf, z=z)
@@ -108,19 +116,19 @@ class Explosion(Detector):
 
     def limit(self) -> float:
         """The smaller of the absolute limit and, after the warm-up, the relative one."""
-        return min(self._max_norm, self._relative_limit())
+        return self._limit
 
     def observe(self, measurement: Measurement) -> Verdict | None:
         """A hit if the global norm is finite and above `limit()`, or too large for float32 arithmetic.
 
         An advisory one if it is not, but a parameter is above its own limit.
         """
-        norm, limit = measurement.global_norm, self.limit()
+        norm, limit = measurement.global_norm, self._limit
         if not math.isfinite(norm):
             return None
         if norm <= limit and not measurement.overflowed:
             self._flagged.clear()
-            return self._observe_parameters(measurement)
+            return self._observe_growth(measurement) or self._observe_parameters(measurement)
         verdict = Verdict(
             kind=self.name,
             value=norm,
@@ -138,15 +146,20 @@ class Explosion(Detector):
 
     def learn(self, measurement: Measurement) -> None:
         """Take the norms into the history."""
-        self._baseline.add(measurement.global_norm)
+        norm = measurement.global_norm
+        self._baseline.add(norm)
+        has_block = self._trend.add(norm, measurement.loss)
+        self._grows = has_block and self._ratio is not None and self._trend.grows(by=self._ratio)
+        self._set_limit()
         if self._min_share <= 1.0:
-            self._parameters.add(_logs(measurement), _log(measurement.global_norm))
+            self._parameters.add(measurement.log_norms, _log(norm))
 
     def state_dict(self) -> dict[str, Any]:
         """History and the current run of hits."""
         return {
             "baseline": self._baseline.state_dict(),
             "flagged": list(self._flagged),
+            "trend": {**self._trend.state_dict(), "grows": self._grows},
             "parameters": self._parameters.state_dict(),
             "num_advised": self._num_advised,
         }
@@ -155,20 +168,42 @@ class Explosion(Detector):
         """Continue from a saved state."""
         self._baseline.load_state_dict(state["baseline"])
         self._flagged = list(state["flagged"])
+        self._trend.load_state_dict(state["trend"])
+        self._grows = state["trend"]["grows"]
+        self._set_limit()
         self._parameters.load_state_dict(state["parameters"])
         self._num_advised = state["num_advised"]
+
+    def _observe_growth(self, measurement: Measurement) -> Verdict | None:
+        if not self._grows:
+            return None
+        self._grows = False  # until the next block of steps is complete
+        (norm_before, norm), (loss_before, loss) = self._trend.ends
+        return Verdict(
+            kind=self.name,
+            value=norm,
+            limit=self._ratio * norm_before if self._ratio is not None else math.inf,
+            message=(
+                f"the global gradient norm keeps growing, from {norm_before:.3g} to {norm:.3g} over the last 64 steps, and "
+                f"the loss with it, from {loss_before:.3g} to {loss:.3g}"
+            ),
+            remedy="Lower the learning rate, or end its warm-up earlier. Clipping alone only slows it down.",
+            parameters=measurement.largest(),
+            micro_batch=measurement.last_micro_batch,
+            is_advisory=True,
+        )
 
     def _observe_parameters(self, measurement: Measurement) -> Verdict | None:
         if self._min_share > 1.0:
             return None
-        found = self._parameters.exceeded(_logs(measurement), _log(measurement.global_norm))
+        found = self._parameters.exceeded(measurement.log_norms, _log(measurement.global_norm))
         if len(found):
             found = found[measurement.norms[found] >= self._min_share * measurement.global_norm]
         if not len(found):
             self._num_advised = 0
             return None
         limits = self._parameters.limits()
-        worst = found[np.argmax(_logs(measurement)[found] - limits[found])]
+        worst = found[np.argmax(measurement.log_norms[found] - limits[found])]
         norm, usual = float(measurement.norms[worst]), math.exp(self._parameters.median(worst))
         others = f", as are {len(found) - 1} others" if len(found) > 1 else ""
         verdict = Verdict(
@@ -196,11 +231,15 @@ class Explosion(Detector):
             self._num_advised = 0
         return verdict
 
-    def _relative_limit(self) -> float:
+    def _set_limit(self) -> None:
+        self._limit = self._max_norm
         if self._ratio is None or len(self._baseline) < self._warmup_steps:
-            return math.inf
-        log_limit = self._baseline.median + max(math.log(self._ratio), self._z * self._baseline.sigma)
-        return math.exp(min(log_limit, 700.0))  # exp overflows beyond 709
+            return
+        center = self._baseline.median
+        if self._trend.loss_falls:
+            center = max(center, self._baseline.latest(_LATEST))
+        log_limit = center + self._baseline.distance(self._ratio, self._z)
+        self._limit = min(self._max_norm, math.exp(min(log_limit, 700.0)))  # exp overflows beyond 709
 
     def _follow_shift(self, norm: float) -> None:
         if self.policy.action >= Action.STOP:
@@ -209,6 +248,8 @@ class Explosion(Detector):
         if len(self._flagged) >= self._adapt_after:
             self._baseline.restart(self._flagged)
             self._flagged.clear()
+            self._trend.restart()
+            self._set_limit()
             self._parameters.forget(np.arange(len(self._parameters.limits())))
 
     def _describe(self, norm: float, limit: float) -> str:
@@ -218,13 +259,6 @@ class Explosion(Detector):
             return f"the global gradient norm is {norm:.3g}, above max_norm={limit:g}"
         usual = math.exp(self._baseline.median)
         return f"the global gradient norm is {norm:.3g}, {norm / usual:.3g} times its usual {usual:.3g} (limit {limit:.3g})"
-
-
-def _logs(measurement: Measurement) -> Floats:
-    """Logarithms of the norms of the parameters; minus infinity where there is no gradient."""
-    with np.errstate(divide="ignore"):
-        logs: Floats = np.log(measurement.norms)
-    return logs
 
 
 def _log(norm: float) -> float:

@@ -143,6 +143,53 @@ def slow_divergence() -> Training:
     return training
 
 
+def _growing(training: Training, rate: float, factor: float) -> Training:
+    """The rate grows by a factor a step, up to a hundred thousand times, as in a range test that nobody ends."""
+
+    def before(step: int) -> None:
+        set_rate(training.optimizer, rate * min(factor ** max(step - ONSET, 0), 1e5))
+
+    training.before = before
+    return training
+
+
+@sick(SLOW, "explosion", "nonfinite")
+def range_test_adam() -> Training:
+    """A tenth a step, from a good rate."""
+    network = mlp([64, 64, 64, 10])
+    return _growing(_digits(network, adam(network, 1e-2)), 1e-2, 1.1)
+
+
+@sick(SLOW, "explosion", "nonfinite")
+def range_test_sgd() -> Training:
+    """A tenth a step, from a good rate."""
+    network = mlp([10, 64, 64, 64, 1])
+    return _growing(_diabetes(network, sgd(network, 0.02)), 0.02, 1.1)
+
+
+@sick(SLOW, "explosion", "nonfinite")
+def range_test_transformer() -> Training:
+    """A twelfth a step, from a good rate."""
+    network = Transformer()
+    training = Training(network, adam(network, 3e-3), sequences(text(), 16, 24), cross_entropy(network))
+    return _growing(training, 3e-3, 1.08)
+
+
+@sick(SLOW, "explosion", "nonfinite")
+def inverted_decay() -> Training:
+    """All weights grow by one and a half percent a step, as where a sign is wrong in a decay."""
+    network = mlp([64, 64, 64, 64, 10])
+    training = _digits(network, adam(network, 1e-3))
+
+    def before(step: int) -> None:
+        if step >= ONSET:
+            for layer in linears(network):
+                layer.weight.data *= 1.015
+
+    training.before = before
+    return training
+
+
 @sick(SLOW, "explosion")
 def slow_layer_growth() -> Training:
     """The gradient of one layer grows by a third a step."""

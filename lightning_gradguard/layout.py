@@ -150,3 +150,8 @@ class Layout:
     def weight_roots(self) -> Floats:
         """Square root of the number of elements of each group of `weights`: norm over it is the rms."""
         return np.sqrt(self.weights.totals(self.numels).astype(np.float64))
+
+    @cached_property
+    def member_roots(self) -> Floats:
+        """The same for each parameter in `weights`, in the order of their indices."""
+        return np.sqrt(self.numels[self.weights.indices].astype(np.float64))

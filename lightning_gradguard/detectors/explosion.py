@@ -31,8 +31,8 @@ class Explosion(Detector):
     late, where a healthy norm climbs tenfold within 30 steps. While the loss falls to where it has not been before, a third
     median over the last 5 follows faster still.
 
-    A norm that grows by a few percent at every step is followed by any median. So a norm that has risen `ratio` times over 64
-    steps, without a pause and together with the loss, is a hit as well, an advisory one (see below).
+    A norm that grows by a few percent at every step is followed by any median. So a norm that has risen `ratio` times over
+    64 steps, without a pause and together with the loss, is a hit as well, an advisory one (see below).
 
     The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
     `min_share` of the global norm. It must have left its history against the norm of all others, too: where a whole network

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lightning_gradguard.detectors.base import Detector
-from lightning_gradguard.layout import Floats
+from lightning_gradguard.layout import Bools, Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, ParameterReport, Verdict
 
@@ -85,6 +85,8 @@ class Vanishing(Detector):
         self._min_norm = min_norm
         self._persistence = persistence
         self._warmup_steps = warmup_steps
+        # A least-squares line rises at most 1.5 times as far as what it is fitted to.
+        self._even_decades = min(_MIN_DECADES / 1.5, -math.log10(min_ratio))
         self._num_seen = 0
         self._lasting: dict[str, int] = {}
         """For how many steps in a row each symptom has been there; a dead module goes by `dead:<path>`."""
@@ -95,9 +97,11 @@ class Vanishing(Detector):
             return None
         self._num_seen += 1
         depth = _Depth(measurement)
-        symptoms = [f"dead:{module}" for module in depth.dead]
-        if self._fades(depth):
-            symptoms.append("decay")
+        symptoms = []
+        if not depth.is_even(self._even_decades):
+            symptoms = [f"dead:{module}" for module in depth.dead]
+            if self._fades(depth):
+                symptoms.append("decay")
         if measurement.global_norm < self._min_norm and measurement.loss != 0.0:
             symptoms.append("floor")
         self._lasting = {symptom: self._lasting.get(symptom, 0) + 1 for symptom in symptoms}
@@ -151,23 +155,38 @@ class Vanishing(Detector):
 
 
 class _Depth:
-    """Gradient rms by depth at one step.
-
-    Attributes:
-        decades: log10 of the rms of the modules with a gradient that is not zero, in model order.
-        slope: decades a module by which it grows towards the output (least squares).
-    """
+    """Gradient rms by depth at one step. Everything is computed when it is asked for, which healthy steps do not."""
 
     def __init__(self, measurement: Measurement) -> None:
-        weights = measurement.layout.weights
-        norms = weights.norms(measurement.norms)
         self._measurement = measurement
-        self._trained = weights.any(measurement.has_grad)
-        self._alive = self._trained & (norms > 0)
-        self.decades: Floats = np.log10(norms[self._alive] / measurement.layout.weight_roots[self._alive])
-        self.slope = _slope(self.decades)
 
-    # Names are asked for only where there is something to tell.
+    def is_even(self, decades: float) -> bool:
+        """Whether no rms of a parameter is zero, or further than so many decades from another. A few calls of numpy."""
+        layout = self._measurement.layout
+        each = self._measurement.norms[layout.weights.indices] / layout.member_roots
+        return len(each) > 0 and each.max() < 10.0**decades * each.min()
+
+    @cached_property
+    def decades(self) -> Floats:
+        """log10 of the rms of the modules with a gradient that is not zero, in model order."""
+        return np.log10(self._norms[self._alive] / self._measurement.layout.weight_roots[self._alive])
+
+    @cached_property
+    def slope(self) -> float:
+        """Decades a module by which it grows towards the output (least squares)."""
+        return _slope(self.decades)
+
+    @cached_property
+    def _norms(self) -> Floats:
+        return self._measurement.layout.weights.norms(self._measurement.norms)
+
+    @cached_property
+    def _trained(self) -> Bools:
+        return self._measurement.layout.weights.any(self._measurement.has_grad)
+
+    @cached_property
+    def _alive(self) -> Bools:
+        return self._trained & (self._norms > 0)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:

@@ -170,7 +170,7 @@ class Guard:
         if loss is None or loss.numel() != 1:
             self._pending.append(MicroBatch())
             return
-        value = loss.detach().reshape(())
+        value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
         self._pending.append(MicroBatch(loss=value if scale is None else value / scale))
 
     @torch.no_grad()

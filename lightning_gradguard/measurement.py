@@ -383,6 +383,8 @@ def _signs(micro_batches: Sequence[MicroBatch], last_norm: Tensor, *, some_are_f
 
 def _narrow(loss: Tensor, like: Tensor) -> Tensor:
     """A loss in another dtype and on another device; a finite one stays finite."""
+    if loss.dtype is like.dtype and loss.device == like.device:
+        return loss
     narrow = loss.to(like)
     if loss.dtype is not torch.float64 or like.dtype is torch.float64:
         return narrow

@@ -96,11 +96,11 @@ def test_histogram_sampled_tensor_is_scaled_up_to_its_size():
 
 
 def test_histogram_sampled_distribution_stays_in_its_stated_bound():
-    """Dvoretzky, Kiefer and Wolfowitz: off by 0.021 at most, at 4,096 elements, in 95 of 100 cases."""
+    """Dvoretzky, Kiefer and Wolfowitz: off by 0.043 at most, at 1,024 elements, in 95 of 100 cases."""
     grad = torch.randn(200_000)
     (exact,) = histograms(grad).counts
-    bound = math.sqrt(math.log(2 / 0.05) / (2 * 4096))
-    assert bound == pytest.approx(0.021, abs=5e-4)
+    bound = math.sqrt(math.log(2 / 0.05) / (2 * 1024))
+    assert bound == pytest.approx(0.043, abs=1e-3)
     meter, gradients, layout = HistogramMeter(), Gradients(with_grads(grad)), Layout.of(["p"], [(200_000,)])
     errors = [
         np.abs(np.cumsum(meter.read(meter.count(gradients), gradients.present, layout).counts[0] - exact)).max() / 200_000

@@ -33,8 +33,8 @@ def text(tag: str, content: str) -> Summary.Value:
 def histograms_of(tags: Sequence[str], edges: Floats, counts: Floats) -> Iterator[Summary.Value]:
     """One histogram for each row.
 
-    As TensorBoard stores it, a bucket is known by its right edge; an empty one stands before the first that is full. What
-    can be computed for all rows at once is, since there may be thousands.
+    As TensorBoard stores it, a bucket is known by its right edge, and the first by the smallest value as well. What it
+    doesn't read is left out, and what can be computed for all rows at once is, since there may be thousands.
 
     Args:
         tags: [num_rows].
@@ -55,8 +55,8 @@ def histograms_of(tags: Sequence[str], edges: Floats, counts: Floats) -> Iterato
             min=limits[begin],
             max=limits[end],
             num=totals[row],
-            bucket_limit=limits[begin : end + 1],
-            bucket=[0.0, *counts[row, begin:end].tolist()],
+            bucket_limit=limits[begin + 1 : end + 1],
+            bucket=counts[row, begin:end].tolist(),
         )
         yield Summary.Value(tag=tag, histo=histo)
 

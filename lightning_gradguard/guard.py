@@ -48,6 +48,9 @@ class Guard:
         clip: largest norm, or a clipper, or a mapping of patterns of names to either (`Grouped`); None: no clipping.
         nonfinite, explosion, vanishing, overflow: an action's name, a configured detector, or None for off.
         detectors: your own, beside these.
+        include: patterns of names (fnmatch); only parameters that match one are measured, judged, clipped and logged. None:
+            all. NaN and infinity are looked for in the others, too, and a skipped step is skipped for all.
+        exclude: patterns of names; parameters that match one are left out in the same way.
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
         histogram_every_n_steps: how often histograms are, >= 1; None: never.
         sinks: where records go: objects with `write(record)` and `close()`, or functions of a record. Alerts are
@@ -84,6 +87,8 @@ class Guard:
         vanishing: ActionName | Action | Vanishing | None = "warn",
         overflow: ActionName | Action | Overflow | None = "warn",
         detectors: Sequence[Detector] = (),
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
         log_every_n_steps: int = 50,
         histogram_every_n_steps: int | None = 100,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
@@ -97,11 +102,13 @@ class Guard:
             vanishing=vanishing,
             overflow=overflow,
             detectors=detectors,
+            include=include,
+            exclude=exclude,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
-        parameters = WatchedParameters(named_parameters, optimizer)
+        parameters = WatchedParameters(named_parameters, optimizer, settings.only)
         self._set_up(settings, parameters, log_every_n_steps, BufferRepair(named_buffers), scaler)
 
     @classmethod
@@ -256,8 +263,15 @@ class Guard:
 
     def _gradients(self) -> Gradients:
         watched = self._parameters
+        others = None
+        if watched.excluded:
+            others = Gradients(watched.excluded, sharded=watched.is_sharded, names=watched.excluded_layout.names)
         return Gradients(
-            watched.tensors, sharded=watched.is_sharded, is_uniform=watched.is_uniform, names=watched.layout.names
+            watched.tensors,
+            sharded=watched.is_sharded,
+            is_uniform=watched.is_uniform,
+            names=watched.layout.names,
+            others=others,
         )
 
     def _measure(self, position: Position, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:

@@ -246,6 +246,7 @@ class Facts:
         loss_scale: a GradScaler's scale, scalar; None without one.
         histogram: a row of counts for each gradient, [num_tensors, row]; None on most steps.
         others: largest magnitude among the gradients that are not measured, scalar; None where there are none.
+        updates: how far the step before has moved each parameter, [num_parameters]; None where that was not measured.
     """
 
     norms: Tensor
@@ -255,6 +256,7 @@ class Facts:
     loss_scale: Tensor | None = None
     histogram: Tensor | None = None
     others: Tensor | None = None
+    updates: Tensor | None = None
 
     def read(self, gradients: Gradients, layout: Layout) -> Measurement:
         """Bring the facts to the host in one copy (one sync); on an incident look closer at the gradients.
@@ -267,10 +269,8 @@ class Facts:
     def pack(self) -> Tensor:
         """All but the histogram in one tensor, float32 or wider [n]. No sync."""
         parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
-        if self.loss_scale is not None:
-            parts.append(_to(self.loss_scale.reshape(1), self.norms.device, self.norms.dtype))
-        if self.others is not None:
-            parts.append(_to(self.others.reshape(1), self.norms.device, self.norms.dtype))
+        some = (self.loss_scale, self.others, self.updates)
+        parts += [_to(part.reshape(-1), self.norms.device, self.norms.dtype) for part in some if part is not None]
         return torch.cat(parts)
 
     def unpack(self, values: Floats, present: Bools, layout: Layout) -> Measurement:
@@ -280,10 +280,12 @@ class Facts:
         if count < len(layout.names):
             norms = np.zeros(len(layout.names))
             norms[present] = values[:count]
-        # Damage in what is not measured makes the global norm NaN, but none of the norms.
-        is_damaged = self.others is not None and not math.isfinite(values[-1])
-        total_norm = math.nan if is_damaged else float(values[count])
         end = count + 1 + self.signs.numel()
+        rest = iter(values[end:].tolist())
+        loss_scale = None if self.loss_scale is None else float(next(rest))
+        # Damage in what is not measured makes the global norm NaN, but none of the norms.
+        is_damaged = self.others is not None and not math.isfinite(next(rest))
+        total_norm = math.nan if is_damaged else float(values[count])
         # Plain lists: for a handful of ranks faster than numpy.
         signs = [[float(value) for value in row] for row in values[count + 1 : end].reshape(self.signs.shape)]
         if self.signs.shape[1] == 1:
@@ -296,7 +298,8 @@ class Facts:
             num_micro_batches=max(self.num_micro_batches, 1),
             loss=sum(row[_LAST_LOSS] for row in signs) / len(signs) if signs else None,
             damage=_damage(signs, self.num_micro_batches, math.isfinite(total_norm)),
-            loss_scale=None if self.loss_scale is None else float(values[end]),
+            loss_scale=loss_scale,
+            update_ratios=None if self.updates is None else np.fromiter(rest, dtype=np.float64),
         )
 
     def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
@@ -318,6 +321,7 @@ def measure(
     loss_scale: Tensor | None = None,
     histogram: Tensor | None = None,
     some_are_foreign: bool = False,
+    updates: Tensor | None = None,
 ) -> Facts:
     """The device half: one pass over the gradients. Changes none, never waits for the device.
 
@@ -332,6 +336,7 @@ def measure(
         histogram: what this rank counted, [num_tensors, row].
         some_are_foreign: whether backward passes of other optimizers are among `micro_batches`. Those are told by the
             gradients, which they leave as they were.
+        updates: how far the step before has moved each parameter, [num_parameters].
     """
     norms, ranks = gradients.norms(), gradients.ranks
     total_norm = total(norms, 2.0)
@@ -349,7 +354,7 @@ def measure(
         ranks.sum_(signs)
     gradients.measured = norms
     others = None if gradients.others is None else gradients.others.total_norm(math.inf)
-    return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram, others)
+    return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram, others, updates)
 
 
 def look_closer(measurement: Measurement, gradients: Gradients) -> Measurement:

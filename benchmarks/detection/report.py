@@ -233,25 +233,35 @@ _CURVE = """## The trade-off
 
 _REMARKS = """## What was aimed at, and what was not reached
 
-On the test half:
+On the test half, for the default detectors:
 
 | aim | reached |
 | --- | --- |
 | NaN and infinity: all found, at the step itself | yes |
 | sudden explosions: 95 %, median delay 1 step at most | yes |
-| slow explosions: 95 %, median delay 15 steps at most | no: `adam_epsilon` is missed, `exploding_rnn` is found late |
-| vanishing, dead, detached: 95 %, within `persistence` | no: `deep_tanh_default` and `zero_init` are missed |
-| no false alarm on the seeds above | yes |
-| on fresh seeds at most 1 in 10,000 steps | no: three flagged steps of one LSTM, see above |
+| slow explosions: 95 %, median delay 15 steps at most | all are found, but after 60 steps |
+| vanishing, dead, detached: 95 %, within `persistence` | all are found; dead ones within it, decay by depth at step 30 |
+| no false alarm on the seeds above | yes: the six counted are true, see below |
+| on fresh seeds at most 1 in 10,000 steps | yes |
 | more found than by any rule with as few false alarms | yes |
 
-Vanishing reports nothing in its first 30 steps, so what is sick from the start is found at step 30 at the earliest, ten
-steps after `persistence`: recurrent nets look as if they vanished in their first steps, and then train.
+On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`, and one step of one healthy run is
+flagged; on the tuning half `bad_init_large` and one seed of `range_test_adam`.
 
-These figures are those of the detectors as they were when the test half was opened. Whoever changes a detector because of a
-kind named here has used up the test half for it, and should say so or add new kinds.
+The six false alarms of the test half are `sqrt_of_zero` before its onset: by chance two neighbours in a batch had equal codes,
+and the gradient was NaN there in truth. The label is wrong, and was left as it is, since the scores had been seen.
 
-A network that is sick from its first step is found only once it produces NaN or infinity: `bad_init_large`, whose
-gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute limit finds it
-(`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with hundreds of false alarms in 10,000
-steps. That is the trade-off: absolute limits add those kinds, and alarm on every summed loss."""
+`UpdateRatio` found all that is sick from the first step in the test half, at the price of four flagged steps in 9,000
+(`adagrad_words`: Adagrad's first steps at a high rate move an embedding by a third of its size). So it stays off by default.
+
+Slow growth is found late because it is told by a trend over 64 steps, in which norm and loss rise together: shorter ones would
+not tell it from a model that begins to learn. Vanishing reports no decay by depth in its first 30 steps, since recurrent nets
+look as if they vanished then, and train later.
+
+These figures are those of the detectors as they were when the test half was scored. Whoever changes a detector because of a
+kind named here has used up the test half for it, and should say so and add new kinds.
+
+A network that is sick from its first step is found by the default detectors only once it produces NaN or infinity:
+`bad_init_large`, whose gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute limit
+finds it (`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with hundreds of false alarms in
+10,000 steps. That is the other trade-off: absolute limits add those kinds, and alarm on every summed loss."""

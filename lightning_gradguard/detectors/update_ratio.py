@@ -27,7 +27,7 @@ class UpdateRatio(Detector):
     weights; the others nothing.
 
     Why these defaults: over 51 healthy and 36 exploding trainings no healthy run had an update of 0.3 three times in a row,
-    or one of 1; of the exploding ones 15 and 18 had.
+    or one of 1; of the exploding ones 15 and 18 had. Adagrad's first steps at a high rate are an exception, seen later.
 
     Args:
         action: what happens on a hit.

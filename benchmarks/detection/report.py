@@ -245,23 +245,24 @@ On the test half, for the default detectors:
 | on fresh seeds at most 1 in 10,000 steps | yes |
 | more found than by any rule with as few false alarms | yes |
 
-On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`, and one step of one healthy run is
-flagged; on the tuning half `bad_init_large` and one seed of `range_test_adam`.
+On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`, and one step of one healthy run
+is flagged; on the tuning half `bad_init_large` and one seed of `range_test_adam`.
 
-The six false alarms of the test half are `sqrt_of_zero` before its onset: by chance two neighbours in a batch had equal codes,
-and the gradient was NaN there in truth. The label is wrong, and was left as it is, since the scores had been seen.
+The six false alarms of the test half are `sqrt_of_zero` before its onset: by chance two neighbours in a batch had equal
+codes, and the gradient was NaN there in truth. The label is wrong, and was left as it is, since the scores had been seen.
 
 `UpdateRatio` found all that is sick from the first step in the test half, at the price of four flagged steps in 9,000
-(`adagrad_words`: Adagrad's first steps at a high rate move an embedding by a third of its size). So it stays off by default.
+(`adagrad_words`: Adagrad's first steps at a high rate move an embedding by a third of its size). So it stays off by
+default.
 
-Slow growth is found late because it is told by a trend over 64 steps, in which norm and loss rise together: shorter ones would
-not tell it from a model that begins to learn. Vanishing reports no decay by depth in its first 30 steps, since recurrent nets
-look as if they vanished then, and train later.
+Slow growth is found late because it is told by a trend over 64 steps, in which norm and loss rise together: shorter ones
+would not tell it from a model that begins to learn. Vanishing reports no decay by depth in its first 30 steps, since
+recurrent nets look as if they vanished then, and train later.
 
 These figures are those of the detectors as they were when the test half was scored. Whoever changes a detector because of a
 kind named here has used up the test half for it, and should say so and add new kinds.
 
 A network that is sick from its first step is found by the default detectors only once it produces NaN or infinity:
-`bad_init_large`, whose gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute limit
-finds it (`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with hundreds of false alarms in
-10,000 steps. That is the other trade-off: absolute limits add those kinds, and alarm on every summed loss."""
+`bad_init_large`, whose gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute
+limit finds it (`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with hundreds of false
+alarms in 10,000 steps. That is the other trade-off: absolute limits add those kinds, and alarm on every summed loss."""

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         Grouped,
         ZClip,
     )
-    from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+    from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, UpdateRatio, Vanishing
     from lightning_gradguard.errors import GradientError, GradientWarning, GuardWarning, SinkWarning
     from lightning_gradguard.guard import Guard
     from lightning_gradguard.policy import Action
@@ -57,6 +57,7 @@ __all__ = [
     "Record",
     "Sink",
     "SinkWarning",
+    "UpdateRatio",
     "Vanishing",
     "Verdict",
     "ZClip",
@@ -65,7 +66,7 @@ __all__ = [
 _MODULE_OF = {
     "callback": ["GradGuard"],
     "clippers": ["AGC", "AdaGC", "AutoClip", "ClipNorm", "ClipParameterNorm", "ClipValue", "Clipper", "Grouped", "ZClip"],
-    "detectors": ["Detector", "Explosion", "NonFinite", "Overflow", "Vanishing"],
+    "detectors": ["Detector", "Explosion", "NonFinite", "Overflow", "UpdateRatio", "Vanishing"],
     "errors": ["GradientError", "GradientWarning", "GuardWarning", "SinkWarning"],
     "guard": ["Guard"],
     "policy": ["Action"],

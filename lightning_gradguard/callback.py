@@ -42,6 +42,9 @@ class GradGuard(Callback):
         vanishing: the same for gradients that no longer reach a part of the model.
         overflow: the same for a GradScaler that does not find its scale (fp16 only).
         detectors: your own, beside these.
+        include: patterns of names (fnmatch); only parameters that match one are measured, judged, clipped and logged. None:
+            all. NaN and infinity are looked for in the others, too, and a skipped step is skipped for all.
+        exclude: patterns of names; parameters that match one are left out in the same way.
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
@@ -49,7 +52,7 @@ class GradGuard(Callback):
             a record. They live on the first rank.
 
     Raises:
-        ValueError: if an argument is wrong.
+        ValueError: if an argument is wrong; when training starts, if a pattern of names matches nothing.
         ConflictError: in `setup`, if Trainer and guard exclude each other.
         GradientError: from the Trainer's `fit`, where an action is "raise".
 
@@ -67,6 +70,8 @@ class GradGuard(Callback):
         vanishing: ActionName | Action | Vanishing | None = "warn",
         overflow: ActionName | Action | Overflow | None = "warn",
         detectors: Sequence[Detector] = (),
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
         every_backward: bool = True,
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
@@ -79,6 +84,8 @@ class GradGuard(Callback):
             vanishing=vanishing,
             overflow=overflow,
             detectors=detectors,
+            include=include,
+            exclude=exclude,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
@@ -161,7 +168,7 @@ class GradGuard(Callback):
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
-                WatchedParameters(pl_module.named_parameters(), optimizer),
+                WatchedParameters(pl_module.named_parameters(), optimizer, settings.only),
                 log_every_n_steps=interval,
                 buffers=buffers,
                 scaler=scaler_of(trainer),

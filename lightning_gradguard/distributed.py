@@ -99,6 +99,14 @@ def local_weight(parameter: Tensor) -> Tensor:
     return weight.to_local()
 
 
+def local_part(parameter: Tensor, ranks: Ranks) -> tuple[Tensor, float]:
+    """What this rank holds of a parameter, and which share of it counts in a sum over ranks; see `local_shard_`. No sync."""
+    if not is_sharded([parameter]):
+        return parameter.detach(), 1.0 / ranks.size
+    part = parameter.detach()
+    return part.to_local(), _num_shards(part) / ranks.size  # type: ignore[attr-defined, arg-type]
+
+
 def sum_pieces_(norms: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
     """From 2-norms of pieces of output units to those of whole units, in place.
 

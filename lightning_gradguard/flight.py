@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers import Clipped
-from lightning_gradguard.inspection import inspect
 from lightning_gradguard.layout import Bools, Floats, Layout
-from lightning_gradguard.measurement import Facts, Gradients
+from lightning_gradguard.measurement import Facts, Gradients, look_closer
 from lightning_gradguard.record import Measurement, ParameterReport, Position
 
 
@@ -57,12 +56,10 @@ class Flight:
             self._landed.synchronize()
         values: Floats = self._values.double().numpy()
         measurement = self.facts.unpack(values[:-1], self.present, self.layout)
-        if not math.isfinite(measurement.global_norm):
-            measurement = (
-                _from_norms(measurement)
-                if gradients is None
-                else inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
-            )
+        if gradients is not None:
+            measurement = look_closer(measurement, gradients)
+        elif not math.isfinite(measurement.global_norm):
+            measurement = _from_norms(measurement)
         return measurement, Clipped(coef=float(values[-1]), norm=measurement.global_norm * float(values[-1]))
 
 

@@ -92,9 +92,11 @@ class Gate:
         self._parameters = parameters
         self._buffers = buffers
         self.clipper = clipper
-        self.kernel = FusedKernel(optimizer) if optimizer and FusedKernel.fits(optimizer) and not uses_scaler else None
+        # The kernel scales all gradients of the optimizer, also those that are excluded.
+        can_fuse = FusedKernel.fits(optimizer) and not uses_scaler and parameters.only.keeps_all
+        self.kernel = FusedKernel(optimizer) if optimizer and can_fuse else None
         is_lbfgs = isinstance(optimizer, torch.optim.LBFGS)
-        self.undoable = UndoableStep(optimizer, parameters.tensors) if is_lbfgs else None  # type: ignore[arg-type]
+        self.undoable = UndoableStep(optimizer, parameters.everything) if is_lbfgs else None  # type: ignore[arg-type]
         self._history_before: dict[str, Any] | None = None
 
     def open(self) -> None:
@@ -105,7 +107,7 @@ class Gate:
 
     def skip_(self) -> None:
         """Keep the step from being applied. One sync where there are buffers."""
-        skip_(self._parameters.tensors)
+        skip_(self._parameters.everything)
         if self.undoable is not None:
             self.undoable.undo_()
         if self.clipper is not None and self._history_before is not None:

@@ -30,6 +30,7 @@ from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 from lightning_gradguard.sinks.base import SafeSink
 from lightning_gradguard.summary import count
+from lightning_gradguard.updates import UpdateMeter
 
 # Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
 # never calls `step` reaches it.
@@ -48,6 +49,9 @@ class Guard:
         clip: largest norm, or a clipper, or a mapping of patterns of names to either (`Grouped`); None: no clipping.
         nonfinite, explosion, vanishing, overflow: an action's name, a configured detector, or None for off.
         detectors: your own, beside these.
+        include: patterns of names (fnmatch); only parameters that match one are measured, judged, clipped and logged. None:
+            all. NaN and infinity are looked for in the others, too, and a skipped step is skipped for all.
+        exclude: patterns of names; parameters that match one are left out in the same way.
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
         histogram_every_n_steps: how often histograms are, >= 1; None: never.
         sinks: where records go: objects with `write(record)` and `close()`, or functions of a record. Alerts are
@@ -84,6 +88,8 @@ class Guard:
         vanishing: ActionName | Action | Vanishing | None = "warn",
         overflow: ActionName | Action | Overflow | None = "warn",
         detectors: Sequence[Detector] = (),
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] = (),
         log_every_n_steps: int = 50,
         histogram_every_n_steps: int | None = 100,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
@@ -97,11 +103,13 @@ class Guard:
             vanishing=vanishing,
             overflow=overflow,
             detectors=detectors,
+            include=include,
+            exclude=exclude,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
-        parameters = WatchedParameters(named_parameters, optimizer)
+        parameters = WatchedParameters(named_parameters, optimizer, settings.only)
         self._set_up(settings, parameters, log_every_n_steps, BufferRepair(named_buffers), scaler)
 
     @classmethod
@@ -131,6 +139,7 @@ class Guard:
         optimizer = parameters.optimizer
         self._parameters = parameters
         self._judge = Judge(settings.detectors)
+        self._updates = UpdateMeter()
         self._scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
         self._gate = Gate(parameters, settings.clipper, buffers, uses_scaler=self._scaling is not None)
         self._sinks = [SafeSink(sink) for sink in settings.sinks]
@@ -199,22 +208,29 @@ class Guard:
             self._gate.skip_()
             self._pending.clear()
             return self.last
-        self._parameters.refresh()
+        updates = self._updates.read_(self._parameters.tensors)
+        if self._parameters.refresh():
+            updates = None
         self._gate.open()
         position = position or Position(step=self.totals.num_steps, log_step=self.totals.num_steps)
-        gradients, facts = self._measure(position, with_histogram=_is_due(position.log_step, self._histogram_interval))
+        with_histogram = _is_due(position.log_step, self._histogram_interval)
+        gradients, facts = self._measure(position, updates, with_histogram=with_histogram)
         layout = self._parameters.layout
         bar = self._judge.bar() if self.last is not None and self._gate.can_defer(gradients) else None
         if self.last is not None and bar is not None:
             coef = self._gate.defer_(gradients, facts, bar)
             self._flight = Flight.start(position, facts, coef, gradients.present, layout)
+            self._watch_update()
             return self.last
         if (queued := self._gate.queue_clip_(gradients, facts)) is not None:
             flight = Flight.start(position, facts, queued, gradients.present, layout)
-            return self._land(flight, gradients, facts)
+            record = self._land(flight, gradients, facts)
+            self._watch_update(record.decision)
+            return record
         measurement = facts.read(gradients, layout)
         judgement = self._judge.judge(measurement)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
+        self._watch_update(judgement.decision)
         return self._finish(position, measurement, judgement, clipped, self._histograms(facts.histogram, gradients.present))
 
     def flush(self) -> None:
@@ -239,6 +255,7 @@ class Guard:
         return {
             "judge": self._judge.state_dict(),
             "clipper": clipper and {"type": type(clipper).__qualname__, "state": clipper.state_dict()},
+            "updates": self._updates.state_dict(self._parameters.tensors),
             "totals": {**vars(self.totals), "alerts_by_kind": dict(self.totals.alerts_by_kind)},
         }
 
@@ -249,6 +266,7 @@ class Guard:
         """
         self.totals = Totals(**state["totals"])
         self._judge.load_state_dict(state["judge"])
+        self._updates.load_state_dict(state["updates"])
         clipper = self._gate.clipper
         saved = None if clipper is None else state_for(clipper, state["clipper"], "clipper")
         if clipper is not None and saved is not None:
@@ -256,11 +274,25 @@ class Guard:
 
     def _gradients(self) -> Gradients:
         watched = self._parameters
+        others = None
+        if watched.excluded:
+            others = Gradients(watched.excluded, sharded=watched.is_sharded, names=watched.excluded_layout.names)
         return Gradients(
-            watched.tensors, sharded=watched.is_sharded, is_uniform=watched.is_uniform, names=watched.layout.names
+            watched.tensors,
+            sharded=watched.is_sharded,
+            is_uniform=watched.is_uniform,
+            names=watched.layout.names,
+            others=others,
         )
 
-    def _measure(self, position: Position, *, with_histogram: bool = False) -> tuple[Gradients, Facts]:
+    def _watch_update(self, decision: Decision | None = None) -> None:
+        """Have the update of this step measured, if it is applied and someone asks; no decision: the device has it."""
+        if self._judge.needs_update() and not (decision is not None and decision.skip):
+            self._updates.start_(self._parameters.tensors)
+
+    def _measure(
+        self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False
+    ) -> tuple[Gradients, Facts]:
         scale = None
         if self._scaling is not None:
             scale = self._scaling.scale
@@ -273,6 +305,7 @@ class Guard:
             loss_scale=scale,
             histogram=histogram,
             some_are_foreign=position.num_optimizers > 1,
+            updates=updates,
         )
         self._pending.clear()
         return gradients, facts

@@ -57,6 +57,7 @@ class Judge:
 
     def __init__(self, detectors: Sequence[Detector]) -> None:
         self._detectors = tuple(detectors)
+        self._asking = [detector for detector in detectors if type(detector).needs_update is not Detector.needs_update]
         self._streaks = tuple(Streak() for _ in self._detectors)
         self._streaks_before = self._streaks
         self._num_steps = 0
@@ -78,6 +79,10 @@ class Judge:
             max_norm=min((detector.limit() for detector in armed), default=math.inf),
             must_be_finite=any(isinstance(detector, NonFinite) for detector in armed),
         )
+
+    def needs_update(self) -> bool:
+        """Whether a detector wants to know what the coming step does to the weights."""
+        return True in [detector.needs_update() for detector in self._asking]
 
     def judge(self, measurement: Measurement, *, is_repeated: bool = False) -> Judgement:
         """Judge a step, and let the detectors learn from it if it is applied.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ class Gradients:
         sharded: whether there are DTensors among them.
         is_uniform: whether all are known to share device and dtype, which saves a look at each.
         names: one per parameter; empty: they go by their position.
+        others: gradients of the same optimizer that are not measured, but must be finite, too.
 
     Attributes:
         present: which parameters have a gradient, bool [num_parameters].
@@ -50,8 +51,10 @@ class Gradients:
         sharded: bool = False,
         is_uniform: bool = False,
         names: Sequence[str] = (),
+        others: Gradients | None = None,
     ) -> None:
         self.ranks = Ranks.current()
+        self.others = others
         self.measured: Tensor | None = None
         self._parameters = parameters
         self._names = names
@@ -71,7 +74,8 @@ class Gradients:
             self.present[:] = [grad is not None for grad in grads]
         # Also where there is no gradient at all, the ranks have to sum on a device that their backend knows.
         some = self.tensors or parameters
-        self.device = some[0].device if some else torch.device("cpu")
+        elsewhere = torch.device("cpu") if others is None else others.device
+        self.device: torch.device = some[0].device if some else elsewhere
         self.shares = None if shares is None else torch.tensor(shares).to(self.device, non_blocking=True)
 
     @property
@@ -79,6 +83,12 @@ class Gradients:
         """Of the parameters that have a gradient, [num_tensors]."""
         names = self._names or [str(index) for index in range(len(self.present))]
         return [name for name, is_here in zip(names, self.present.tolist(), strict=True) if is_here]
+
+    @property
+    def layout(self) -> Layout:
+        """Names and sizes of all parameters."""
+        names = self._names or [str(index) for index in range(len(self.present))]
+        return Layout.of(names, (tuple(parameter.shape) for parameter in self._parameters))
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -144,7 +154,10 @@ class Gradients:
 
     def local_total_norm(self) -> Tensor:
         """2-norm over what this rank holds, scalar; not finite exactly if something here isn't. No sync."""
-        return total(self.norms(), 2.0)
+        norm = total(self.norms(), 2.0)
+        if self.others is None:
+            return norm
+        return norm + 0.0 * _to(total(self.others.norms(math.inf), math.inf), norm.device, norm.dtype)
 
     def scale_(self, coef: Tensor | float) -> None:
         """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
@@ -232,6 +245,8 @@ class Facts:
         signs: what each rank saw of them, [num_ranks, 4]; see `_signs`. Of a single one on a single rank its loss, [1, 1].
         loss_scale: a GradScaler's scale, scalar; None without one.
         histogram: a row of counts for each gradient, [num_tensors, row]; None on most steps.
+        others: largest magnitude among the gradients that are not measured, scalar; None where there are none.
+        updates: how far the step before has moved each parameter, [num_parameters]; None where that was not measured.
     """
 
     norms: Tensor
@@ -240,6 +255,8 @@ class Facts:
     signs: Tensor
     loss_scale: Tensor | None = None
     histogram: Tensor | None = None
+    others: Tensor | None = None
+    updates: Tensor | None = None
 
     def read(self, gradients: Gradients, layout: Layout) -> Measurement:
         """Bring the facts to the host in one copy (one sync); on an incident look closer at the gradients.
@@ -247,16 +264,13 @@ class Facts:
         A collective only on an incident with sharded gradients, which all ranks see alike.
         """
         values: Floats = self.pack().to("cpu", torch.float64).numpy()
-        measurement = self.unpack(values, gradients.present, layout)
-        if math.isfinite(measurement.global_norm):
-            return measurement
-        return inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
+        return look_closer(self.unpack(values, gradients.present, layout), gradients)
 
     def pack(self) -> Tensor:
         """All but the histogram in one tensor, float32 or wider [n]. No sync."""
         parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
-        if self.loss_scale is not None:
-            parts.append(_to(self.loss_scale.reshape(1), self.norms.device, self.norms.dtype))
+        some = (self.loss_scale, self.others, self.updates)
+        parts += [_to(part.reshape(-1), self.norms.device, self.norms.dtype) for part in some if part is not None]
         return torch.cat(parts)
 
     def unpack(self, values: Floats, present: Bools, layout: Layout) -> Measurement:
@@ -266,8 +280,12 @@ class Facts:
         if count < len(layout.names):
             norms = np.zeros(len(layout.names))
             norms[present] = values[:count]
-        total_norm = float(values[count])
         end = count + 1 + self.signs.numel()
+        rest = iter(values[end:].tolist())
+        loss_scale = None if self.loss_scale is None else float(next(rest))
+        # Damage in what is not measured makes the global norm NaN, but none of the norms.
+        is_damaged = self.others is not None and not math.isfinite(next(rest))
+        total_norm = math.nan if is_damaged else float(values[count])
         # Plain lists: for a handful of ranks faster than numpy.
         signs = [[float(value) for value in row] for row in values[count + 1 : end].reshape(self.signs.shape)]
         if self.signs.shape[1] == 1:
@@ -280,7 +298,8 @@ class Facts:
             num_micro_batches=max(self.num_micro_batches, 1),
             loss=sum(row[_LAST_LOSS] for row in signs) / len(signs) if signs else None,
             damage=_damage(signs, self.num_micro_batches, math.isfinite(total_norm)),
-            loss_scale=None if self.loss_scale is None else float(values[end]),
+            loss_scale=loss_scale,
+            update_ratios=None if self.updates is None else np.fromiter(rest, dtype=np.float64),
         )
 
     def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
@@ -302,11 +321,13 @@ def measure(
     loss_scale: Tensor | None = None,
     histogram: Tensor | None = None,
     some_are_foreign: bool = False,
+    updates: Tensor | None = None,
 ) -> Facts:
     """The device half: one pass over the gradients. Changes none, never waits for the device.
 
     At most one collective: a sum over ranks of 4 bytes for each parameter, where gradients are sharded, and of 16 bytes for
-    each rank, where losses are watched. A histogram of sharded gradients travels in it.
+    each rank, where losses are watched. A histogram of sharded gradients travels in it. One more, of a single number, where
+    gradients are sharded and some are excluded.
 
     Args:
         gradients: of one optimizer.
@@ -315,6 +336,7 @@ def measure(
         histogram: what this rank counted, [num_tensors, row].
         some_are_foreign: whether backward passes of other optimizers are among `micro_batches`. Those are told by the
             gradients, which they leave as they were.
+        updates: how far the step before has moved each parameter, [num_parameters].
     """
     norms, ranks = gradients.norms(), gradients.ranks
     total_norm = total(norms, 2.0)
@@ -331,7 +353,31 @@ def measure(
     elif micro_batches:
         ranks.sum_(signs)
     gradients.measured = norms
-    return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram)
+    others = None if gradients.others is None else gradients.others.total_norm(math.inf)
+    return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram, others, updates)
+
+
+def look_closer(measurement: Measurement, gradients: Gradients) -> Measurement:
+    """Where the global norm is not finite, tell why; see `inspect`. Other measurements come back as they are."""
+    if math.isfinite(measurement.global_norm):
+        return measurement
+    seen, others = measurement, gradients.others
+    # Of finite norms the total can be infinite, but NaN only where the others have made it so.
+    if not (math.isnan(measurement.global_norm) and np.isfinite(measurement.norms).all()):
+        seen = inspect(measurement, gradients.tensors, gradients.shares, gradients.ranks)
+    if others is None:
+        return seen
+    blank = Measurement(others.layout, np.zeros(len(others.present)), others.present, math.nan, damage=measurement.damage)
+    found = inspect(blank, others.tensors, others.shares, others.ranks) if others.tensors else blank
+    if not found.nonfinite:
+        return seen
+    return replace(
+        seen,
+        global_norm=math.nan,
+        nonfinite=seen.nonfinite + found.nonfinite,
+        overflowed=False,
+        damage=measurement.damage,
+    )
 
 
 def _sum_shards(

@@ -8,6 +8,7 @@ import torch
 
 from lightning_gradguard.distributed import is_sharded
 from lightning_gradguard.layout import Layout, clean_name
+from lightning_gradguard.name_filter import NameFilter
 
 
 class WatchedParameters:
@@ -18,43 +19,42 @@ class WatchedParameters:
     Args:
         named_parameters: the model's parameters. A parameter that goes by two names (tied) keeps the first.
         optimizer: whose parameters are watched. None: all of `named_parameters`.
+        only: which of them, by name. Its patterns must match some of `named_parameters`, not each optimizer's.
+
+    Attributes:
+        tensors: the watched parameters, in the order of `layout`.
+        layout: their names and sizes.
+        is_uniform: whether all share device and dtype; so do their gradients then.
+        is_sharded: whether there are DTensors, also among the excluded ones.
+        excluded, excluded_layout: the same of those that the filter leaves out.
 
     Raises:
-        ValueError: if nothing is left to watch.
+        ValueError: if nothing is left to watch, or a pattern matches nothing.
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, torch.Tensor]], optimizer: torch.optim.Optimizer | None = None
+        self,
+        named_parameters: Iterable[tuple[str, torch.Tensor]],
+        optimizer: torch.optim.Optimizer | None = None,
+        only: NameFilter = NameFilter(),  # noqa: B008
     ) -> None:
         self._named = [_check(entry) for entry in named_parameters]
         self.optimizer = optimizer
+        self.only = only
         self._group_sizes = self._sizes()
         self._collect()
-        if not self.tensors:
+        if self.everything:
+            only.check(dict.fromkeys([name for name, _ in self._named] + [*self.layout.names, *self.excluded_layout.names]))
+        else:
             raise ValueError(
                 "`named_parameters` must hold at least one parameter, got none. "
                 "Pass `model.named_parameters()`; an iterator can be used up only once."
             )
 
     @property
-    def is_sharded(self) -> bool:
-        """Whether there are DTensors among them."""
-        return self._is_sharded
-
-    @property
-    def is_uniform(self) -> bool:
-        """Whether all share device and dtype; so do their gradients then."""
-        return self._is_uniform
-
-    @property
-    def layout(self) -> Layout:
-        """Names and sizes."""
-        return self._layout
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        """The parameters, in the order of `layout`."""
-        return self._tensors
+    def everything(self) -> list[torch.Tensor]:
+        """All parameters of the optimizer, excluded ones included."""
+        return [*self.tensors, *self.excluded]
 
     def refresh(self) -> bool:
         """Look whether the optimizer's groups have changed; True if the layout is a new one."""
@@ -76,10 +76,17 @@ class WatchedParameters:
             # Parameters that the model doesn't list are trained all the same, so they are watched under a made-up name.
             unnamed = [(where, parameter) for key, (where, parameter) in inside.items() if key not in known]
             named = model_order + unnamed
-        self._tensors = [parameter for _, parameter in named]
-        self._is_uniform = len({(tensor.device, tensor.dtype) for tensor in self._tensors}) <= 1
-        self._is_sharded = is_sharded(self._tensors)
-        self._layout = Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in self._tensors))
+        kept = [pair for pair in named if self.only.keeps(pair[0])]
+        left_out = [] if self.only.keeps_all else [pair for pair in named if not self.only.keeps(pair[0])]
+        self.tensors, self.layout = _split(kept)
+        self.excluded, self.excluded_layout = _split(left_out)
+        self.is_uniform = len({(tensor.device, tensor.dtype) for tensor in self.tensors}) <= 1
+        self.is_sharded = is_sharded(self.everything)
+
+
+def _split(named: list[tuple[str, torch.Tensor]]) -> tuple[list[torch.Tensor], Layout]:
+    tensors = [parameter for _, parameter in named]
+    return tensors, Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in tensors))
 
 
 def _check(entry: object) -> tuple[str, torch.Tensor]:

@@ -101,6 +101,8 @@ class Measurement:
         overflowed: whether the gradients are finite, but too large for their norm to be computed in the
             ordinary way (it was then computed in float64 with scaling, and is right).
         max_abs: largest finite magnitude of an element; measured on an incident only, None otherwise.
+        update_ratios: by which part of its size the step before has moved each matrix or kernel, NaN for vectors,
+            [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
     """
 
     layout: Layout
@@ -114,6 +116,7 @@ class Measurement:
     nonfinite: tuple[ParameterReport, ...] = ()
     overflowed: bool = False
     max_abs: float | None = None
+    update_ratios: Floats | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from lightning_gradguard.clippers import ClipNorm, Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.name_filter import NameFilter
 from lightning_gradguard.policy import Action, ActionName, require_int, to_action
 from lightning_gradguard.record import Record
 from lightning_gradguard.sinks import Sink
@@ -25,12 +26,14 @@ class Settings:
     Attributes:
         clipper: what clips; None for nothing.
         detectors: what judges, in the order in which their verdicts appear.
+        only: which parameters are watched.
         sinks: the user's own.
         histogram_every_n_steps: cadence of histograms, >= 1; None for none.
     """
 
     clipper: Clipper | None
     detectors: tuple[Detector, ...]
+    only: NameFilter
     sinks: tuple[Sink, ...]
     histogram_every_n_steps: int | None
 
@@ -44,6 +47,8 @@ class Settings:
         vanishing: ActionName | Action | Vanishing | None,
         overflow: ActionName | Action | Overflow | None,
         detectors: Sequence[Detector],
+        include: Sequence[str] | None,
+        exclude: Sequence[str],
         sinks: Sequence[Sink | Callable[[Record], object]],
         histogram_every_n_steps: int | None,
     ) -> Settings:
@@ -72,13 +77,14 @@ class Settings:
         return cls(
             clipper=_to_clipper(clip),
             detectors=tuple(chosen),
+            only=NameFilter.of(include, exclude),
             sinks=tuple(to_sink(sink) for sink in _sequence(sinks, parameter="sinks")),
             histogram_every_n_steps=histogram_every_n_steps,
         )
 
     def fresh(self) -> Settings:
         """The same with clipper and detectors of its own, so that several optimizers share no baseline."""
-        return Settings(copy.deepcopy(self.clipper), copy.deepcopy(self.detectors), self.sinks, self.histogram_every_n_steps)
+        return replace(self, clipper=copy.deepcopy(self.clipper), detectors=copy.deepcopy(self.detectors))
 
 
 def _to_clipper(clip: float | Clipper | Mapping[str, float | Clipper | None] | None) -> Clipper | None:

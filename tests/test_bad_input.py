@@ -24,6 +24,8 @@ DEFAULTS = {
     "vanishing": "warn",
     "overflow": "warn",
     "detectors": (),
+    "include": None,
+    "exclude": (),
     "sinks": (),
     "histogram_every_n_steps": 100,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from builders import examples, judge, measurement, no_gradients, through_checkpo
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard import Detector, Explosion, NonFinite, Vanishing, Verdict
+from lightning_gradguard import Detector, Explosion, NonFinite, UpdateRatio, Vanishing, Verdict
 from lightning_gradguard.detectors.overflow import Overflow
 
 
@@ -50,13 +51,14 @@ MAKERS = {
     "explosion-absolute": lambda: Explosion(ratio=None, max_norm=20.0),
     "vanishing": lambda: Vanishing(persistence=2, warmup_steps=3),
     "overflow": lambda: Overflow(max_in_a_row=2),
+    "update-ratio": lambda: UpdateRatio(persistence=2, min_ratio=1e-3),
     "own": Largest,
 }
 every_detector = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
 
 
 def stream(length=60, seed=0):
-    """Steps of a five-layer network: noise, with spikes, dying layers, zeros, NaN, Inf and overflows in between."""
+    """Steps of a five-layer network: noise, with spikes, dying layers, zeros, NaN, Inf, overflows and updates in between."""
     rng = np.random.default_rng(seed)
     for step in range(length):
         norms = np.exp(rng.normal(0.0, 0.3, size=5))
@@ -68,7 +70,9 @@ def stream(length=60, seed=0):
             norms[2] = (math.nan, math.inf)[step % 2]
         if step % 19 > 14:
             norms[4] = math.inf
-        yield measurement(norms.tolist(), loss=1.0, loss_scale=512.0 if step % 19 > 14 else None)
+        one = measurement(norms.tolist(), loss=1.0, loss_scale=512.0 if step % 19 > 14 else None)
+        updates = np.array([math.nan, 1.0, 0.5, 0.0, 1e-4]) * (2.0, 0.8, 0.8, 1e-4, 1e-4, 0.1)[step % 6]
+        yield replace(one, update_ratios=updates) if step % 5 else one
 
 
 def verdicts(detector, steps):
@@ -190,9 +194,10 @@ def test_detector_judging_changes_no_measurement(make, seed):
 
 def test_detectors_built_in_have_distinct_names():
     """Names are the alerts' kinds, and keys in the state."""
-    assert [cls.name for cls in (NonFinite, Overflow, Explosion, Vanishing)] == [
+    assert [cls.name for cls in (NonFinite, Overflow, Explosion, Vanishing, UpdateRatio)] == [
         "nonfinite",
         "overflow",
         "explosion",
         "vanishing",
+        "update_ratio",
     ]

@@ -13,7 +13,7 @@ from rich.progress import track
 
 from benchmarks._report import table
 from benchmarks.detection.recording import recorded
-from benchmarks.detection.report import DOCUMENT, by_fault, by_rule, document, half
+from benchmarks.detection.report import DOCUMENT, by_detector, by_fault, by_rule, document, half
 from benchmarks.detection.split import FRESH_SEEDS, HALVES, SEEDS
 from benchmarks.detection.trainings import KINDS
 
@@ -36,7 +36,7 @@ def main() -> None:
         recorded(kind, seed)
     halves = [half(name) for name in names]
     for one in halves:
-        for sheet in (by_fault(one), by_rule(one)):
+        for sheet in (by_fault(one), by_detector(one), by_rule(one)):
             console.print(table(sheet.title, sheet.columns, sheet.rows))
         console.print(f"Not found: {', '.join(one.ours.missed) or 'none'}")
         console.print(f"False alarms: {one.ours.alarmed or 'none'}; on fresh seeds: {one.fresh.alarmed or 'none'}")

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from benchmarks.detection.trainings import KINDS, STEPS, Kind, Training
-from lightning_gradguard import Guard, NonFinite
+from lightning_gradguard import Guard, NonFinite, UpdateRatio
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.record import Damage, Measurement, ParameterReport
 
@@ -47,7 +47,7 @@ class Recording:
 
 def recorded(name: str, seed: int) -> Recording:
     """A run from the cache; if it is not there, it is run."""
-    path = CACHE / f"{name}-{seed}-{_digest()}.npz"
+    path = CACHE / f"{name}-{seed}-{_digest(KINDS[name].build.__module__)}.npz"
     if not path.exists():
         recording = run(KINDS[name], seed)
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -71,6 +71,7 @@ def run(kind: Kind, seed: int, steps: int = STEPS) -> Recording:
             explosion=None,
             vanishing=None,
             overflow=None,
+            detectors=[UpdateRatio("log", every_n_steps=1)],
             log_every_n_steps=0,
             histogram_every_n_steps=None,
             scaler=training.scaler,
@@ -104,9 +105,10 @@ def _step(training: Training, guard: Guard, step: int) -> None:
 
 
 @cache
-def _digest() -> str:
-    """Changes with any of the trainings, and with torch."""
-    sources = sorted((Path(__file__).parent / "trainings").glob("*.py"))
+def _digest(module: str) -> str:
+    """Changes with the trainings of a module and what they share, and with torch."""
+    names = ("base", "data", "networks", module.rpartition(".")[2])
+    sources = [Path(__file__).parent / "trainings" / f"{name}.py" for name in names]
     text = torch.__version__.encode() + b"".join(source.read_bytes() for source in sources)
     return hashlib.sha256(text).hexdigest()[:12]
 
@@ -120,6 +122,7 @@ def _save(recording: Recording, path: Path) -> None:
         "ndims": layout.ndims,
         "norms": np.stack([step.norms for step in steps]),
         "has_grad": np.stack([step.has_grad for step in steps]),
+        "updates": np.stack([_updates(step) for step in steps]).astype(np.float32),
         "global_norm": np.array([step.global_norm for step in steps]),
         "loss": np.array([np.nan if step.loss is None else step.loss for step in steps]),
         "loss_scale": np.array([0.0 if step.loss_scale is None else step.loss_scale for step in steps]),
@@ -131,6 +134,10 @@ def _save(recording: Recording, path: Path) -> None:
     }
     with path.open("wb") as file:
         np.savez_compressed(file, **columns)
+
+
+def _updates(step: Measurement) -> np.ndarray:
+    return np.full(len(step.names), np.nan) if step.update_ratios is None else step.update_ratios
 
 
 def _num_damaged(step: Measurement) -> np.ndarray:
@@ -165,6 +172,7 @@ def _measurement(columns: dict[str, np.ndarray], layout: Layout, step: int) -> M
             ParameterReport(layout.names[i], float(columns["norms"][step][i]), int(num_nan[i]), int(num_inf[i]))
             for i in damaged
         ),
+        update_ratios=columns["updates"][step],
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from benchmarks.detection.recording import Recording
-from lightning_gradguard import Action, Explosion, NonFinite, Vanishing
+from lightning_gradguard import Action, Explosion, NonFinite, UpdateRatio, Vanishing
 from lightning_gradguard.detectors import Detector, Overflow
 from lightning_gradguard.judge import Judge
 from lightning_gradguard.layout import Partition, module_of
@@ -29,6 +30,11 @@ def defaults() -> list[Detector]:
     return [NonFinite(), Explosion(), Vanishing(), Overflow()]
 
 
+def with_updates() -> list[Detector]:
+    """The same, with the detector that is off unless it is asked for."""
+    return [*defaults(), UpdateRatio()]
+
+
 def gradguard(make: Callable[[], Sequence[Detector]] = defaults) -> Rule:
     """Our detectors, driven as a guard drives them: they learn only from steps that are applied.
 
@@ -38,8 +44,10 @@ def gradguard(make: Callable[[], Sequence[Detector]] = defaults) -> Rule:
     def rule(recording: Recording) -> Fired:
         judge = Judge(make())
         fired = []
+        is_measured = False
         for step in recording.measurements:
-            judgement = judge.judge(step)
+            judgement = judge.judge(step if is_measured else replace(step, update_ratios=None))
+            is_measured = judge.needs_update()
             named = zip(judgement.verdicts, judgement.decision.actions, strict=True)
             fired.append(frozenset(verdict.kind for verdict, action in named if action >= Action.WARN))
         return fired

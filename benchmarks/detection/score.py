@@ -13,6 +13,10 @@ WITHIN = 100
 """Steps after the onset within which a fault has to be found."""
 
 
+_ALSO = {"explosion": "update_ratio"}
+"""What may find a fault beside the detectors that its label names: too large a step is how most explosions begin."""
+
+
 @dataclass
 class Score:
     """How one rule did on some recordings.
@@ -82,7 +86,7 @@ def score(
             result.alarmed[name] = number
         if kind.is_healthy:
             continue
-        wanted = None if any_kind else frozenset(kind.must_find)
+        wanted = None if any_kind else frozenset(kind.must_find) | {_ALSO[name] for name in kind.must_find if name in _ALSO}
         after = fired[kind.onset : kind.onset + WITHIN + 1]
         hits = (step for step, names in enumerate(after) if (names if wanted is None else names & wanted))
         delay = next(hits, None)

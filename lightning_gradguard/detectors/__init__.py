@@ -4,6 +4,7 @@ from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.detectors.explosion import Explosion
 from lightning_gradguard.detectors.nonfinite import NonFinite
 from lightning_gradguard.detectors.overflow import Overflow
+from lightning_gradguard.detectors.update_ratio import UpdateRatio
 from lightning_gradguard.detectors.vanishing import Vanishing
 
-__all__ = ["Detector", "Explosion", "NonFinite", "Overflow", "Vanishing"]
+__all__ = ["Detector", "Explosion", "NonFinite", "Overflow", "UpdateRatio", "Vanishing"]

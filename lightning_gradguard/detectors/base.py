@@ -65,6 +65,13 @@ class Detector(ABC):
         Called after `observe`, and only for steps that were finite, applied, and not flagged by this detector.
         """
 
+    def needs_update(self) -> bool:
+        """Whether the next measurement shall have `update_ratios`: how far the coming step moves the weights.
+
+        Asked once a step, after it was judged, and alike on all ranks. It costs a copy of the matrices until then.
+        """
+        return False
+
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a checkpoint, in plain types."""
         return {}

@@ -28,7 +28,8 @@ class Vanishing(Detector):
     - *decay*: over the depth of the model, in the order of its modules, the rms falls towards the input, either by
       `slope` decades a module (and two decades in all), or so that the first two modules both lie below `min_ratio` of the
       last two. It needs four modules.
-    - *dead*: a module's gradient is exactly zero while others are not, as behind dead ReLU units or a `detach()`.
+    - *dead*: a module's gradient is exactly zero while that of another parameter is not, as behind dead ReLU units or a
+      `detach()`, or where all weights are zero and only the last bias learns.
     - *floor*: the whole gradient is below `min_norm`, while the loss is not zero.
 
     The first two compare modules with each other, so a model that has converged, whose gradients are small everywhere, does
@@ -44,7 +45,7 @@ class Vanishing(Detector):
         slope: decades a module, > 0, by which the rms may fall towards the input.
         min_norm: floor for the global norm, > 0. It is far below anything that training still feels.
         persistence: steps that a symptom must last before it is a hit, >= 1.
-        warmup_steps: steps before which nothing is reported, >= 0.
+        warmup_steps: steps before which no decay is reported, >= 0.
         patience, cooldown, stop_after: see `Detector`; they count from the first hit on. After an alert, 200 steps
             of silence, since the state lasts.
 
@@ -106,7 +107,9 @@ class Vanishing(Detector):
             symptoms.append("floor")
         self._lasting = {symptom: self._lasting.get(symptom, 0) + 1 for symptom in symptoms}
         lasting = [symptom for symptom, steps in self._lasting.items() if steps >= self._persistence]
-        if not lasting or self._num_seen <= self._warmup_steps:
+        if self._num_seen <= self._warmup_steps and "decay" in lasting:
+            lasting.remove("decay")
+        if not lasting:
             return None
         return self._verdict(lasting, depth, measurement)
 
@@ -195,8 +198,8 @@ class _Depth:
 
     @cached_property
     def dead(self) -> tuple[str, ...]:
-        """Modules whose gradient is exactly zero; empty if all are."""
-        if not 0 < len(self.decades) < int(self._trained.sum()):
+        """Modules whose gradient is exactly zero; empty if everything is."""
+        if len(self.decades) == int(self._trained.sum()) or self._measurement.global_norm == 0.0:
             return ()
         return tuple(compress(self._measurement.layout.weights.names, (self._trained & ~self._alive).tolist()))
 

@@ -121,3 +121,24 @@ def test_two_guards_are_refused_with_the_remedy(tmp_path):
 def test_clip_zero_of_the_trainer_is_no_conflict(tmp_path):
     """`gradient_clip_val=0` is how Lightning spells no clipping."""
     fit(tmp_path, Net(), GradGuard(clip=1.0), gradient_clip_val=0)
+
+
+def test_clip_with_a_filter_leaves_the_excluded_parameters_alone(tmp_path):
+    """One weight of two is measured and clipped; a pattern without a match ends the fit before its first step."""
+
+    class Two(SumOfSquares):
+        """A second weight."""
+
+        def __init__(self) -> None:
+            super().__init__(3.0)
+            self.other = torch.nn.Parameter(torch.full((4,), 3.0))
+
+        def training_step(self, batch, batch_idx):
+            return 0.5 * (self.weight.square().sum() + self.other.square().sum())
+
+    module, guard = Two(), GradGuard(clip=2.0, exclude=["oth*"])
+    fit(tmp_path, module, guard, max_steps=1)
+    assert guard.last.measurement.names == ("weight",)
+    torch.testing.assert_close(weights_of(module), {"weight": torch.full((4,), 2.0), "other": torch.zeros(4)})
+    with pytest.raises(ValueError, match=r"which matches none\. The parameters are `weight`, `other`"):
+        fit(tmp_path, Two(), GradGuard(include=["encoder.*"]), max_steps=1)

@@ -299,6 +299,25 @@ def late_relu() -> Training:
 
 
 @healthy
+def zero_branches() -> Training:
+    """Residual blocks whose last layers begin at zero, so that no gradient reaches what lies before them at first."""
+    network = residual(6)
+    for block in network[1:-1]:
+        nn.init.zeros_(linears(block)[-1].weight)
+    return _digits(network, adam(network, 1e-3), 32)
+
+
+@healthy
+def zero_kernels() -> Training:
+    """All weights begin at zero, but biases and BatchNorm don't: it learns all the same."""
+    network = conv_net()
+    for module in network.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.zeros_(module.weight)
+    return _digits(network, adam(network, 1e-3), 32)
+
+
+@healthy
 def policy_gradient() -> Training:
     """A bandit whose context is a digit."""
     network = mlp([64, 48, 10], nn.Tanh)

@@ -47,6 +47,13 @@ def deep_tanh_default() -> Training:
     return Training(network, sgd(network, 0.01), sampled(diabetes(), 32), squared_error(network))
 
 
+@sick(VANISHING, "vanishing", onset=0)
+def deep_tanh_digits() -> Training:
+    """Twenty tanh layers with torch's default weights."""
+    network = mlp([64] + [40] * 19 + [10], nn.Tanh)
+    return _digits(network, sgd(network, 0.01))
+
+
 def _saturating(network: nn.Sequential, training: Training, size: float) -> Training:
     """From one step on the biases of all hidden layers lie so far out that their units saturate, whatever comes in."""
 
@@ -150,3 +157,12 @@ def zero_init() -> Training:
     for parameter in network.parameters():
         nn.init.zeros_(parameter)
     return _digits(network, adam(network, 1e-3))
+
+
+@sick(DEAD, "vanishing", onset=0)
+def zero_init_cancer() -> Training:
+    """All weights and biases are zero."""
+    network = mlp([30, 48, 2], nn.Tanh)
+    for parameter in network.parameters():
+        nn.init.zeros_(parameter)
+    return Training(network, sgd(network, 0.05), sampled(cancer(), 32), cross_entropy(network))

@@ -139,6 +139,8 @@ class Series:
             for name, numel, ndim in zip(layout["names"], layout["numels"], layout["ndims"], strict=True):
                 sizes.setdefault(name, (numel, ndim))
         index = {name: number for number, name in enumerate(sizes)}
+        self.layout_key = f"{len(layouts)}-{next(reversed(layouts))[0]}"
+        """Is another when the tree is."""
         self.names = tuple(sizes)
         self.tree = Tree.of(self.names)
         self._numels = np.array([numel for numel, _ in sizes.values()], dtype=np.int64)

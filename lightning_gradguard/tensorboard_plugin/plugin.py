@@ -91,9 +91,8 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
             with run.lock:
                 run.sync(source := Source(self._provider, context, experiment, name), _SECONDS_PER_READ)
                 query = Query(request.args, run, source)
-                found = answer(query) if run.series else {}
-                state = {"version": run.version, "progress": round(run.progress, 3), "is_empty": not run.series}
-                return {**found, **state}
+                found = {**answer(query), "layout": query.series.layout_key} if run.series else {}
+                return {**found, "version": run.version, "progress": round(run.progress, 3), "is_empty": not run.series}
 
         return app
 
@@ -192,7 +191,12 @@ def _alert(query: Query) -> dict[str, Any]:
     """One alert: by its id, or the newest."""
     alerts = query.all_alerts
     alert = query.run.alerts.get(query.arguments.get("id", ""), alerts[-1] if alerts else None)
-    return {"alert": None if alert is None else views.full(alert), "num_alerts": len(alerts)}
+    steps = query.series.snapshot().steps
+    return {
+        "alert": None if alert is None else views.full(alert),
+        "num_alerts": len(alerts),
+        "last_step": int(steps[-1]) if len(steps) else None,
+    }
 
 
 def _distribution(query: Query) -> dict[str, Any]:

@@ -97,6 +97,8 @@ def depth(snapshot: Snapshot, step: float | None) -> dict[str, Any]:
     quantiles = np.percentile(sample, [10, 50, 90], axis=0).round().astype(np.int16)
     return {
         "step": int(snapshot.steps[index]),
+        "first_step": int(snapshot.steps[0]),
+        "last_step": int(snapshot.steps[-1]),
         "nodes": leaves.tolist(),
         "codes": _pack(snapshot.codes[index, leaves]),
         "quantiles": [_pack(row) for row in quantiles],

@@ -7,6 +7,7 @@ import { set, state } from "./state.js";
 import { colour } from "./theme.js";
 
 const MAX_LABELS = 40;
+const MAX_JOINED = 200;
 
 export class DepthView {
   constructor(tab) {
@@ -51,12 +52,13 @@ export class DepthView {
         marker: { symbol, size: 11, color: colour(name) },
       };
     };
+    const isMany = data.nodes.length > MAX_JOINED;
     const traces = [
       { name: "10 % quantile", type: "scatter", mode: "lines", x, y: low, line: { width: 0 }, hoverinfo: "skip", showlegend: false },
       { name: "usual (10 to 90 %)", type: "scatter", mode: "lines", x, y: high, line: { width: 0 }, fill: "tonexty", fillcolor: colour("band"), hoverinfo: "skip" },
       { name: "median", type: "scatter", mode: "lines", x, y: middle, line: { width: 1, dash: "dot", color: colour("quiet") }, hoverinfo: "skip" },
-      points("weights", pick((code, index) => isFinite16(code) && isWeight(index)), { size: 9, color: colour("accent") }, "lines+markers"),
-      points("biases and other vectors", pick((code, index) => isFinite16(code) && !isWeight(index)), { size: 8, symbol: "circle-open", line: { width: 2 }, color: colour("accent") }),
+      points("weights", pick((code, index) => isFinite16(code) && isWeight(index)), { size: isMany ? 4 : 9, color: colour("accent") }, isMany ? "markers" : "lines+markers"),
+      points("biases and other vectors", pick((code, index) => isFinite16(code) && !isWeight(index)), { size: isMany ? 4 : 8, symbol: "circle-open", line: { width: isMany ? 1 : 2 }, color: colour("accent") }),
       ...(isHere
         ? [points("named by the alert", pick((code, index) => isFinite16(code) && culprits.has(paths[data.nodes[index]])), { size: 16, symbol: "circle-open", line: { width: 2.5 }, color: colour("guilty") })]
         : []),

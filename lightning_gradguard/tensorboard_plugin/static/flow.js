@@ -7,6 +7,7 @@ import { set, state } from "./state.js";
 import { colour } from "./theme.js";
 
 const MAX_ROWS_OPENED = 40;
+const MAX_ROWS_OF_ONE = 160; // where all hangs under a module or two, a picture without it would say nothing
 const LABELS_PX = 250;
 const VIRIDIS = ["#440154", "#482878", "#3e4989", "#31688e", "#26828e", "#1f9e89", "#35b779", "#6ece58", "#b5de2b", "#fde725"];
 const CHANGE = ["#2166ac", "#67a9cf", "#d1e5f0", "#f7f7f7", "#fddbc7", "#ef8a62", "#b2182b"];
@@ -40,7 +41,7 @@ export class FlowView {
       const queue = [...(children.get(-1) ?? [])];
       for (let node = queue.shift(); node !== undefined; node = queue.shift()) {
         const below = children.get(node) ?? [];
-        if (!below.length || numRows + below.length > MAX_ROWS_OPENED) continue;
+        if (!below.length || numRows + below.length > (numRows <= 2 ? MAX_ROWS_OF_ONE : MAX_ROWS_OPENED)) continue;
         numRows += below.length;
         open.add(node);
         queue.push(...below);

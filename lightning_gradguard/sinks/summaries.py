@@ -1,16 +1,23 @@
-"""TensorBoard's protocol buffers: scalars, texts, histograms and the custom-scalars page."""
+"""TensorBoard's protocol buffers: scalars, texts, histograms, the custom-scalars page, and what the GradGuard tab reads."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-from tensorboard.compat.proto.summary_pb2 import HistogramProto, Summary, SummaryMetadata
+import numpy as np
+
+from numpy.typing import NDArray
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_STRING
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_INT16, DT_STRING
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_gradguard.layout import Floats
+from lightning_gradguard.tensorboard_plugin.wire import PLUGIN_NAME
+
+_TYPES = {np.dtype(np.float64): DT_DOUBLE, np.dtype(np.float32): DT_FLOAT, np.dtype(np.int16): DT_INT16}
 
 
 def metadata(plugin: str, description: str = "") -> SummaryMetadata:
@@ -28,6 +35,28 @@ def text(tag: str, content: str) -> Summary.Value:
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
     tensor = TensorProto(dtype=DT_STRING, string_val=[content.encode()], tensor_shape=shape)
     return Summary.Value(tag=tag, tensor=tensor)
+
+
+def array(tag: str, is_first: bool, values: NDArray[Any]) -> Summary.Value:  # noqa: FBT001
+    """Numbers for the GradGuard tab; float64, float32 or int16."""
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in values.shape])
+    content = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
+    return _of_tab(tag, is_first, TensorProto(dtype=_TYPES[values.dtype], tensor_content=content, tensor_shape=shape))
+
+
+def strings(tag: str, is_first: bool, texts: Sequence[str]) -> Summary.Value:  # noqa: FBT001
+    """Texts for the GradGuard tab."""
+    shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=len(texts))])
+    content = [text.encode() for text in texts]
+    return _of_tab(tag, is_first, TensorProto(dtype=DT_STRING, string_val=content, tensor_shape=shape))
+
+
+def _of_tab(tag: str, is_first: bool, tensor: TensorProto) -> Summary.Value:  # noqa: FBT001
+    if not is_first:  # TensorBoard ignores the metadata of later ones
+        return Summary.Value(tag=tag, tensor=tensor)
+    about = metadata(PLUGIN_NAME)
+    about.data_class = DATA_CLASS_TENSOR
+    return Summary.Value(tag=tag, tensor=tensor, metadata=about)
 
 
 def histograms_of(tags: Sequence[str], edges: Floats, counts: Floats) -> Iterator[Summary.Value]:

@@ -1,4 +1,4 @@
-"""Records in TensorBoard: one event for all scalars of a step, one for all its histograms."""
+"""Records in TensorBoard: one event for all scalars of a step, one for all its histograms, one for the GradGuard tab."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.record import Alert, Histograms, Record
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
+from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import DESCRIPTIONS, scalars, tag_prefix
 
 _NORM_EDGES = np.arange(-20.0, 9.0, 0.25)
@@ -25,6 +26,7 @@ class TensorBoardSink:
     def __init__(self, writer: SummaryWriter | Callable[[], SummaryWriter]) -> None:
         self._writer = writer
         self._described: set[str] = set()
+        self._tab = TabSeries()
 
     def write(self, record: Record) -> None:
         """Write what is due; a step with an alert is always written, so that its spike is in the picture."""
@@ -35,6 +37,7 @@ class TensorBoardSink:
             self._add(self._scalars(record, prefix), step)
         if record.histograms is not None:
             self._add(self._distributions(record.histograms, prefix), step)
+        self._add(self._tab.values(record), step)
         if record.alerts:
             tag = f"{prefix}/alerts"
             self._add([self._describe(text(tag, _table(alert)), "text") for alert in record.alerts], step)

@@ -21,13 +21,17 @@ from lightning_gradguard.guard import Guard
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Alert, Position, Record
+from lightning_gradguard.recovery import Rollback
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
+from lightning_gradguard.trainer.media import random_states_in
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.recovery import Progress, Recovery
+from lightning_gradguard.trainer.run_state import set_random_states
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
 
@@ -47,6 +51,8 @@ class GradGuard(Callback):
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
+        rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
+            a detector has that action, else nothing.
 
     Raises:
         ValueError: if an argument is wrong.
@@ -71,6 +77,7 @@ class GradGuard(Callback):
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
+        rollback: Rollback | None = None,
     ) -> None:
         self._settings = Settings.of(
             clip=clip,
@@ -86,6 +93,16 @@ class GradGuard(Callback):
             require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
+        self._armed = [entry.name for entry in self._settings.detectors if entry.policy.action is Action.ROLLBACK]
+        if rollback is not None and not self._armed:
+            raise ValueError(
+                "`rollback` must go with a detector whose action is 'rollback', got none. For example "
+                "`nonfinite='rollback', explosion='rollback'`."
+            )
+        self._rollback = rollback or (Rollback() if self._armed else None)
+        self._recovery: Recovery | None = None
+        self._progress = Progress()
+        self._random: dict[str, Any] | None = None
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -149,6 +166,11 @@ class GradGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until there are guards to take it."""
         self._restored = state_dict["guards"]
+        self._progress = Progress(**state_dict.get("recovery", {}))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the random states of a snapshot until training starts."""
+        self._random = random_states_in(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a guard for each optimizer; optimizers and a checkpoint's state are there by now."""
@@ -165,6 +187,7 @@ class GradGuard(Callback):
                 log_every_n_steps=interval,
                 buffers=buffers,
                 scaler=scaler_of(trainer),
+                listener=self._note,
             )
             for optimizer in trainer.optimizers
         }
@@ -174,6 +197,14 @@ class GradGuard(Callback):
             guard.alerts = earlier.alerts
         self._restored = []
         self._is_finished = False
+        if self._rollback is not None:
+            guards = list(self._guards.values())
+            self._recovery = Recovery(self._rollback, trainer, pl_module, guards, armed=self._armed, stop=self._stop)
+            self._recovery.progress = self._progress
+            rank_zero_info(self._recovery.start())
+        if self._random is not None:
+            set_random_states(self._random)
+            self._random = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
@@ -201,9 +232,19 @@ class GradGuard(Callback):
         if guard.stopped_by is not None:
             self._stop(trainer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Go back where that was decided; keep a snapshot where one is due."""
+        if self._recovery is not None:
+            self._recovery.after_batch()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that ran through."""
-        return {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
+        state: dict[str, Any] = {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
+        if self._recovery is not None:
+            state["recovery"] = vars(self._recovery.progress).copy()
+        return state
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last step, and say what the run came to."""
@@ -217,6 +258,10 @@ class GradGuard(Callback):
             for guard in self._guards.values():
                 guard.flush()
         self._finish()
+
+    def _note(self, record: Record) -> None:
+        if self._recovery is not None:
+            self._recovery.note(record)
 
     def _position(self, trainer: Trainer, optimizer: Optimizer) -> Position:
         return Position(
@@ -245,4 +290,6 @@ class GradGuard(Callback):
         self._is_finished = True
         for guard in self._guards.values():
             guard.close()
+        if self._recovery is not None:
+            self._recovery.close()
         rank_zero_info(summarize([guard.totals for guard in self._guards.values()], self.stopped_by))

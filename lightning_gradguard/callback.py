@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.alerting import notice
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
@@ -32,6 +33,7 @@ from lightning_gradguard.trainer.precision import scaler_of, skips_without_backw
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
 from lightning_gradguard.trainer.recovery import Progress, Recovery
 from lightning_gradguard.trainer.run_state import set_random_states
+from lightning_gradguard.trainer.saving import SaveGate
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
 
@@ -101,6 +103,7 @@ class GradGuard(Callback):
             )
         self._rollback = rollback or (Rollback() if self._armed else None)
         self._recovery: Recovery | None = None
+        self._save_gate: SaveGate | None = None
         self._progress = Progress()
         self._random: dict[str, Any] | None = None
         self._guards: dict[int, Guard] = {}
@@ -197,6 +200,9 @@ class GradGuard(Callback):
             guard.alerts = earlier.alerts
         self._restored = []
         self._is_finished = False
+        self._detach()
+        self._save_gate = SaveGate(trainer, pl_module, self._refused_save)
+        self._save_gate.attach()
         if self._rollback is not None:
             guards = list(self._guards.values())
             self._recovery = Recovery(self._rollback, trainer, pl_module, guards, armed=self._armed, stop=self._stop)
@@ -258,6 +264,21 @@ class GradGuard(Callback):
             for guard in self._guards.values():
                 guard.flush()
         self._finish()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the Trainer."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._save_gate is not None:
+            self._save_gate.detach()
+            self._save_gate = None
+
+    def _refused_save(self, message: str) -> None:
+        guard = next(iter(self._guards.values()))
+        remedy = "What was saved before stays. Find what damages the weights, and resume from there."
+        position = guard.last.position if guard.last is not None else Position(step=0)
+        guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))
 
     def _note(self, record: Record) -> None:
         if self._recovery is not None:

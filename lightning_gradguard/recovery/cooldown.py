@@ -16,12 +16,13 @@ class LoweredRates:
         optimizer: its `step` gets a hook before and one after, until `close`.
         factor: by which its learning rates are multiplied.
 
-    >>> optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=1.0)
+    >>> weight = torch.nn.Parameter(torch.ones(1))
+    >>> optimizer = torch.optim.SGD([weight], lr=1.0)
     >>> lowered = LoweredRates(optimizer, 0.5)
-    >>> optimizer.param_groups[0]["params"][0].grad = torch.ones(1)
+    >>> weight.grad = torch.ones(1)
     >>> optimizer.step()
-    >>> float(optimizer.param_groups[0]["params"][0]), optimizer.param_groups[0]["lr"]
-    (0.5, 1.0)
+    >>> weight.tolist(), optimizer.param_groups[0]["lr"]
+    ([0.5], 1.0)
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, factor: float) -> None:

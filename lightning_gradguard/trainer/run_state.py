@@ -85,7 +85,7 @@ class RunState:
                 guess += 2 * num_bytes(_parameters_of(optimizer))
         return num_bytes(tensors) + guess
 
-    def weights(self) -> list[tuple[str, Tensor]]:
+    def weights(self) -> Sequence[tuple[str, Tensor]]:
         """Parameters, and the optimizers' state, by name."""
         named: list[tuple[str, Tensor]] = list(self._module.named_parameters())
         for number, optimizer in enumerate(self._trainer.optimizers):

@@ -355,7 +355,7 @@ def _values(tree):
 def test_snapshots_larger_than_memory_are_refused_with_an_alert_and_training_goes_on(tmp_path):
     """A buffer that claims 40 TB. At the NaN there is nothing to go back to, and the step is skipped."""
     net = Net({10: "nan"})
-    net.register_buffer("huge", torch.zeros(1).expand(10**13), persistent=False)
+    net.register_buffer("huge", torch.zeros(1, dtype=torch.int8).expand(4 * 10**13), persistent=False)
     guard = rolling()
     trainer = fit(tmp_path, net, guard)
     assert trainer.global_step == 12

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -31,6 +31,7 @@ from lightning_gradguard.trainer.media import random_states_in
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.quarantine import Quarantine
 from lightning_gradguard.trainer.recovery import Progress, Recovery
 from lightning_gradguard.trainer.run_state import set_random_states
 from lightning_gradguard.trainer.saving import SaveGate
@@ -55,6 +56,9 @@ class GradGuard(Callback):
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
             a detector has that action, else nothing.
+        quarantine: "list" writes batches that caused a skip or a rollback into `<log_dir>/gradguard/quarantine.jsonl`, with
+            their samples where the sampler shows them; "skip" also keeps these samples out of later batches, in this run and
+            when it is resumed; None: neither.
 
     Raises:
         ValueError: if an argument is wrong.
@@ -80,6 +84,7 @@ class GradGuard(Callback):
         histogram_every_n_steps: int | None = 100,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
+        quarantine: Literal["list", "skip"] | None = None,
     ) -> None:
         self._settings = Settings.of(
             clip=clip,
@@ -101,6 +106,11 @@ class GradGuard(Callback):
                 "`rollback` must go with a detector whose action is 'rollback', got none. For example "
                 "`nonfinite='rollback', explosion='rollback'`."
             )
+        if quarantine not in (None, "list", "skip"):
+            raise ValueError(f"`quarantine` must be 'list', 'skip' or None, got {quarantine!r}. 'list' changes nothing.")
+        self._quarantine_mode: Literal["list", "skip"] | None = quarantine
+        self._quarantine: Quarantine | None = None
+        self._left_out: set[int] = set()
         self._rollback = rollback or (Rollback() if self._armed else None)
         self._recovery: Recovery | None = None
         self._save_gate: SaveGate | None = None
@@ -165,11 +175,19 @@ class GradGuard(Callback):
         if self._settings.clipper is not None:
             refuse_second_clipping(trainer, pl_module)
         move_behind(trainer, self)
+        self._detach()
+        if self._quarantine_mode is not None:
+            self._quarantine = Quarantine(self._quarantine_mode, trainer)
+            self._quarantine.left_out |= self._left_out
+            self._quarantine.attach()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until there are guards to take it."""
         self._restored = state_dict["guards"]
         self._progress = Progress(**state_dict.get("recovery", {}))
+        self._left_out.update(state_dict.get("quarantine", ()))
+        if self._quarantine is not None:
+            self._quarantine.left_out |= self._left_out
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Keep the random states of a snapshot until training starts."""
@@ -200,7 +218,8 @@ class GradGuard(Callback):
             guard.alerts = earlier.alerts
         self._restored = []
         self._is_finished = False
-        self._detach()
+        if self._quarantine is not None:
+            self._quarantine.start()
         self._save_gate = SaveGate(trainer, pl_module, self._refused_save)
         self._save_gate.attach()
         if self._rollback is not None:
@@ -216,6 +235,8 @@ class GradGuard(Callback):
         """Note where we are."""
         self._batch_idx = batch_idx
         self._has_backward = False
+        if self._quarantine is not None:
+            self._quarantine.begin_batch(batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
@@ -244,12 +265,16 @@ class GradGuard(Callback):
         """Go back where that was decided; keep a snapshot where one is due."""
         if self._recovery is not None:
             self._recovery.after_batch()
+        if self._quarantine is not None:
+            self._quarantine.after_batch()
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that ran through."""
         state: dict[str, Any] = {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
         if self._recovery is not None:
             state["recovery"] = vars(self._recovery.progress).copy()
+        if self._quarantine is not None:
+            state["quarantine"] = sorted(self._quarantine.left_out)
         return state
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -273,6 +298,10 @@ class GradGuard(Callback):
         if self._save_gate is not None:
             self._save_gate.detach()
             self._save_gate = None
+        if self._quarantine is not None:
+            self._left_out = self._quarantine.left_out
+            self._quarantine.detach()
+            self._quarantine = None
 
     def _refused_save(self, message: str) -> None:
         guard = next(iter(self._guards.values()))
@@ -283,6 +312,8 @@ class GradGuard(Callback):
     def _note(self, record: Record) -> None:
         if self._recovery is not None:
             self._recovery.note(record)
+        if self._quarantine is not None:
+            self._quarantine.note(record)
 
     def _position(self, trainer: Trainer, optimizer: Optimizer) -> Position:
         return Position(

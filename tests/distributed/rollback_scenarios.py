@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import traceback
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from scenarios import Student, _batches, _strategy, _whole
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_gradguard import GradGuard, Rollback
 
@@ -75,7 +76,36 @@ def _resumed(mode: str, rollback: Rollback) -> str:
     return digests[0]
 
 
-def _trainer(mode: str, *callbacks: Any, max_epochs: int = 1) -> Trainer:
+class Numbers(Dataset):
+    """Each sample is its number."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.full((6,), float(index))
+
+
+def quarantined(folder: Path) -> dict[str, Any]:
+    """Three epochs of a training in which sample 5 makes a NaN, on whichever rank it comes."""
+    seen: list[list[int]] = []
+
+    class Sees(Student):
+        def training_step(self, batch, batch_idx):
+            seen.append(batch[:, 0].int().tolist())
+            return super().training_step(batch, batch_idx) * (torch.nan if 5 in seen[-1] else 1.0)
+
+    guard = GradGuard(quarantine="skip")
+    trainer = _trainer("ddp", guard, max_epochs=3, root=folder, use_distributed_sampler=True)
+    torch.manual_seed(0)
+    trainer.fit(Sees("ddp"), DataLoader(Numbers(), batch_size=2, shuffle=True))
+    lines = (folder / "gradguard" / "quarantine.jsonl").read_text().splitlines()
+    return {"seen": seen, "lines": [json.loads(line) for line in lines], "num_skipped": guard.num_skipped}
+
+
+def _trainer(
+    mode: str, *callbacks: Any, max_epochs: int = 1, root: Path | str = "/tmp", use_distributed_sampler: bool = False
+) -> Trainer:
     return Trainer(
         accelerator="cpu",
         devices=2,
@@ -83,17 +113,22 @@ def _trainer(mode: str, *callbacks: Any, max_epochs: int = 1) -> Trainer:
         plugins=[LightningEnvironment()],
         callbacks=list(callbacks),
         max_epochs=max_epochs,
-        use_distributed_sampler=False,
+        use_distributed_sampler=use_distributed_sampler,
         logger=False,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
-        default_root_dir="/tmp",
+        default_root_dir=root,
     )
 
 
 def play(folder: str) -> dict[str, Any]:
     """All of them; where one fails, its traceback."""
     found = {}
+    try:
+        found["quarantine"] = quarantined(Path(folder))
+    except Exception:  # noqa: BLE001
+        found["quarantine"] = {"error": traceback.format_exc()}
     for name in ("ddp-memory", "ddp-disk", "ddp-refused", "fsdp2-memory", "fsdp2-disk", "tp-memory"):
         mode, medium = name.split("-")
         try:

@@ -44,3 +44,15 @@ def test_folder_that_one_rank_can_not_write_is_an_alert_on_all(played):
     for rank in played("ddp-refused"):
         assert rank["alerts"] == [["snapshot", "warn"], ["nonfinite", "rollback"]]
         assert rank["global_step"] == 8
+
+
+def test_samples_of_one_ranks_bad_batch_are_listed_once_and_kept_out_on_both(played):
+    """Wherever the sampler of a later epoch sends them."""
+    ranks = played("quarantine")
+    (line,) = ranks[0]["lines"]
+    assert 5 in line["samples"]
+    assert ranks[line["rank"]]["seen"][line["batch_idx"]] == line["samples"]
+    for rank in ranks:
+        assert rank["num_skipped"] == 1
+        assert len(rank["seen"]) == 12
+        assert not set(line["samples"]) & {sample for batch in rank["seen"][4:] for sample in batch}

@@ -127,7 +127,7 @@ class Recovery:
         for entry in self._ring.confirm():
             entry.content = self._medium.confirm(entry.content)
             self.progress.num_in_a_row = 0
-        if self._steps_since >= self._settings.every_n_steps and self._ring.has_room:
+        if self._steps_since >= self._interval and self._ring.has_room:
             self._take()
 
     def close(self) -> None:
@@ -135,6 +135,12 @@ class Recovery:
         for lowered in self._lowered:
             lowered.close()
         self._lowered = []
+
+    @property
+    def _interval(self) -> int:
+        """Steps between snapshots: fewer after each rollback in a row, so that frequent faults can't undo all progress."""
+        every, shortest = self._settings.every_n_steps, max(self._settings.confirm_steps, 1)
+        return max(every >> self.progress.num_in_a_row, min(every, shortest))
 
     def _take(self, *, is_first: bool = False) -> None:
         if self._is_off:

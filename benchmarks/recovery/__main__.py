@@ -1,0 +1,85 @@
+"""Trainings that diverge: with rollback at its default settings, and without a guard. How many end as if nothing had been?"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from benchmarks._report import begin, parser, table
+from benchmarks.recovery.trainings import FAULTS, NETWORKS, final_loss
+from lightning_gradguard import GradGuard
+
+NUM_SEEDS = 3
+TOLERANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one fault in one training.
+
+    Attributes:
+        healthy: final loss without the fault.
+        guarded: with it, and rollback.
+        unguarded: with it, and no guard.
+        num_rollbacks: how often training went back.
+    """
+
+    healthy: float
+    guarded: float
+    unguarded: float
+    num_rollbacks: int
+
+    @property
+    def came_back(self) -> bool:
+        """Whether the guarded one is as good as if nothing had been."""
+        return self.guarded <= (1 + TOLERANCE) * self.healthy
+
+    @property
+    def needed_no_guard(self) -> bool:
+        """Whether the other one is too."""
+        return self.unguarded <= (1 + TOLERANCE) * self.healthy
+
+
+def play(network: str, fault: str, seed: int) -> Outcome:
+    """Train three times."""
+    chosen, spoiled = NETWORKS[network], FAULTS[fault]
+    guard = GradGuard(nonfinite="rollback", explosion="rollback", overflow="rollback")
+    healthy = final_loss(chosen, None, [], seed=seed, in_half=spoiled.in_half)
+    guarded = final_loss(chosen, spoiled, [guard], seed=seed, in_half=spoiled.in_half)
+    unguarded = final_loss(chosen, spoiled, [], seed=seed, in_half=spoiled.in_half)
+    return Outcome(healthy, guarded, unguarded, sum(alert.kind == "rollback" for alert in guard.alerts))
+
+
+def main() -> None:
+    """All networks, faults and seeds."""
+    chosen = parser(__doc__).parse_args()
+    console = begin(chosen)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    networks = list(NETWORKS)[:1] if chosen.quick else list(NETWORKS)
+    seeds = range(1 if chosen.quick else NUM_SEEDS)
+    rows, outcomes = [], []
+    for fault, spoiled in FAULTS.items():
+        for network in networks:
+            played = [play(network, fault, seed) for seed in seeds]
+            outcomes.extend(played)
+            ratio = max(outcome.guarded / outcome.healthy for outcome in played)
+            worse = min(outcome.unguarded / outcome.healthy for outcome in played)
+            rows.append(
+                [
+                    spoiled.title,
+                    network,
+                    f"{sum(outcome.came_back for outcome in played)} of {len(played)}",
+                    f"{sum(outcome.needed_no_guard for outcome in played)} of {len(played)}",
+                    f"{ratio:.3f}",
+                    f"{worse:.3g}",
+                    " ".join(str(outcome.num_rollbacks) for outcome in played),
+                ]
+            )
+    columns = ["fault", "training", "back", "unguarded", "loss, worst", "unguarded, best", "rollbacks"]
+    console.print(table("Loss over that of the same training without the fault", columns, rows))
+    back, without = sum(o.came_back for o in outcomes), sum(o.needed_no_guard for o in outcomes)
+    console.print(f"Within {TOLERANCE:.0%}: {back} of {len(outcomes)} with rollback, {without} without a guard.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-"""Trainings that diverge: with rollback at its default settings, and without a guard. How many end as if nothing had been?"""
+"""Trainings that diverge: with rollback at its default settings, and without a guard. How many end as if nothing was?"""
 
 from __future__ import annotations
 

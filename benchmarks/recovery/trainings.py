@@ -107,6 +107,7 @@ class Fault:
         first: step at which it begins, of `NUM_STEPS`; None: a sample that comes once an epoch.
         length: batches that it takes.
         spoil: what happens to the inputs there.
+        scale: by how much targets are multiplied there, or inputs where targets are classes.
         rate: by how much learning rates are multiplied there.
         in_half: whether training is in fp16.
     """
@@ -114,7 +115,8 @@ class Fault:
     title: str
     first: int | None
     length: int = 1
-    spoil: Callable[[Tensor], Tensor] | None = None
+    spoil: Callable[[Tensor], Tensor] = lambda inputs: inputs
+    scale: float = 1.0
     rate: float = 1.0
     in_half: bool = False
 
@@ -122,11 +124,11 @@ class Fault:
 FAULTS = {
     "rate": Fault("learning rate times 300 for 8 steps", first=620, length=8, rate=300.0),
     "rate-long": Fault("learning rate times 1,000 for 25 steps", first=430, length=25, rate=1000.0),
-    "scaled": Fault("5 batches of inputs times 10,000", first=640, length=5, spoil=lambda inputs: inputs * 1e4),
+    "scaled": Fault("5 batches of data in the wrong unit, times 10,000", first=150, length=5, scale=1e4),
     "nan": Fault("20 batches with a NaN", first=520, length=20, spoil=lambda inputs: inputs * torch.nan),
     "half": Fault(
         "fp16: 40 batches that overflow, so that the scale collapses",
-        first=330,
+        first=150,
         length=40,
         spoil=lambda inputs: inputs * 1e6,
         in_half=True,
@@ -163,8 +165,12 @@ class Training(LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss."""
         inputs, targets = batch
-        if self._is_now(batch_idx) and self.fault.spoil is not None:
+        if self._is_now(batch_idx):
             inputs = self.fault.spoil(inputs)
+            if targets.is_floating_point():
+                targets = targets * self.fault.scale
+            else:
+                inputs = inputs * self.fault.scale
         return self.network.loss(self.net(inputs), targets)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:

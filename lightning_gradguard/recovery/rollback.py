@@ -16,8 +16,8 @@ class Rollback:
     """When states are kept, and what happens when training goes back to one.
 
     Attributes:
-        every_n_steps: optimizer steps between two snapshots, >= 1. Few: little is lost, and more time is spent copying. After
-            each rollback in a row it is halved, down to `confirm_steps`, until there is a new good snapshot.
+        every_n_steps: optimizer steps between two snapshots, >= 1. Few: little is lost, and more time is spent copying.
+            After each rollback in a row it is halved, down to `confirm_steps`, until there is a new good snapshot.
         confirm_steps: healthy steps after which a snapshot counts as good, >= 0. 0: at once, so that one taken while the
             training already fell apart may be gone back to.
         keep: snapshots that are kept at a time, >= 2: one that is good, and one that has yet to prove it.

@@ -83,8 +83,6 @@ class Ring(Generic[T]):
         self.entries = [entry for entry in self.entries if entry.is_good]
         return pending
 
-    def drop_last(self) -> T | None:
+    def drop_last(self) -> list[T]:
         """Give the newest good one away where there is an older: it was gone back to, and it did not help."""
-        if len(self.entries) < 2:
-            return None
-        return self.entries.pop().content
+        return [self.entries.pop().content] if len(self.entries) >= 2 else []

@@ -53,6 +53,12 @@ class Medium(Protocol[T]):
     def remove(self, content: T) -> None:
         """A snapshot is given up."""
 
+    def is_there(self, content: T) -> bool:
+        """Whether a snapshot can be brought back."""
+
+    def keep_only(self, contents: Sequence[T]) -> None:
+        """Give up whatever else there is."""
+
     def restore(self, content: T) -> None:
         """Bring a snapshot back; the clock goes on."""
 
@@ -91,6 +97,13 @@ class InMemory:
     def remove(self, content: dict[str, Any]) -> None:
         """Keep the memory for the next one."""
         self._spare = content
+
+    def is_there(self, content: dict[str, Any]) -> bool:
+        """It always is."""
+        return bool(content)
+
+    def keep_only(self, contents: Sequence[dict[str, Any]]) -> None:
+        """There is nothing else."""
 
     def restore(self, content: dict[str, Any]) -> None:
         """Copy it back."""
@@ -175,6 +188,10 @@ class OnDisk:
         """Delete it, if it is of our own."""
         if self._trainer.is_global_zero and content.parent == self._directory:
             _delete(content)
+
+    def is_there(self, content: Path) -> bool:
+        """Nobody has deleted it."""
+        return content.exists()
 
     def restore(self, content: Path) -> None:
         """Load it. Metrics of the epoch begin afresh, since no checkpoint holds them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_gradguard.alerting import notice
 from lightning_gradguard.detectors import Explosion, NonFinite
+from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
-from lightning_gradguard.recovery import LoweredRates, Ring, Rollback, available_bytes
+from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
 from lightning_gradguard.trainer.media import InMemory, Medium, OnDisk
 from lightning_gradguard.trainer.passing import pass_over
 from lightning_gradguard.trainer.run_state import RunState
@@ -95,6 +97,7 @@ class Recovery:
             self._report(f"No room for {text}: there is less memory than that. Training goes on without rollback.")
         else:
             self._take(is_first=True)
+            self._medium.keep_only([entry.content for entry in self._ring.entries])
         if self.progress.cooldown_left:
             self._lower_learning_rates()
         return f"GradGuard keeps {text}, one every {self._settings.every_n_steps} steps."
@@ -121,12 +124,10 @@ class Recovery:
             return
         self._steps_since += 1
         if is_doubtful:
-            for content in self._ring.drop_pending():
-                self._medium.remove(content)
+            self._give_up(self._ring.drop_pending())
             return
         for entry in self._ring.confirm():
-            entry.content = self._medium.confirm(entry.content)
-            self.progress.num_in_a_row = 0
+            self._confirm(entry)
         if self._steps_since >= self._interval and self._ring.has_room:
             self._take()
 
@@ -153,13 +154,10 @@ class Recovery:
         except (OSError, MemoryError, RuntimeError) as failure:
             error = failure
         if not self._agree(error is None):
-            reason = "on another rank" if error is None else f"{type(error).__name__}: {error}"
-            self._report(f"A snapshot could not be kept ({reason}). Training goes on without it.")
+            self._report_failure(error)
             return
         is_good = is_first or self._settings.confirm_steps == 0
         self._ring.add(self._num_steps, self._medium.confirm(content) if is_good else content, is_good=is_good)
-        if isinstance(self._medium, OnDisk):
-            self._medium.keep_only([entry.content for entry in self._ring.entries])
 
     def _fits(self) -> bool:
         available = available_bytes()
@@ -171,15 +169,14 @@ class Recovery:
         return self._trainer.strategy.reduce_boolean_decision(is_well, all=True)
 
     def _go_back(self) -> None:
-        for content in self._ring.drop_pending():
-            self._medium.remove(content)
-        entry = self._ring.good
-        if entry is not None and entry.num_returns and (gone := self._ring.drop_last()) is not None:
-            self._medium.remove(gone)
+        self._give_up(self._ring.drop_pending())
+        if (entry := self._ring.good) is not None and entry.num_returns:
+            self._give_up(self._ring.drop_last())
             entry = self._ring.good
-        if entry is None or not self._restore(entry.content):
+        if entry is None or not self._agree(self._medium.is_there(entry.content)):
             self._report("There is no good state to go back to. The step is skipped and training goes on.")
             return
+        self._medium.restore(entry.content)
         entry.num_returns += 1
         self.progress.num_rollbacks += 1
         self.progress.num_in_a_row += 1
@@ -202,12 +199,24 @@ class Recovery:
         also = f", {num_passed} batches are passed over" if num_passed else ""
         self._tell(Action.ROLLBACK, f"{message}{also}.", "Nothing, if it stays at this.", value=back)
 
-    def _restore(self, content: Any) -> bool:
+    def _confirm(self, entry: Entry[Any]) -> None:
+        error = None
         try:
-            self._medium.restore(content)
-        except OSError:  # somebody has deleted the file
-            return False
-        return True
+            entry.content = self._medium.confirm(entry.content)
+        except OSError as failure:
+            error = failure
+        if self._agree(error is None):
+            self.progress.num_in_a_row = 0
+        else:
+            self._ring.entries.remove(entry)
+            self._report_failure(error)
+
+    def _give_up(self, contents: Sequence[Any]) -> None:
+        for content in contents:
+            try:
+                self._medium.remove(content)
+            except OSError as error:
+                warnings.warn(f"A snapshot could not be deleted: {error}.", GuardWarning, stacklevel=2)
 
     def _lower_learning_rates(self) -> None:
         if self._lowered or not self.progress.cooldown_left or self._settings.lr_factor == 1.0:
@@ -219,6 +228,10 @@ class Recovery:
             self.progress.cooldown_left -= 1
             if not self.progress.cooldown_left:
                 self.close()
+
+    def _report_failure(self, error: Exception | None) -> None:
+        reason = "on another rank" if error is None else f"{type(error).__name__}: {error}"
+        self._report(f"A snapshot could not be kept ({reason}). Training goes on without it.")
 
     def _report(self, message: str) -> None:
         if not self._has_failed:

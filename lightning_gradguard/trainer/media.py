@@ -129,7 +129,7 @@ class OnDisk:
         self._trainer = trainer
         self._state = state
         self._guards = list(guards)
-        self._directory = Path(directory)
+        self._directory = Path(directory).resolve()
         # The first rank's finding, since it may have begun to write when another one looks.
         others = trainer.strategy.broadcast([path.name for path in snapshots_in(directory)])
         if others and not trainer.ckpt_path:
@@ -144,7 +144,7 @@ class OnDisk:
 
     def begin(self, step: int) -> Path:
         """A resumed run begins with the checkpoint that it was resumed from."""
-        return Path(self._trainer.ckpt_path) if self._trainer.ckpt_path else self.write(step, None)
+        return Path(self._trainer.ckpt_path).resolve() if self._trainer.ckpt_path else self.write(step, None)
 
     def write(self, step: int, reuse: Path | None) -> Path:
         """Save a checkpoint, and give it its name when it is whole."""

@@ -97,7 +97,8 @@ class Recovery:
             self._report(f"No room for {text}: there is less memory than that. Training goes on without rollback.")
         else:
             self._take(is_first=True)
-            self._medium.keep_only([entry.content for entry in self._ring.entries])
+            if self._ring.entries:
+                self._medium.keep_only([entry.content for entry in self._ring.entries])
         if self.progress.cooldown_left:
             self._lower_learning_rates()
         return f"GradGuard keeps {text}, one every {self._settings.every_n_steps} steps."
@@ -212,11 +213,11 @@ class Recovery:
             self._report_failure(error)
 
     def _give_up(self, contents: Sequence[Any]) -> None:
-        for content in contents:
-            try:
+        try:
+            for content in contents:
                 self._medium.remove(content)
-            except OSError as error:
-                warnings.warn(f"A snapshot could not be deleted: {error}.", GuardWarning, stacklevel=2)
+        except OSError as error:
+            warnings.warn(f"A snapshot could not be deleted: {error}.", GuardWarning, stacklevel=2)
 
     def _lower_learning_rates(self) -> None:
         if self._lowered or not self.progress.cooldown_left or self._settings.lr_factor == 1.0:

@@ -201,6 +201,15 @@ def test_second_rollback_to_a_snapshot_goes_to_the_one_before(tmp_path):
     assert same(after.weights[12], after.weights[3])
 
 
+def test_interval_after_a_rollback_is_shorter_until_there_is_a_good_snapshot(tmp_path):
+    """Else faults that come as often as snapshots would undo all progress."""
+    after, guard = After(), rolling(every_n_steps=16, confirm_steps=2)
+    fit(tmp_path, Net({10: "nan", 24: "nan", 50: "nan"}), guard, after, batches=make_batches(52))
+    assert same(after.weights[24], after.weights[18])  # 8 steps after the first rollback
+    assert same(after.weights[50], after.weights[32])  # 8 steps after the second
+    assert [alert.value for alert in guard.alerts if alert.kind == "rollback"] == [11, 6, 18]
+
+
 def test_new_good_snapshot_allows_as_many_rollbacks_again(tmp_path):
     """Ten single faults are not ten in a row."""
     guard = rolling(max_rollbacks=1)
@@ -391,8 +400,9 @@ def test_rollback_from_disk_is_the_one_from_memory(directory, tmp_path):
     fit(tmp_path, Net({10: "nan"}), guard, after, batches=make_batches(14))
     assert same(after.weights[10], after.weights[7])
     assert same(after.optimizers[10], after.optimizers[7])
-    names = sorted(path.name for path in (tmp_path / directory).iterdir())
-    assert names == ["step-000000004.ckpt", "step-000000008.ckpt"]
+    kept = sorted((tmp_path / directory).iterdir())
+    assert [path.name for path in kept] == ["step-000000008.ckpt", "step-000000013.ckpt.pending"]
+    assert all(torch.load(path, weights_only=True)["state_dict"] for path in kept)
     assert guard._rollback.latest().name == "step-000000008.ckpt"
 
 
@@ -473,3 +483,23 @@ def test_snapshot_that_somebody_has_deleted_is_an_alert(tmp_path):
     trainer = fit(tmp_path, Net({10: "nan"}), guard, Deletes())
     assert trainer.global_step == 12
     assert [alert.kind for alert in guard.alerts] == ["nonfinite", "snapshot"]
+
+
+def test_snapshot_that_a_run_was_resumed_from_stays_until_there_is_a_newer_one(tmp_path, monkeypatch):
+    """Whatever way its path is written; what a killed run left half written goes."""
+    monkeypatch.chdir(tmp_path)
+    batches = ResumableBatches(make_batches(12).batches)
+    fit(tmp_path, Net(), rolling(directory="kept"), batches=batches)
+    for name in ("step-000000009.ckpt.part", "step-000000012.ckpt.pending"):
+        (tmp_path / "kept" / name).write_text("")
+
+    class Looks(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            names.append(sorted(path.name for path in (tmp_path / "kept").iterdir()))
+
+    names: list = []
+    guard = rolling(directory="kept")
+    trainer = make_trainer(tmp_path, Looks(), guard)
+    trainer.fit(Net({10: "nan"}), ResumableBatches(make_batches(12).batches), ckpt_path="kept/step-000000008.ckpt")
+    assert names[0] == ["step-000000008.ckpt"]
+    assert [alert.kind for alert in guard.alerts] == ["nonfinite", "rollback"]

@@ -128,7 +128,7 @@ FAULTS = {
     "nan": Fault("20 batches with a NaN", first=520, length=20, spoil=lambda inputs: inputs * torch.nan),
     "half": Fault(
         "fp16: 40 batches that overflow, so that the scale collapses",
-        first=150,
+        first=130,
         length=40,
         spoil=lambda inputs: inputs * 1e6,
         in_half=True,

@@ -23,6 +23,9 @@ from lightning_gradguard.trainer.run_state import RunState
 _DAMAGING = (NonFinite.name, Explosion.name)
 """Findings after which weights may be damaged, whatever is done about them."""
 
+_MAX_RETURNS = 3
+"""Rollbacks to one snapshot before an older one is tried: a fault that goes on for a while is not the snapshot's."""
+
 
 @dataclass
 class Progress:
@@ -171,7 +174,7 @@ class Recovery:
 
     def _go_back(self) -> None:
         self._give_up(self._ring.drop_pending())
-        if (entry := self._ring.good) is not None and entry.num_returns:
+        if (entry := self._ring.good) is not None and entry.num_returns >= _MAX_RETURNS:
             self._give_up(self._ring.drop_last())
             entry = self._ring.good
         if entry is None or not self._agree(self._medium.is_there(entry.content)):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from builders import examples
@@ -12,6 +14,7 @@ from torch import nn
 from lightning_gradguard import Guard, Rollback
 from lightning_gradguard.recovery import HostTensor, Ring, available_bytes, copy_to_host, num_bytes, put_back
 from lightning_gradguard.recovery.finite import find_nonfinite
+from lightning_gradguard.recovery.quarantine import Incident, QuarantineFile, WatchedSampler
 
 TREE = {
     "a": torch.arange(6.0).view(2, 3).T,
@@ -90,6 +93,35 @@ def test_ring_over_any_run_keeps_a_good_one_and_never_more_than_asked(events, ke
         assert ring.good is not None
         for entry in ring.entries:
             assert entry.is_good == (entry.step == 0 or healthy_since[entry.step] >= confirm_steps)
+
+
+def test_sampler_in_whose_first_batches_nothing_is_left_gives_the_first_healthy_one():
+    """Single indices, batches, and entries that are no indices."""
+    assert list(WatchedSampler([0, 1, 2, 3], {0, 1, 3})) == [2, 2, 2, 2]
+    assert list(WatchedSampler([[0, 1], [2, 3]], {0, 1})) == [[2, 3], [2, 3]]
+    named = WatchedSampler([["a", "b"]], {0})
+    assert list(named) == [["a", "b"]]
+    assert named.take() is None
+    assert list(WatchedSampler([[0], [1]], {0, 1})) == [[0], [1]]
+
+
+def test_sampler_that_is_watched_shows_what_the_inner_one_has():
+    """And survives a pickle."""
+    inner = torch.utils.data.BatchSampler(range(6), 2, drop_last=False)
+    watched = pickle.loads(pickle.dumps(WatchedSampler(inner, {1})))
+    assert (watched.batch_size, len(watched)) == (2, 3)
+    assert list(watched) == [[0, 0], [2, 3], [4, 5]]
+
+
+def test_quarantine_file_with_half_a_line_gives_the_others(tmp_path):
+    """A power cut in the middle of writing."""
+    file = QuarantineFile(tmp_path / "deep" / "quarantine.jsonl")
+    assert file.samples() == set()
+    file.append([Incident(0, 1, 1, 0, "nonfinite", (3, 4)), Incident(0, 2, 2, 0, "explosion", None)])
+    with (tmp_path / "deep" / "quarantine.jsonl").open("a") as raw:
+        raw.write('{"epoch": 1, "sam')
+    assert file.samples() == {3, 4}
+    assert "quarantine.jsonl" in repr(file)
 
 
 @pytest.mark.parametrize(

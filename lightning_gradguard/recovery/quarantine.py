@@ -94,20 +94,22 @@ class WatchedSampler:
     def __iter__(self) -> Iterator[Any]:
         self._given.clear()
         spare: Any = None
-        num_waiting: list[int] = []
+        waiting: list[Any] = []
         for entry in self.inner:
             healthy = [sample for sample in as_samples(entry) or () if sample not in self._left_out]
             if not healthy and as_samples(entry):
                 if spare is None:
-                    num_waiting.append(len(as_samples(entry) or ()))
+                    waiting.append(entry)
                 else:
                     yield self._give(spare)
                 continue
             spare = self._fill(entry, healthy)
-            for _ in num_waiting:
+            for _ in waiting:
                 yield self._give(spare)
-            num_waiting = []
+            waiting = []
             yield self._give(spare)
+        for entry in waiting:  # there is no healthy one at all
+            yield self._give(entry)
 
     def __len__(self) -> int:
         return len(self.inner)  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ class RunState:
 
     def _tensors(self) -> dict[str, Any]:
         return {
-            "modules": [list(_tensors_of(module)) for module in self._modules()],
+            "modules": [_tensors_of(module) for module in self._modules()],
             "optimizers": [_states_of(optimizer) for optimizer in self._trainer.optimizers],
         }
 
@@ -107,7 +107,7 @@ class RunState:
     def _put_back_tensors(self, saved: dict[str, Any]) -> None:
         # A callback may have made its averaged module since; it is left as it is.
         for module, tensors in zip(self._modules(), saved["modules"], strict=False):
-            put_back(tensors, list(_tensors_of(module)))
+            put_back(tensors, _tensors_of(module))
         for optimizer, states in zip(self._trainer.optimizers, saved["optimizers"], strict=True):
             now = _states_of(optimizer)
             optimizer.state.clear()
@@ -161,9 +161,8 @@ def set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    yield from module.parameters()
-    yield from module.buffers()
+def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:

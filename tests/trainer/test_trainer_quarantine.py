@@ -7,18 +7,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from toys import Net, fit, make_batches, make_trainer
 
 from lightning_gradguard import GradGuard, Rollback
 from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.trainer import quarantine
 from lightning_gradguard.trainer.conflicts import ConflictError
 
 pytestmark = pytest.mark.filterwarnings(
-    "ignore::lightning_gradguard.GradientWarning", "ignore:The 'train_dataloader' does not have many workers"
+    "ignore::lightning_gradguard.GradientWarning", "ignore:The '.*_dataloader' does not have many workers"
 )
 NUM_SAMPLES, BATCH_SIZE, BAD = 24, 4, 13
 
@@ -209,4 +210,34 @@ def test_batch_that_is_none_does_not_shift_the_samples(tmp_path):
             GradGuard(quarantine="list"),
             batches=DataLoader(Samples(), batch_size=BATCH_SIZE, collate_fn=collate),
         )
+    assert [line["samples"] for line in listed(tmp_path)] == [[12, 13, 14, 15]]
+
+
+def test_validation_data_is_left_alone_and_a_dry_run_writes_nothing(tmp_path):
+    """Only training is watched."""
+
+    class Validated(Line):
+        def validation_step(self, batch, batch_idx):
+            pass
+
+    val_loader = loader(shuffle=False)
+    for settings in ({"max_epochs": 1}, {"fast_dev_run": 5}):
+        trainer = make_trainer(tmp_path / str(len(settings)), GradGuard(quarantine="skip"), **settings)
+        trainer.fit(Validated(), loader(shuffle=False), val_loader)
+    assert type(val_loader.batch_sampler) is BatchSampler
+    assert len(list(tmp_path.rglob("quarantine.jsonl"))) == 1
+
+
+def test_batches_long_ago_are_forgotten(tmp_path, monkeypatch):
+    """Memory does not grow with the epoch."""
+    monkeypatch.setattr(quarantine, "_MAX_BATCHES", 2)
+    guard = GradGuard(quarantine="list")
+    sizes = []
+
+    class Sizes(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            sizes.append(len(guard._quarantine._samples))
+
+    fit(tmp_path, Line(), Sizes(), guard, batches=loader(shuffle=False))
+    assert max(sizes) == 2
     assert [line["samples"] for line in listed(tmp_path)] == [[12, 13, 14, 15]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import resource
+import shutil
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torchmetrics import MeanMetric
 from toys import Batches, Net, ResumableBatches, fit, make_batches, make_trainer, same, weights_of
 
-from lightning_gradguard import GradGuard, Rollback
+from lightning_gradguard import Detector, GradGuard, GuardWarning, Rollback, Verdict
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.run_state import RunState
 
@@ -503,3 +504,117 @@ def test_snapshot_that_a_run_was_resumed_from_stays_until_there_is_a_newer_one(t
     trainer.fit(Net({10: "nan"}), ResumableBatches(make_batches(12).batches), ckpt_path="kept/step-000000008.ckpt")
     assert names[0] == ["step-000000008.ckpt"]
     assert [alert.kind for alert in guard.alerts] == ["nonfinite", "rollback"]
+
+
+class Distrusts(Detector):
+    """Finds something at one step."""
+
+    name = "distrust"
+
+    def __init__(self, step: int) -> None:
+        super().__init__("rollback")
+        self.remaining = step
+
+    def observe(self, measurement):
+        self.remaining -= 1
+        return Verdict(self.name, 1.0, 0.0, "a whim", "none") if self.remaining == -1 else None
+
+
+def test_skipped_step_puts_a_snapshot_in_doubt(tmp_path):
+    """A NaN is only skipped here, yet the snapshot before it is not trusted when a detector of one's own goes back."""
+    guard, after = GradGuard(detectors=[Distrusts(10)], rollback=Rollback(every_n_steps=4, confirm_steps=2)), After()
+    fit(tmp_path, Net({9: "nan"}), guard, after)
+    assert same(after.weights[10], after.weights[3])
+
+
+def test_step_without_gradients_is_healthy(tmp_path):
+    """`training_step` returned None."""
+    guard, after = rolling(), After()
+    with pytest.warns(UserWarning, match="returned `None`"):
+        fit(tmp_path, Net({9: "none", 10: "nan"}), guard, after)
+    assert same(after.weights[10], after.weights[7])
+
+
+def test_snapshot_that_cannot_be_confirmed_is_an_alert(tmp_path):
+    """Its file is gone by then; the one before is gone back to."""
+
+    class Deletes(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 8:
+                (tmp_path / "kept" / "step-000000008.ckpt.pending").unlink()
+
+    guard, after = rolling(directory=tmp_path / "kept"), After()
+    fit(tmp_path, Net({10: "nan"}), guard, Deletes(), after)
+    assert [alert.kind for alert in guard.alerts] == ["snapshot", "nonfinite", "rollback"]
+    assert same(after.weights[10], after.weights[3])
+
+
+def test_snapshot_that_cannot_be_deleted_is_a_warning(tmp_path):
+    """Somebody has put a file where the folder was."""
+
+    class Replaces(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 9:
+                shutil.rmtree(tmp_path / "kept")
+                (tmp_path / "kept").write_text("")
+
+    guard = rolling(directory=tmp_path / "kept")
+    with pytest.warns(GuardWarning, match="could not be deleted: .*Not a directory"):
+        trainer = fit(tmp_path, Net({9: "nan"}), guard, Replaces())
+    assert trainer.global_step == 12
+
+
+def test_memory_that_has_run_out_since_is_an_alert_and_the_last_good_snapshot_stays(tmp_path):
+    """A buffer that claims 40 TB appears at batch 5."""
+
+    class Grows(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if batch_idx == 5:
+                pl_module.register_buffer("huge", torch.zeros(1, dtype=torch.int8).expand(4 * 10**13), persistent=False)
+
+    guard, after = rolling(keep=3), After()
+    fit(tmp_path, Net({10: "nan"}), guard, Grows(), after)
+    assert [alert.kind for alert in guard.alerts] == ["snapshot", "nonfinite", "rollback"]
+    assert "MemoryError: 40,000,000" in guard.alerts[0].message
+    assert same(after.weights[10]["body.weight"], after.weights[3]["body.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_rollback_where_the_module_fetches_its_batches_passes_none_over(tmp_path):
+    """Nobody else can take some from it."""
+
+    class Fetches(Net):
+        def training_step(self, dataloader_iter):
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx)
+
+    guard = rolling(skip_batches=3)
+    trainer = fit(tmp_path, Fetches({10: "nan"}), guard)
+    assert trainer.global_step == 12
+    assert guard.alerts[1].message.endswith("steps ago.")
+
+
+def test_rollback_with_a_loader_that_ends_before_its_length_ends_the_epoch(tmp_path):
+    """It says twenty and has twelve."""
+
+    class Boasts(Batches):
+        def __len__(self):
+            return 20
+
+    after = After()
+    fit(tmp_path, Net({9: "nan"}), rolling(skip_batches=6), after, batches=Boasts(make_batches(12).batches))
+    assert after.batches == list(range(10))
+
+
+def test_rollback_to_a_snapshot_of_another_epoch_begins_its_metrics_afresh(tmp_path):
+    """What was gone back on counts for nothing, and of the epoch nothing else is left."""
+
+    class Measured(Net):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            bad = self.current_epoch == 1 and batch_idx == 1
+            self.log("mean_number", batch[0].float() * (torch.nan if bad else 1.0), on_epoch=True, batch_size=1)
+            return loss * (torch.nan if bad else 1.0)
+
+    trainer = fit(tmp_path, Measured(), rolling(), batches=make_batches(6), max_epochs=2)
+    assert float(trainer.callback_metrics["mean_number"]) == pytest.approx((2 + 3 + 4 + 5) / 4)

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.guard import Guard
     from lightning_gradguard.policy import Action
     from lightning_gradguard.record import Alert, Culprit, Decision, Measurement, Position, Record, Verdict
+    from lightning_gradguard.recovery import Rollback
     from lightning_gradguard.sinks import Sink
 
 __version__ = "0.1.0"
@@ -55,6 +56,7 @@ __all__ = [
     "Overflow",
     "Position",
     "Record",
+    "Rollback",
     "Sink",
     "SinkWarning",
     "UpdateRatio",
@@ -71,6 +73,7 @@ _MODULE_OF = {
     "guard": ["Guard"],
     "policy": ["Action"],
     "record": ["Alert", "Culprit", "Decision", "Measurement", "Position", "Record", "Verdict"],
+    "recovery": ["Rollback"],
     "sinks": ["Sink"],
 }
 _HOME = {name: module for module, names in _MODULE_OF.items() for name in names}

@@ -12,6 +12,7 @@ _DONE = {
     Action.LOG: "Logged only.",
     Action.WARN: "The step is applied.",
     Action.SKIP: "The step is skipped.",
+    Action.ROLLBACK: "The step is skipped and training goes back to the last good state.",
     Action.STOP: "The step is skipped and training stops.",
     Action.RAISE: "The step is skipped and training ends with an error.",
 }
@@ -21,6 +22,36 @@ def alerts_of(position: Position, verdicts: Sequence[Verdict], decision: Decisio
     """The verdicts that are reported, in their order."""
     reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
     return tuple(_alert(position, verdict, action, decision) for verdict, action, alerting in reported if alerting)
+
+
+def notice(position: Position, kind: str, action: Action, message: str, remedy: str, *, value: float = 0.0) -> Alert:
+    """An alert about something else than a step's gradients: a rollback, a snapshot, a checkpoint.
+
+    Args:
+        position: of the last step.
+        kind: "rollback", "snapshot" or "checkpoint".
+        action: what was done.
+        message: whole sentences.
+        remedy: what to try.
+        value: a number that says how much.
+    """
+    return Alert(
+        time=time.time(),
+        step=position.step,
+        epoch=position.epoch,
+        batch_idx=position.batch_idx,
+        micro_batch=0,
+        optimizer=position.optimizer,
+        rank=position.rank,
+        kind=kind,
+        action=action,
+        value=value,
+        limit=0.0,
+        parameters=(),
+        culprit=None,
+        message=message,
+        remedy=remedy,
+    )
 
 
 def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision) -> Alert:

@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.alerting import notice
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
@@ -21,13 +22,19 @@ from lightning_gradguard.guard import Guard
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Alert, Position, Record
+from lightning_gradguard.recovery import Rollback
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
+from lightning_gradguard.trainer.media import random_states_in
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.quarantine import Quarantine
+from lightning_gradguard.trainer.recovery import Progress, Recovery
+from lightning_gradguard.trainer.run_state import set_random_states
+from lightning_gradguard.trainer.saving import SaveGate
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
 
@@ -50,6 +57,11 @@ class GradGuard(Callback):
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
+        rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
+            a detector has that action, else nothing.
+        quarantine: "list" writes batches that caused a skip or a rollback into `<log_dir>/gradguard/quarantine.jsonl`, with
+            their samples where the sampler shows them; "skip" also keeps these samples out of later batches, in this run and
+            when it is resumed; None: neither.
 
     Raises:
         ValueError: if an argument is wrong; when training starts, if a pattern of names matches nothing.
@@ -76,6 +88,8 @@ class GradGuard(Callback):
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
+        rollback: Rollback | None = None,
+        quarantine: Literal["list", "skip"] | None = None,
     ) -> None:
         self._settings = Settings.of(
             clip=clip,
@@ -93,6 +107,22 @@ class GradGuard(Callback):
             require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
+        self._armed = [entry.name for entry in self._settings.detectors if entry.policy.action is Action.ROLLBACK]
+        if rollback is not None and not self._armed:
+            raise ValueError(
+                "`rollback` must go with a detector whose action is 'rollback', got none. For example "
+                "`nonfinite='rollback', explosion='rollback'`."
+            )
+        if quarantine not in (None, "list", "skip"):
+            raise ValueError(f"`quarantine` must be 'list', 'skip' or None, got {quarantine!r}. 'list' changes nothing.")
+        self._quarantine_mode: Literal["list", "skip"] | None = quarantine
+        self._quarantine: Quarantine | None = None
+        self._left_out: set[int] = set()
+        self._rollback = rollback or (Rollback() if self._armed else None)
+        self._recovery: Recovery | None = None
+        self._save_gate: SaveGate | None = None
+        self._progress = Progress()
+        self._random: dict[str, Any] | None = None
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -152,10 +182,23 @@ class GradGuard(Callback):
         if self._settings.clipper is not None:
             refuse_second_clipping(trainer, pl_module)
         move_behind(trainer, self)
+        self._detach()
+        if self._quarantine_mode is not None:
+            self._quarantine = Quarantine(self._quarantine_mode, trainer)
+            self._quarantine.left_out |= self._left_out
+            self._quarantine.attach()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until there are guards to take it."""
         self._restored = state_dict["guards"]
+        self._progress = Progress(**state_dict.get("recovery", {}))
+        self._left_out.update(state_dict.get("quarantine", ()))
+        if self._quarantine is not None:
+            self._quarantine.left_out |= self._left_out
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Keep the random states of a snapshot until training starts."""
+        self._random = random_states_in(checkpoint)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a guard for each optimizer; optimizers and a checkpoint's state are there by now."""
@@ -172,6 +215,7 @@ class GradGuard(Callback):
                 log_every_n_steps=interval,
                 buffers=buffers,
                 scaler=scaler_of(trainer),
+                listener=self._note,
             )
             for optimizer in trainer.optimizers
         }
@@ -181,11 +225,25 @@ class GradGuard(Callback):
             guard.alerts = earlier.alerts
         self._restored = []
         self._is_finished = False
+        if self._quarantine is not None:
+            self._quarantine.start()
+        self._save_gate = SaveGate(trainer, pl_module, self._refused_save)
+        self._save_gate.attach()
+        if self._rollback is not None:
+            guards = list(self._guards.values())
+            self._recovery = Recovery(self._rollback, trainer, pl_module, guards, armed=self._armed, stop=self._stop)
+            self._recovery.progress = self._progress
+            rank_zero_info(self._recovery.start())
+        if self._random is not None:
+            set_random_states(self._random)
+            self._random = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
         self._batch_idx = batch_idx
         self._has_backward = False
+        if self._quarantine is not None:
+            self._quarantine.begin_batch(batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
@@ -208,9 +266,23 @@ class GradGuard(Callback):
         if guard.stopped_by is not None:
             self._stop(trainer)
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Go back where that was decided; keep a snapshot where one is due."""
+        if self._recovery is not None:
+            self._recovery.after_batch()
+        if self._quarantine is not None:
+            self._quarantine.after_batch()
+
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that ran through."""
-        return {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
+        state: dict[str, Any] = {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
+        if self._recovery is not None:
+            state["recovery"] = vars(self._recovery.progress).copy()
+        if self._quarantine is not None:
+            state["quarantine"] = sorted(self._quarantine.left_out)
+        return state
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last step, and say what the run came to."""
@@ -224,6 +296,31 @@ class GradGuard(Callback):
             for guard in self._guards.values():
                 guard.flush()
         self._finish()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Leave nothing on the Trainer."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self._save_gate is not None:
+            self._save_gate.detach()
+            self._save_gate = None
+        if self._quarantine is not None:
+            self._left_out = self._quarantine.left_out
+            self._quarantine.detach()
+            self._quarantine = None
+
+    def _refused_save(self, message: str) -> None:
+        guard = next(iter(self._guards.values()))
+        remedy = "What was saved before stays. Find what damages the weights, and resume from there."
+        position = guard.last.position if guard.last is not None else Position(step=0)
+        guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))
+
+    def _note(self, record: Record) -> None:
+        if self._recovery is not None:
+            self._recovery.note(record)
+        if self._quarantine is not None:
+            self._quarantine.note(record)
 
     def _position(self, trainer: Trainer, optimizer: Optimizer) -> Position:
         return Position(
@@ -252,4 +349,6 @@ class GradGuard(Callback):
         self._is_finished = True
         for guard in self._guards.values():
             guard.close()
+        if self._recovery is not None:
+            self._recovery.close()
         rank_zero_info(summarize([guard.totals for guard in self._guards.values()], self.stopped_by))

@@ -56,6 +56,15 @@ def is_sharded(tensors: Sequence[Tensor]) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in tensors)
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor, sharing its memory. No sync, no collective."""
+    if type(tensor) in (Tensor, torch.nn.Parameter) or not dist.is_available():
+        return tensor
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def local_shard_(parameter: Tensor, ranks: Ranks) -> tuple[Tensor | None, float]:
     """What this rank holds of a parameter's gradient, and which share of it counts here.
 

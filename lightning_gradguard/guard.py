@@ -29,7 +29,7 @@ from lightning_gradguard.scaling import LossScaling
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 from lightning_gradguard.sinks.base import SafeSink
-from lightning_gradguard.summary import count
+from lightning_gradguard.summary import add_alert, count
 from lightning_gradguard.updates import UpdateMeter
 
 # Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
@@ -108,6 +108,12 @@ class Guard:
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
+        for detector in settings.detectors:
+            if detector.policy.action is Action.ROLLBACK:
+                raise ValueError(
+                    f"The action of detector `{detector.name}` must be one that a guard alone can take, got 'rollback': "
+                    "going back needs a Trainer. Use `GradGuard`, or 'skip' here."
+                )
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
         parameters = WatchedParameters(named_parameters, optimizer, settings.only)
         self._set_up(settings, parameters, log_every_n_steps, BufferRepair(named_buffers), scaler)
@@ -121,10 +127,15 @@ class Guard:
         log_every_n_steps: int,
         buffers: BufferRepair,
         scaler: GradScaler | None = None,
+        listener: Callable[[Record], None] | None = None,
     ) -> Guard:
-        """A guard with exactly these sinks; for adapters such as `GradGuard`."""
+        """A guard with exactly these sinks; for adapters such as `GradGuard`.
+
+        Unlike a sink, `listener` gets every record on every rank, and what it raises is not caught.
+        """
         guard = cls.__new__(cls)
         guard._set_up(settings, parameters, log_every_n_steps, buffers, scaler)
+        guard._listener = listener
         return guard
 
     def _set_up(
@@ -148,6 +159,8 @@ class Guard:
         self._histogram_meter = HistogramMeter()
         self._pending: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
         self._flight: Flight | None = None
+        self._listener: Callable[[Record], None] | None = None
+        self._notices: list[Alert] = []
         self.totals = Totals()
         """Counts so far."""
         self.alerts: list[Alert] = []
@@ -272,6 +285,19 @@ class Guard:
         if clipper is not None and saved is not None:
             clipper.load_state_dict(saved)
 
+    def return_to(self, state: dict[str, Any]) -> None:
+        """Judge and clip as at a saved state; counts and alerts go on."""
+        self._pending.clear()
+        self.load_state_dict({**state, "totals": vars(self.totals)})
+
+    def notify(self, alert: Alert) -> None:
+        """Report something that is no finding about gradients; before the first step it waits for that."""
+        if self.last is None:
+            self._notices.append(alert)
+            return
+        self.totals = add_alert(self.totals, alert)
+        self._tell(replace(self.last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
+
     def _gradients(self) -> Gradients:
         watched = self._parameters
         others = None
@@ -360,7 +386,8 @@ class Guard:
         histograms: Histograms | None,
     ) -> Record:
         """Count, record, and tell."""
-        alerts = alerts_of(position, judgement.verdicts, judgement.decision)
+        alerts = (*self._notices, *alerts_of(position, judgement.verdicts, judgement.decision))
+        self._notices = []
         self.totals = count(self.totals, measurement, judgement.decision, alerts, is_clipped=clipped.coef < 1.0)
         record = Record(
             position,
@@ -380,6 +407,11 @@ class Guard:
 
     def _publish(self, record: Record) -> None:
         self.last = record
+        if self._listener is not None:
+            self._listener(record)
+        self._tell(record)
+
+    def _tell(self, record: Record) -> None:
         self.alerts.extend(record.alerts)
         strongest = max(record.alerts, key=lambda alert: alert.action, default=None)
         if strongest is not None and strongest.action >= Action.STOP and self.stopped_by is None:

@@ -66,22 +66,15 @@ def to_action(value: Action | str, *, parameter: str) -> Action:
         parameter: how the user calls it, for the error message.
 
     Raises:
-        ValueError: for an unknown name, and for `"rollback"`, which needs snapshots that this version
-            does not take.
+        ValueError: for an unknown name.
     """
     try:
-        action = Action(value)
+        return Action(value)
     except ValueError:
         names = ", ".join(repr(str(action)) for action in Action)
         raise ValueError(
             f"`{parameter}` must be one of {names}, got {value!r}. To turn a built-in detector off pass None."
         ) from None
-    if action is Action.ROLLBACK:
-        raise ValueError(
-            f"`{parameter}` must be an action of this version, got 'rollback', which it does not offer yet. "
-            "Use 'skip' to pass over bad steps or 'stop' to end the run before one is applied."
-        )
-    return action
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from lightning_gradguard.record import Alert, Decision, Measurement, Totals
 
@@ -24,6 +25,12 @@ def count(
         num_repeats=totals.num_repeats + decision.alerting.count(False),
         alerts_by_kind=by_kind,
     )
+
+
+def add_alert(totals: Totals, alert: Alert) -> Totals:
+    """The counts after one more alert that came with no step."""
+    by_kind = {**totals.alerts_by_kind, alert.kind: totals.alerts_by_kind.get(alert.kind, 0) + 1}
+    return replace(totals, num_alerts=totals.num_alerts + 1, alerts_by_kind=by_kind)
 
 
 def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:

@@ -7,7 +7,18 @@ import math
 import pytest
 from builders import mlp
 
-from lightning_gradguard import Action, ClipNorm, ClipValue, Detector, Explosion, GradGuard, Guard, NonFinite, Vanishing
+from lightning_gradguard import (
+    Action,
+    ClipNorm,
+    ClipValue,
+    Detector,
+    Explosion,
+    GradGuard,
+    Guard,
+    NonFinite,
+    Rollback,
+    Vanishing,
+)
 from lightning_gradguard.detectors.overflow import Overflow
 from lightning_gradguard.settings import Settings
 
@@ -94,9 +105,14 @@ CASES = {
     "action": (lambda: NonFinite("explode"), "action", "one of 'log', 'warn'", "'explode'", "pass None"),
     "action-none": (lambda: Explosion(None), "action", "one of", "None", "pass None"),
     "action-list": (lambda: Explosion(["skip"]), "action", "one of", "['skip']", "pass None"),
-    "action-rollback": (lambda: Vanishing("rollback"), "action", "an action of this version", "'rollback'", "Use 'skip'"),
     "nonfinite": (lambda: guard(nonfinite="wran"), "nonfinite", "one of", "'wran'", "pass None"),
-    "explosion-rollback": (lambda: guard(explosion=Action.ROLLBACK), "explosion", "an action", "'rollback'", "'stop'"),
+    "rollback-unarmed": (
+        lambda: GradGuard(rollback=Rollback()),
+        "rollback",
+        "a detector whose",
+        "none",
+        "nonfinite='rollback'",
+    ),
     "explosion-bool": (lambda: guard(explosion=False), "explosion", "an action's name", "False", '`explosion="warn"`'),
     "vanishing-other": (lambda: guard(vanishing=NonFinite()), "vanishing", "Vanishing(...)", "<", 'Vanishing("skip"'),
     "overflow-number": (lambda: guard(overflow=1), "overflow", "Overflow(...) or None", "1", '`overflow="warn"`'),

@@ -65,7 +65,7 @@ def test_action_compared_with_an_unknown_name_raises():
         _ = Action.SKIP < "explode"
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "rollback"])
+@pytest.mark.parametrize("name", NAMES)
 def test_to_action_name_or_member_gives_the_member(name):
     """Both spellings are read."""
     assert to_action(name, parameter="action") is to_action(Action(name), parameter="action") is Action(name)

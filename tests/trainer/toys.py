@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor, nn
 
 FEATURES, BATCH_SIZE = 6, 8
@@ -144,7 +145,8 @@ def same(left: Any, right: Any) -> bool:
 
 def make_trainer(root: Path | str, *callbacks: Callback, **settings: Any) -> Trainer:
     """A silent Trainer on one CPU."""
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False, "logger": False}
+    saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": saves, "logger": False}
     defaults = {"accelerator": "cpu", "devices": 1, "max_epochs": 1, "log_every_n_steps": 1, "default_root_dir": root}
     return Trainer(callbacks=list(callbacks), **{**quiet, **defaults, **settings})
 

@@ -1,0 +1,1 @@
+"""How many diverging trainings come back by themselves."""

@@ -1,0 +1,43 @@
+"""Whether tensors hold NaN or infinities, in one pass over each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.distributed import local_part
+
+
+@torch.no_grad()
+def find_nonfinite(named: Iterable[tuple[str, Tensor]], *, may_be_infinite: bool = False) -> list[str]:
+    """The names of those that hold NaN or infinities. Rank-local; one sync a device.
+
+    The extremes of a tensor are NaN where an element is; unlike a sum they can't overflow.
+
+    Args:
+        named: tensors by name; those of whole numbers, and empty ones, are passed over.
+        may_be_infinite: whether infinities are in order, as in the buffer of an attention mask.
+    """
+    local = [(name, _readable(local_part(tensor.detach()))) for name, tensor in named]
+    floats = [(name, tensor) for name, tensor in local if tensor.is_floating_point() and tensor.numel()]
+    if not floats:
+        return []
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for _, tensor in floats:
+        by_device.setdefault(tensor.device, []).extend(extreme.double() for extreme in tensor.aminmax())
+    values = {device: iter(torch.stack(extremes).tolist()) for device, extremes in by_device.items()}
+    pairs = [(name, next(values[tensor.device]), next(values[tensor.device])) for name, tensor in floats]
+    if may_be_infinite:
+        return [name for name, low, _ in pairs if math.isnan(low)]
+    return [name for name, low, high in pairs if not (math.isfinite(low) and math.isfinite(high))]
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    if tensor.is_complex():
+        return torch.view_as_real(tensor)
+    if tensor.is_floating_point() and tensor.element_size() == 1:  # float8 has no arithmetic
+        return tensor.float()
+    return tensor

@@ -108,12 +108,11 @@ def local_weight(parameter: Tensor) -> Tensor:
     return weight.to_local()
 
 
-def local_part(parameter: Tensor, ranks: Ranks) -> tuple[Tensor, float]:
+def local_share(parameter: Tensor, ranks: Ranks) -> tuple[Tensor, float]:
     """What this rank holds of a parameter, and which share of it counts in a sum over ranks; see `local_shard_`. No sync."""
-    if not is_sharded([parameter]):
-        return parameter.detach(), 1.0 / ranks.size
-    part = parameter.detach()
-    return part.to_local(), _num_shards(part) / ranks.size  # type: ignore[attr-defined, arg-type]
+    whole = parameter.detach()
+    num_shards = _num_shards(whole) if is_sharded([whole]) else 1.0  # type: ignore[arg-type]
+    return local_part(whole), num_shards / ranks.size
 
 
 def sum_pieces_(norms: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:

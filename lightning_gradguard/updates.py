@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.distributed import Ranks, local_part
+from lightning_gradguard.distributed import Ranks, local_share
 
 
 class UpdateMeter:
@@ -35,7 +35,7 @@ class UpdateMeter:
         """Before a step: keep its weights. No sync; one copy of them."""
         ranks = Ranks.current()
         self._measured = None
-        self._copies = [local_part(parameter, ranks)[0].detach().clone() for parameter in _matrices(parameters)]
+        self._copies = [local_share(parameter, ranks)[0].detach().clone() for parameter in _matrices(parameters)]
 
     @torch.no_grad()
     def read_(self, parameters: Sequence[Tensor]) -> Tensor | None:
@@ -57,7 +57,7 @@ class UpdateMeter:
         if not copies or len(copies) != len(matrices):
             return None
         ranks = Ranks.current()
-        parts = [local_part(parameter, ranks) for parameter in matrices]
+        parts = [local_share(parameter, ranks) for parameter in matrices]
         device = parts[0][0].device
         sizes = torch.stack([_norm(copy).to(device) for copy in copies])
         moved = torch.stack([_norm(part - copy).to(device) for (part, _), copy in zip(parts, copies, strict=True)])

@@ -111,7 +111,7 @@ def local_weight(parameter: Tensor) -> Tensor:
 def local_share(parameter: Tensor, ranks: Ranks) -> tuple[Tensor, float]:
     """What this rank holds of a parameter, and which share of it counts in a sum over ranks; see `local_shard_`. No sync."""
     whole = parameter.detach()
-    num_shards = _num_shards(whole) if is_sharded([whole]) else 1.0  # type: ignore[arg-type]
+    num_shards = _num_shards(whole) if is_sharded([whole]) else 1  # type: ignore[arg-type]
     return local_part(whole), num_shards / ranks.size
 
 

@@ -36,7 +36,7 @@ FORBIDDEN = {
 ALONE = {
     "lightning": ("callback", "trainer"),
     "pytorch_lightning": ("callback", "trainer"),
-    "tensorboard": ("sinks.summaries", "sinks.tensorboard"),
+    "tensorboard": ("sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
     "torch.utils.tensorboard": ("sinks.tensorboard",),
 }
 """Who alone imports a foreign package."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,11 +26,13 @@ from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
+from lightning_gradguard.trainer.investigation import Investigation
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
+from lightning_gradguard.trainer.window import Window
 
 
 class GradGuard(Callback):
@@ -45,6 +48,8 @@ class GradGuard(Callback):
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
+        max_replays: how many damaged steps of a run are replayed to name the operator, line and samples that made the damage,
+            >= 0; 0: none.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
 
@@ -70,6 +75,7 @@ class GradGuard(Callback):
         every_backward: bool = True,
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
+        max_replays: int = 3,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
     ) -> None:
         self._settings = Settings.of(
@@ -84,8 +90,11 @@ class GradGuard(Callback):
         )
         if log_every_n_steps is not None:
             require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
+        require_int("max_replays", max_replays, at_least=0, remedy="For no replays pass 0.")
+        self._max_replays = max_replays
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
+        self._window = Window()
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -158,6 +167,8 @@ class GradGuard(Callback):
         settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
+        self._window = Window()
+        investigate = Investigation(trainer, pl_module, self._window, buffers, self._max_replays) if self._max_replays else None
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
@@ -165,6 +176,7 @@ class GradGuard(Callback):
                 log_every_n_steps=interval,
                 buffers=buffers,
                 scaler=scaler_of(trainer),
+                investigate=investigate,
             )
             for optimizer in trainer.optimizers
         }
@@ -179,6 +191,8 @@ class GradGuard(Callback):
         """Note where we are."""
         self._batch_idx = batch_idx
         self._has_backward = False
+        if self._max_replays:
+            self._window.open(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
@@ -198,8 +212,15 @@ class GradGuard(Callback):
         finally:
             self._batches.clear()
             self._last = guard.last
+            self._note_step(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Let go of batches that no step needs any more."""
+        self._window.close(trainer.optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that ran through."""
@@ -239,7 +260,13 @@ class GradGuard(Callback):
             )
         trainer.should_stop = True
 
+    def _note_step(self, optimizer: Optimizer, guard: Guard) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._window.reopen()
+        self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+
     def _finish(self) -> None:
+        self._window.clear()
         if not self._guards or self._is_finished:
             return
         self._is_finished = True

@@ -1,0 +1,146 @@
+"""Names the culprit of a damaged step, by replaying it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.forensics.blame import Blame, find_culprit
+from lightning_gradguard.forensics.damage import Damage
+from lightning_gradguard.forensics.report import culprit_of
+from lightning_gradguard.forensics.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.state import State
+from lightning_gradguard.forensics.tensors import plain
+from lightning_gradguard.record import Culprit, Measurement, Position
+from lightning_gradguard.trainer.replay import Replay, compare
+from lightning_gradguard.trainer.window import MicroBatch, Window
+
+_MAX_BISECTION_RUNS = 16
+_MAX_BISECTION_SECONDS = 20.0
+
+
+class Investigation:
+    """Replays damaged steps, up to a number of times in a run, and says who made the damage.
+
+    Args:
+        trainer: the Trainer.
+        module: the one that is trained.
+        window: the running micro-batches.
+        buffers: their values from before the step.
+        max_replays: steps that are looked into, >= 0.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair, max_replays: int
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._window = window
+        self._replay = Replay(trainer, module, window, buffers)
+        self._num_left = max_replays
+
+    def __call__(self, position: Position, measurement: Measurement) -> Culprit | None:  # noqa: ARG002 - the guard's call
+        """Who made the damage of a step; None if it can't be told. Its gradients have to be there still."""
+        if self._num_left < 1:
+            return None
+        self._num_left -= 1
+        optimizer = self._trainer.optimizers[position.optimizer]
+        try:
+            return self._look(optimizer, position)
+        except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
+            warnings.warn(
+                f"The step could not be replayed ({type(error).__name__}: {error}), so who made the damage is not known. "
+                "Training goes on. `max_replays=0` turns replays off.",
+                GuardWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def _look(self, optimizer: Optimizer, position: Position) -> Culprit | None:
+        held = position.step if self._window.is_held(position.step) else None
+        search = _Search(self._module)
+        begin = time.perf_counter()
+        replayed = self._replay.run(optimizer, step=held, observe=search.observe)
+        seconds = time.perf_counter() - begin
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        reproduced, error = (False, None) if held is not None else compare(replayed, parameters)
+        blame = search.blame
+        if blame is not None and blame.is_state:
+            # The failing step may have poisoned what the module keeps. Once more, with that made finite.
+            again = _Search(self._module)
+            self._replay.run(optimizer, step=held, observe=again.observe, prepare=_heal)
+            blame = again.blame or blame
+            search = again if again.blame is not None else search
+        if blame is None:
+            return None
+        if blame.samples is None and blame.phase in ("forward", "backward") and len(search.sizes) == 1:
+            blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
+        return culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+
+    def _bisect(self, optimizer: Optimizer, held: int | None, size: int, seconds: float) -> tuple[int, ...] | None:
+        """The samples without which the step is in order."""
+        if size < 2:
+            return None
+
+        def is_bad(keep: Sequence[int]) -> bool:
+            outcome = self._replay.run(optimizer, step=held, change=lambda batch: refill(batch, keep, size))
+            return not outcome.is_finite()
+
+        runs = min(_MAX_BISECTION_RUNS, int(_MAX_BISECTION_SECONDS / max(seconds, 1e-3)))
+        try:
+            return bisect(is_bad, size, runs)
+        except Exception:  # noqa: BLE001 - a batch that can't be refilled has no single culprits
+            return None
+
+
+class _Search:
+    """Follows the damage through the micro-batches of one replay; the first that shows any is blamed."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self.blame: Blame | None = None
+        self.sizes: list[int] = []
+        """Samples in each micro-batch."""
+
+    @contextmanager
+    def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
+        """Watch one micro-batch."""
+        batch = Batch.of(micro_batch.batch)
+        self.sizes.append(batch.size)
+        if self.blame is not None:
+            yield
+            return
+        damage = Damage(self._module, batch)
+        damage.label(leaves_of(micro_batch.batch), "data")
+        damage.label(self._module.named_parameters(), "weights")
+        damage.label(self._module.named_buffers(), "state")
+        damage.label(state.tensors, "state")
+        with damage.watch():
+            yield
+        grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
+        damaged = [taint for grad in grads if (taint := damage.taint_of(grad)) is not None]
+        self.blame = find_culprit(damage.losses, damaged, batch)
+
+
+@torch.no_grad()
+def _heal(state: State) -> None:
+    """Make finite what a module keeps besides its weights."""
+    for tensor in state.kept:
+        _fill(tensor)
+
+
+def _fill(tensor: Tensor) -> None:
+    values = plain(tensor)
+    if values is not None and not bool(values.isfinite().all()):
+        # Not 0: a divisor or variance would make damage of its own.
+        tensor.data.masked_fill_(~tensor.data.isfinite() & (tensor.data != -torch.inf), 1.0)

@@ -168,7 +168,9 @@ class GradGuard(Callback):
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
         self._window = Window()
-        investigate = Investigation(trainer, pl_module, self._window, buffers, self._max_replays) if self._max_replays else None
+        investigate = None
+        if self._max_replays:
+            investigate = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),

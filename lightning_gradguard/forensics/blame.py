@@ -78,14 +78,9 @@ def _first_use(source: Taint, reached: Sequence[Taint]) -> int:
 def _born(reached: Sequence[Taint]) -> Taint | None:
     """The first operator that made damage out of healthy inputs."""
     births = [taint for taint in reached if not taint.parents and not taint.origin and not taint.is_sentinel]
-    return next((birth for birth in births if not _is_harmless(birth, reached)), births[0] if births else None)
-
-
-def _is_harmless(birth: Taint, reached: Sequence[Taint]) -> bool:
-    """Whether it is a mask: minus infinities that depend on no parameter, and of which fewer rows came to harm."""
-    if not birth.flaw.is_negative or birth.needs_grad:
-        return False
-    return _harmed_fewer(birth, reached) is not None
+    # Minus infinities that depend on no parameter, and of which fewer rows came to harm, are a mask.
+    masks = {id(birth): _harmed_fewer(birth, reached) for birth in births if birth.flaw.is_negative and not birth.needs_grad}
+    return next((masks.get(id(birth)) or birth for birth in births), None)
 
 
 def _harmed_fewer(source: Taint, reached: Sequence[Taint]) -> Taint | None:
@@ -98,6 +93,12 @@ def _harmed_fewer(source: Taint, reached: Sequence[Taint]) -> Taint | None:
 
 def _turns(taint: Taint) -> bool:
     return taint.flaw.has_nan and bool(taint.parents) and not any(parent.flaw.has_nan for parent in taint.parents)
+
+
+def _takes_nan(taint: Taint) -> bool:
+    """Whether it is the first to work with a constant of NaN."""
+    is_first = all(parent.origin == "constant" for parent in taint.parents)
+    return taint.flaw.has_nan and not taint.origin and is_first
 
 
 def _descends(taint: Taint, source: Taint) -> bool:
@@ -120,7 +121,7 @@ def _comes_from_state(taint: Taint) -> bool:
 
 def _turned(reached: Sequence[Taint], batch: Batch) -> Taint:
     """What made damage of infinities that somebody has put there on purpose, or of a constant."""
-    turned = next((taint for taint in reached if _turns(taint)), None)
+    turned = next((taint for taint in reached if _turns(taint) or _takes_nan(taint)), None)
     data = next((taint for taint in reached if taint.origin == "data"), None)
     if data is not None and (turned is None or not set(turned.rows or ()) < set(data.rows or range(batch.size))):
         return data

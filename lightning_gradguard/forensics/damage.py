@@ -42,6 +42,7 @@ class Taint:
         op: aten operator; for another origin, what its name is there.
         node: autograd node that ran it in the backward pass, "" in the forward pass.
         is_custom: whether that is a user's own `Function`.
+        is_hook: whether it is user code that autograd ran beside a node, as a hook on a tensor.
         place: module and line.
         parents: damaged tensors that went in.
         rows: bad samples, if the tensor has a row for each; None: it has not, or they were not looked for.
@@ -59,6 +60,7 @@ class Taint:
     op: str = ""
     node: str = ""
     is_custom: bool = False
+    is_hook: bool = False
     place: Place = Place()
     parents: tuple[Taint, ...] = ()
     rows: tuple[int, ...] | None = None
@@ -137,6 +139,7 @@ class Damage(TorchDispatchMode):
         super().__init__()
         self.batch = batch
         self.modules = ModuleStack(root)
+        self._weights = {tuple(parameter.shape) for parameter in root.parameters()}
         self._taints: dict[int, tuple[StorageWeakRef, Taint]] = {}
         self._places: dict[int, Place] = {}
         self._traits: dict[Any, _Traits] = {}
@@ -239,7 +242,6 @@ class Damage(TorchDispatchMode):
             op=traits.name,
             node=_node_name(running) if in_engine else "",
             is_custom=in_engine and isinstance(running, torch.autograd.function.BackwardCFunction),
-            place=Place(),
             parents=parents,
             dtype=tensor.dtype,
         )
@@ -252,15 +254,20 @@ class Damage(TorchDispatchMode):
         enters = taint.is_backward and not any(parent.is_backward for parent in parents)
         if taint.is_sentinel or not parents or changes or enters:
             taint.place = self._here(running if in_engine else None)
+            taint.is_hook = in_engine and not taint.is_custom and current_line() is not None
             taint.inputs = tuple(describe(value) for value in inputs)
             taint.at_fault = tuple(_at_fault(value, tensor) for value in inputs)
             taint.before = tuple(str(step) for step in self._before)
             taint.needs_grad = any(value.requires_grad for value in inputs)
             taint.shrinks = bool(inputs) and tensor.numel() < max(value.numel() for value in inputs)
-            taint.rows = self.batch.rows_of(tensor)
+            taint.rows = self._rows(tensor, in_engine)
         elif all(parent.rows is None for parent in parents):
-            taint.rows = self.batch.rows_of(tensor)
+            taint.rows = self._rows(tensor, in_engine)
         return taint
+
+    def _rows(self, tensor: Tensor, is_backward: bool) -> tuple[int, ...] | None:  # noqa: FBT001
+        is_weight = is_backward and tuple(tensor.shape) in self._weights  # the gradient of one
+        return None if is_weight else self.batch.rows_of(tensor)
 
     def _is_backward(self, running: Any) -> bool:
         """Whether it is the engine that runs an operator, and not a recomputed forward pass."""

@@ -40,7 +40,7 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         what = "NaN" if taint.flaw.has_nan else "Inf"
         return replace(found, module=taint.op, message=f"`{taint.op}` holds {what} already", remedy=_WEIGHTS_REMEDY)
     trap = trap_of(taint)
-    op = taint.node or taint.op
+    op = taint.op if taint.is_hook else taint.node or taint.op
     line = taint.place.line
     where = f"in `{taint.place.module}`" if taint.place.module else "in `training_step`"
     place = f"{where}, {line}," if line is not None else where

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -59,22 +60,22 @@ class Batch:
     def rows_of(self, tensor: Tensor) -> tuple[int, ...] | None:
         """The samples whose values in a tensor are not finite; None if it has no row for each. One sync."""
         values = plain(tensor)
-        if values is None or not self.size:
+        if values is None or not self.size or not tensor.dim():
             return None
-        if tensor.is_complex():
-            values = values.flatten(-2) if values.dim() > 1 else values
-        shape = tuple(values.shape)
-        if not shape:
-            return None
-        if shape[0] == self.size:
-            rows = values
-        elif shape[0] in {self.size * length for length in self.lengths}:
-            rows = values.unflatten(0, (self.size, -1))
-        elif len(shape) > 2 and shape[1] == self.size:
-            rows = values.movedim(1, 0)
-        else:
-            return None
-        is_bad = ~rows.isfinite()
+        is_bad = ~values.isfinite()
+        if is_bad.shape[0] == self.size:
+            return self._rows(is_bad)
+        if is_bad.dim() > 2 and is_bad.shape[1] == self.size:
+            return self._rows(is_bad.movedim(1, 0))
+        flattened = {self.size * length for length in self.lengths}
+        is_heads = is_bad.dim() == 3 and is_bad.shape[0] % self.size == 0  # attention: samples times heads
+        if is_bad.shape[0] in flattened or is_heads:
+            # Either dimension may be the outer one; the right one gathers the damage in fewer rows.
+            outer = self._rows(is_bad.unflatten(0, (self.size, -1)))
+            return min(outer, self._rows(is_bad.unflatten(0, (-1, self.size)).movedim(1, 0)), key=len)
+        return None
+
+    def _rows(self, is_bad: Tensor) -> tuple[int, ...]:
         return tuple(is_bad.reshape(self.size, -1).any(1).nonzero().flatten().tolist())
 
     def is_some(self, rows: Sequence[int] | None) -> bool:
@@ -105,8 +106,6 @@ def refill(batch: Any, keep: Sequence[int], size: int) -> Any:
 
 
 def _rebuilt(value: Any, changed: dict[Any, Any]) -> Any:
-    import copy  # noqa: PLC0415
-
     made = copy.copy(value)
     for key, entry in changed.items():
         made[key] = entry
@@ -114,41 +113,58 @@ def _rebuilt(value: Any, changed: dict[Any, Any]) -> Any:
 
 
 def bisect(is_bad: Callable[[Sequence[int]], bool], size: int, max_runs: int) -> tuple[int, ...] | None:
-    """The samples that are to blame; None if it is not single ones.
+    """The samples without which the batch is in order; None if it is not some of them.
 
     Args:
         is_bad: whether a batch of nothing but these samples fails.
         size: how many there are.
         max_runs: how often it may be asked.
     """
-    runs = 0
-
-    def ask(keep: Sequence[int]) -> bool:
-        nonlocal runs
-        runs += 1
-        return is_bad(keep)
-
-    found: list[int] = []
-    open_: list[Sequence[int]] = [range(size)]
-    while open_:
-        some = open_.pop()
-        if len(some) == 1:
-            found.append(some[0])
-            if 2 * len(found) > size:
-                return None
-            continue
-        if runs + 3 > max_runs:
-            return None
-        middle = len(some) // 2
-        first, second = some[:middle], some[middle:]
-        first_bad = ask(first)
-        if not first_bad:
-            open_.append(second)
-            continue
-        open_.append(first)
-        if ask(second):
-            open_.append(second)
-    rest = [row for row in range(size) if row not in found]
-    if not found or not rest or ask(rest) or not ask(found):
+    search = _Bisection(is_bad, size, max_runs)
+    try:
+        found = search.run()
+    except _TooLong:
         return None
-    return tuple(sorted(found))
+    return tuple(sorted(found)) if 0 < 2 * len(found) <= size else None
+
+
+class _TooLong(Exception):  # noqa: N818 - it is none
+    """The number of runs is used up."""
+
+
+class _Bisection:
+    """Takes samples out, rather than looking at single ones alone: a batch of one repeated has no variance."""
+
+    def __init__(self, is_bad: Callable[[Sequence[int]], bool], size: int, max_runs: int) -> None:
+        self._is_bad = is_bad
+        self._all = range(size)
+        self._runs_left = max_runs
+
+    def run(self) -> list[int]:
+        """Find a part of the batch that is in order, then whom else it tolerates."""
+        for number in (2, 4):
+            width = -(-len(self._all) // number)
+            for begin in range(0, len(self._all), width):
+                healthy = set(self._all[begin : begin + width])
+                suspects = [row for row in self._all if row not in healthy]
+                if suspects and self._is_healthy(suspects):
+                    return self._narrow(suspects, set())
+        return []
+
+    def _narrow(self, suspects: list[int], out: set[int]) -> list[int]:
+        """Those of the suspects that are to blame; without all of them, and those that are out, the batch is in order."""
+        if len(suspects) == 1:
+            return suspects
+        first, second = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
+        if self._is_healthy([*out, *first]):
+            return self._narrow(first, out)
+        if self._is_healthy([*out, *second]):
+            return self._narrow(second, out)
+        return self._narrow(first, out | {*second}) + self._narrow(second, out | {*first})
+
+    def _is_healthy(self, without: Sequence[int]) -> bool:
+        self._runs_left -= 1
+        if self._runs_left < 0:
+            raise _TooLong
+        left_out = set(without)
+        return not self._is_bad([row for row in self._all if row not in left_out])

@@ -230,7 +230,7 @@ def trap_of(taint: Taint) -> Trap:
 
 def key_of(taint: Taint) -> str:
     """The operator's name without what differs between its variants."""
-    if not taint.is_backward:
+    if not taint.is_backward or taint.is_hook:
         return taint.op.strip("_").lower()
     name = taint.node.partition("Backward")[0]
     return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_")

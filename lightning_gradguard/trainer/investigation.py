@@ -6,14 +6,15 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.distributed import Ranks, is_sharded
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.blame import Blame, find_culprit
 from lightning_gradguard.forensics.damage import Damage
@@ -22,10 +23,10 @@ from lightning_gradguard.forensics.samples import Batch, bisect, leaves_of, refi
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.record import Culprit, Measurement, Position
-from lightning_gradguard.trainer.replay import Replay, compare
+from lightning_gradguard.trainer.replay import Replay, Replayed, average_over_ranks_, compare
 from lightning_gradguard.trainer.window import MicroBatch, Window
 
-_MAX_BISECTION_RUNS = 16
+_MAX_BISECTION_RUNS = 24
 _MAX_BISECTION_SECONDS = 20.0
 
 
@@ -48,44 +49,72 @@ class Investigation:
         self._window = window
         self._replay = Replay(trainer, module, window, buffers)
         self._num_left = max_replays
+        self._ranks = Ranks.current()
+        self._is_sharded = is_sharded([*module.parameters()])
 
-    def __call__(self, position: Position, measurement: Measurement) -> Culprit | None:  # noqa: ARG002 - the guard's call
-        """Who made the damage of a step; None if it can't be told. Its gradients have to be there still."""
+    def __call__(self, position: Position, measurement: Measurement) -> Culprit | None:
+        """Who made the damage of a step; None if it can't be told. Its gradients should still be there, to compare with.
+
+        Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
+        those of the module itself, and one gather tells whose part it was.
+        """
         if self._num_left < 1:
             return None
         self._num_left -= 1
         optimizer = self._trainer.optimizers[position.optimizer]
+        looked, failure = _Look(), None
         try:
-            return self._look(optimizer, position)
+            looked = self._look(optimizer, position)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
+            failure = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"The step could not be replayed ({type(error).__name__}: {error}), so who made the damage is not known. "
-                "Training goes on. `max_replays=0` turns replays off.",
+                f"The step could not be replayed ({failure}), so who made the damage is not known. Training goes on. "
+                "`max_replays=0` turns replays off.",
                 GuardWarning,
                 stacklevel=2,
             )
-            return None
+        if self._ranks.size == 1:
+            return looked.culprit
+        return self._agree(looked, failure, optimizer, measurement)
 
-    def _look(self, optimizer: Optimizer, position: Position) -> Culprit | None:
+    def _agree(
+        self, looked: _Look, failure: str | None, optimizer: Optimizer, measurement: Measurement
+    ) -> Culprit | None:
+        """One verdict on all ranks: that of the rank which was first to see damage, else of the first that found any."""
+        everyone: list[tuple[Culprit | None, str | None]] = [(None, None)] * self._ranks.size
+        distributed.all_gather_object(everyone, (looked.culprit, failure))
+        first = None if measurement.damage is None else measurement.damage.rank
+        found = [culprit for culprit, _ in everyone if culprit is not None]
+        chosen = next((culprit for culprit in found if culprit.rank == first), found[0] if found else None)
+        if chosen is None or self._is_sharded or looked.is_late or any(reason for _, reason in everyone):
+            return chosen
+        parameters = _trained_by(optimizer)
+        average_over_ranks_(looked.replayed, parameters, self._ranks)
+        reproduced, error = compare(looked.replayed, parameters)
+        return replace(chosen, reproduced=reproduced, error=error)
+
+    def _look(self, optimizer: Optimizer, position: Position) -> _Look:
         held = position.step if self._window.is_held(position.step) else None
         search = _Search(self._module)
         begin = time.perf_counter()
         replayed = self._replay.run(optimizer, step=held, observe=search.observe)
         seconds = time.perf_counter() - begin
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        reproduced, error = (False, None) if held is not None else compare(replayed, parameters)
+        looked = _Look(replayed, is_late=held is not None)
+        reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
         blame = search.blame
-        if blame is not None and blame.is_state:
+        # What one rank replays alone may wait for the others.
+        is_alone = self._ranks.size == 1
+        if blame is not None and blame.is_state and is_alone:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
             again = _Search(self._module)
             self._replay.run(optimizer, step=held, observe=again.observe, prepare=_heal)
             blame = again.blame or blame
-            search = again if again.blame is not None else search
         if blame is None:
-            return None
-        if blame.samples is None and blame.phase in ("forward", "backward") and len(search.sizes) == 1:
+            return looked
+        if blame.samples is None and blame.phase in ("forward", "backward") and len(search.sizes) == 1 and is_alone:
             blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
-        return culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+        looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+        return looked
 
     def _bisect(self, optimizer: Optimizer, held: int | None, size: int, seconds: float) -> tuple[int, ...] | None:
         """The samples without which the step is in order."""
@@ -101,6 +130,25 @@ class Investigation:
             return bisect(is_bad, size, runs)
         except Exception:  # noqa: BLE001 - a batch that can't be refilled has no single culprits
             return None
+
+
+@dataclass
+class _Look:
+    """What one rank has found.
+
+    Attributes:
+        replayed: what the replay gave.
+        culprit: who made the damage, in this rank's part.
+        is_late: whether the step's own gradients are gone, so that there is nothing to compare with.
+    """
+
+    replayed: Replayed = field(default_factory=Replayed)
+    culprit: Culprit | None = None
+    is_late: bool = False
+
+
+def _trained_by(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class _Search:

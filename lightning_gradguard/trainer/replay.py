@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.distributed import Ranks
 from lightning_gradguard.forensics.state import State, unchanged
 from lightning_gradguard.trainer.precision import scaler_of
 from lightning_gradguard.trainer.window import MicroBatch, Window
@@ -139,7 +140,11 @@ class Replay:
         return grads if scale is None else {key: grad / scale for key, grad in grads.items()}
 
     def _rewind(self) -> None:
-        """Give buffers the values that they had before the step."""
+        """Give buffers the values that they had before the step, and take back a toggled optimizer's flags."""
+        flags = self._module._param_requires_grad_state  # private, and all that tells which flags are not the user's
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        self._module._param_requires_grad_state = {}
         if len(self._trainer.optimizers) == 1:
             self._buffers.rewind_()
         else:  # an earlier optimizer of the same batch has taken them down halfway
@@ -236,6 +241,15 @@ def compare(replayed: Replayed, parameters: Sequence[Tensor]) -> tuple[bool, flo
         total += float(left[both].abs().double().square().sum())
     error = 0.0 if not difference else float((difference / total) ** 0.5) if total else float("inf")
     return is_alike and error <= _TOLERANCE, error
+
+
+def average_over_ranks_(replayed: Replayed, parameters: Sequence[Tensor], ranks: Ranks) -> None:
+    """Do what DDP does to gradients, to those of a replay. A collective for each parameter that has one on all ranks."""
+    for parameter in parameters:
+        if parameter.grad is not None:
+            own = replayed.gradients.get(id(parameter))
+            whole = torch.zeros_like(parameter) if own is None else own.clone()
+            replayed.gradients[id(parameter)] = ranks.sum_(whole) / ranks.size
 
 
 _TOLERANCE = 1e-5

@@ -108,7 +108,8 @@ class Investigation:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
             again = _Search(self._module)
             self._replay.run(optimizer, step=held, observe=again.observe, prepare=_heal)
-            blame = again.blame or blame
+            if again.blame is not None:
+                blame, reproduced, error = again.blame, False, None
         if blame is None:
             return looked
         if blame.samples is None and blame.phase in ("forward", "backward") and len(search.sizes) == 1 and is_alone:

@@ -145,6 +145,7 @@ class Damage(TorchDispatchMode):
         self._traits: dict[Any, _Traits] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
         self._order = 0
+        self._has_grad_mode = True
         self.losses: list[Taint] = []
         """The damaged tensors that `backward()` was called on, in order."""
 
@@ -181,9 +182,10 @@ class Damage(TorchDispatchMode):
             if not isinstance(func, torch._ops.OpOverload):
                 return func(*args, **kwargs)
             traits = self._traits[func] = _Traits(func)
+        self._has_grad_mode = torch.is_grad_enabled()  # as it is for the operator, not for what looks at it
         with torch.no_grad():
             written = [tensor for index in traits.written for tensor in tensors_in(_at(args, index))]
-            earlier = {id(tensor): taint for tensor in written if (taint := self._known(tensor)) is not None}
+            earlier = {id(tensor): self._known(tensor) for tensor in written}
         result = func(*args, **kwargs)
         if traits.is_view or (types and any(issubclass(kind, torch._subclasses.FakeTensor) for kind in types)):
             return result
@@ -192,7 +194,7 @@ class Damage(TorchDispatchMode):
         return result
 
     def _look(
-        self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, earlier: dict[int, Taint]
+        self, traits: _Traits, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, earlier: dict[int, Taint | None]
     ) -> None:
         self._order += 1
         running = torch._C._current_autograd_node()
@@ -260,7 +262,8 @@ class Damage(TorchDispatchMode):
             taint.before = tuple(str(step) for step in self._before)
             taint.needs_grad = any(value.requires_grad for value in inputs)
             taint.shrinks = bool(inputs) and tensor.numel() < max(value.numel() for value in inputs)
-            taint.rows = self._rows(tensor, in_engine)
+            # Infinities that were put there on purpose are in healthy rows too.
+            taint.rows = self._rows(tensor.isnan() if changes and parents else tensor, in_engine)
         elif all(parent.rows is None for parent in parents):
             taint.rows = self._rows(tensor, in_engine)
         return taint
@@ -271,15 +274,16 @@ class Damage(TorchDispatchMode):
 
     def _is_backward(self, running: Any) -> bool:
         """Whether it is the engine that runs an operator, and not a recomputed forward pass."""
-        if running is None or not torch.is_grad_enabled():
+        if running is None or not self._has_grad_mode:
             return running is not None
         return not self.modules.is_inside and current_line() is None  # gradients of gradients
 
-    def _parents(self, inputs: list[Tensor], earlier: dict[int, Taint]) -> tuple[Taint, ...]:
+    def _parents(self, inputs: list[Tensor], earlier: dict[int, Taint | None]) -> tuple[Taint, ...]:
         found: dict[int, Taint] = {}
         for tensor in inputs:
-            taint = earlier.get(id(tensor)) or self._known(tensor)
-            if taint is None and _key(tensor) not in self._taints and (flaw := flaw_of(tensor)) is not None:
+            # What is written in place was looked at before; by now it is the result.
+            taint = earlier[id(tensor)] if id(tensor) in earlier else self._known(tensor)
+            if taint is None and id(tensor) not in earlier and _key(tensor) not in self._taints and (flaw := flaw_of(tensor)) is not None:
                 taint = Taint(self._order, flaw, "constant", place=self._here(), is_sentinel=True)
                 self._put(tensor, taint)
             if taint is not None:
@@ -315,7 +319,7 @@ class Damage(TorchDispatchMode):
 
     def _note_place(self, running: Any) -> None:
         """Remember where the autograd node was made that an operator of the forward pass belongs to."""
-        if running is not None and not torch.is_grad_enabled():
+        if running is not None and not self._has_grad_mode:
             return
         number = torch.autograd._get_sequence_nr() - 1
         # The node is made right before its operator runs; what runs later under the same number has no node of its own.

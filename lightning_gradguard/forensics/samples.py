@@ -58,11 +58,11 @@ class Batch:
         return cls(size, frozenset(lengths | {length - 1 for length in lengths if length > 2}))
 
     def rows_of(self, tensor: Tensor) -> tuple[int, ...] | None:
-        """The samples whose values in a tensor are not finite; None if it has no row for each. One sync."""
-        values = plain(tensor)
+        """The samples whose values in a tensor are not finite, or True; None if it has no row for each. One sync."""
+        values = tensor if tensor.dtype is torch.bool else plain(tensor)
         if values is None or not self.size or not tensor.dim():
             return None
-        is_bad = ~values.isfinite()
+        is_bad = values if tensor.dtype is torch.bool else ~values.isfinite()
         if is_bad.shape[0] == self.size:
             return self._rows(is_bad)
         if is_bad.dim() > 2 and is_bad.shape[1] == self.size:

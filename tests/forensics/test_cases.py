@@ -6,7 +6,8 @@ import pytest
 import torch
 from cases import CASES, Case
 from lightning.pytorch import Trainer
-from own_cases import Base
+from more_cases import Base
+from own_cases import Base as _
 from torch.utils.data import DataLoader
 
 from lightning_gradguard import GradGuard

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lightning_gradguard.forensics.damage import Taint
 from lightning_gradguard.forensics.samples import Batch
+from lightning_gradguard.forensics.taint import Taint
 
 Phase = Literal["data", "weights", "forward", "backward"]
 

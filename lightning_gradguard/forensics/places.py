@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def current_line() -> Line | None:
 
     In a backward pass only what the engine itself runs: `Function.backward`, hooks, recomputation.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         foreign = _is_foreign.get(code)
@@ -67,7 +67,7 @@ def current_line() -> Line | None:
             return Line(code.co_filename, frame.f_lineno)
         if code.co_name == _ENGINE:
             return None
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

@@ -12,12 +12,12 @@ from lightning_gradguard.record import Culprit
 
 _NUM_ROWS_SHOWN = 5
 _DATA_REMEDY = (
-    "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest by "
-    "index: a mask does not keep NaN out of gradients."
+    "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
+    "by index: a mask does not keep NaN out of gradients."
 )
 _WEIGHTS_REMEDY = (
-    "It was damaged before this step: an earlier update, a checkpoint, or its initialisation. Go back to the last checkpoint "
-    "where it is finite."
+    "It was damaged before this step: an earlier update, a checkpoint, or its initialisation. Go back to the last "
+    "checkpoint where it is finite."
 )
 
 
@@ -53,9 +53,9 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         found,
         module=taint.place.module,
         op=op,
-        file=line and line.file,
-        line=line and line.number,
-        source=line and line.source,
+        file=None if line is None else line.file,
+        line=None if line is None else line.number,
+        source=None if line is None else line.source,
         message=message,
         remedy=trap.remedy,
         inputs=taint.inputs,

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_gradguard.forensics.tensors import plain
 
 
-def leaves_of(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
+def leaves_of(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:  # noqa: C901 - one case a kind
     """The tensors of a batch with their names, as `batch['x']`."""
     if isinstance(batch, Tensor):
         yield name, batch
@@ -71,8 +71,8 @@ class Batch:
         is_heads = is_bad.dim() == 3 and is_bad.shape[0] % self.size == 0  # attention: samples times heads
         if is_bad.shape[0] in flattened or is_heads:
             # Either dimension may be the outer one; the right one gathers the damage in fewer rows.
-            outer = self._rows(is_bad.unflatten(0, (self.size, -1)))
-            return min(outer, self._rows(is_bad.unflatten(0, (-1, self.size)).movedim(1, 0)), key=len)
+            outer = self._rows(is_bad.reshape(self.size, -1, *is_bad.shape[1:]))
+            return min(outer, self._rows(is_bad.reshape(-1, self.size, *is_bad.shape[1:]).movedim(1, 0)), key=len)
         return None
 
     def _rows(self, is_bad: Tensor) -> tuple[int, ...]:

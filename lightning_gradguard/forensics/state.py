@@ -47,7 +47,7 @@ class State:
             for undo in reversed(self._undo):
                 undo()
 
-    def _keep(self, value: Any, name: str) -> None:
+    def _keep(self, value: Any, name: str) -> None:  # noqa: C901 - one case a kind
         if isinstance(value, _NEVER) or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -162,8 +162,10 @@ def _same(live: Tensor, before: Tensor) -> bool:
 
 
 def _bits_equal(left: Tensor, right: Tensor) -> bool:
-    return torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8)) if left.dim() else (
-        torch.equal(left.reshape(1).view(torch.uint8), right.reshape(1).view(torch.uint8))
+    return (
+        torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
+        if left.dim()
+        else (torch.equal(left.reshape(1).view(torch.uint8), right.reshape(1).view(torch.uint8)))
     )
 
 
@@ -197,7 +199,8 @@ class RandomState:
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
-        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        self._cuda = torch.cuda.get_rng_state_all() if has_cuda else []
         self._python = random.getstate()
         self._numpy = np.random.get_state()  # noqa: NPY002 - the global generator is what user code may use
 

@@ -90,9 +90,14 @@ def flaw_of(tensor: Tensor) -> Flaw | None:
     return None if span is None else span.flaw
 
 
+def kind_of(tensor: Tensor) -> str:
+    """Its type, as `float32`."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def describe(tensor: Tensor) -> str:
     """Type, shape and range, as `float32 [8, 16] -1.2 to 3.4`."""
-    kind = str(tensor.dtype).removeprefix("torch.")
+    kind = kind_of(tensor)
     values = plain(tensor)
     if values is None:
         return f"{kind} {list(tensor.shape)}"

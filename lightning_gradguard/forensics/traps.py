@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_gradguard.forensics.damage import Taint
+from lightning_gradguard.forensics.taint import Taint
 from lightning_gradguard.forensics.tensors import Range
 
 
@@ -142,8 +142,8 @@ TRAPS: tuple[Trap, ...] = (
     Trap(
         _ops("div reciprocal true_divide"),
         "divided 0 by 0",
-        "An empty count or a deviation of zero: `x / n.clamp_min(1)` for counts, `x / (s + eps)` for the rest. If the result "
-        "is masked, make the divisor safe before dividing.",
+        "An empty count or a deviation of zero: `x / n.clamp_min(1)` for counts, `x / (s + eps)` for the rest. If the "
+        "result is masked, make the divisor safe before dividing.",
         lambda taint: _at_zero(0)(taint) and _at_zero(1)(taint),
     ),
     Trap(

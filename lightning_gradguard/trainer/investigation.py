@@ -77,9 +77,7 @@ class Investigation:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
 
-    def _agree(
-        self, looked: _Look, failure: str | None, optimizer: Optimizer, measurement: Measurement
-    ) -> Culprit | None:
+    def _agree(self, looked: _Look, failure: str | None, optimizer: Optimizer, measurement: Measurement) -> Culprit | None:
         """One verdict on all ranks: that of the rank which was first to see damage, else of the first that found any."""
         everyone: list[tuple[Culprit | None, str | None]] = [(None, None)] * self._ranks.size
         distributed.all_gather_object(everyone, (looked.culprit, failure))

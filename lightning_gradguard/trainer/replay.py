@@ -141,7 +141,8 @@ class Replay:
 
     def _rewind(self) -> None:
         """Give buffers the values that they had before the step, and take back a toggled optimizer's flags."""
-        flags = self._module._param_requires_grad_state  # private, and all that tells which flags are not the user's
+        # Private, and all that tells which flags are not the user's; annotated for names, but keyed by parameters.
+        flags: dict[Any, bool] = {**self._module._param_requires_grad_state}
         for parameter, flag in flags.items():
             parameter.requires_grad_(flag)
         self._module._param_requires_grad_state = {}

@@ -59,7 +59,8 @@ class Window:
     def open(self, batch: Any, batch_idx: int) -> None:
         """A micro-batch is about to be trained on. A few microseconds; no sync."""
         self._serial += 1
-        cuda_rng = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        cuda_rng = torch.cuda.get_rng_state() if has_cuda else None
         rng = torch.get_rng_state()
         self._entries.append(MicroBatch(batch, batch_idx, self._serial, versions_of(batch), rng, cuda_rng))
 

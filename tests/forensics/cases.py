@@ -320,7 +320,7 @@ class QuotientMaskedTooLate(Base):
 @case("backward", "culprit", "AcosBackward0", [4])
 class AngleOfOne(Base):
     def add(self):
-        self.culprit = Wrapped(lambda c: torch.acos(c))  # <<
+        self.culprit = Wrapped(lambda c: torch.acos(c))  # noqa: PLW0108 # <<
 
     def middle(self, hidden, batch):
         mask = one_row(4, 1.0, 0.0)

@@ -183,7 +183,7 @@ class ScaledDotProductAllMaskedIsHealthy(Sequences):
 
     def __init__(self):
         super().__init__()
-        self.attn = Wrapped(lambda h, m: F.scaled_dot_product_attention(h[:, None], h[:, None], h[:, None], attn_mask=m)[:, 0])  # <<  # fmt: skip
+        self.attn = Wrapped(lambda h, m: F.scaled_dot_product_attention(h, h, h, attn_mask=m))
 
     def batch(self):
         batch = super().batch()
@@ -193,7 +193,7 @@ class ScaledDotProductAllMaskedIsHealthy(Sequences):
         return batch
 
     def middle(self, hidden, batch):
-        return self.attn(hidden, batch["bias"]).mean(1)
+        return self.attn(hidden[:, None], batch["bias"]).mean((1, 2))
 
 
 @case("none")
@@ -323,7 +323,7 @@ class CastOverflow(Base):
 @case("forward", "head.prob", "log", [3, 7])
 class LogOfProbabilities(Base):
     def add(self):
-        self.head = nn.ModuleDict({"prob": Wrapped(lambda p: torch.log(p))})  # <<
+        self.head = nn.ModuleDict({"prob": Wrapped(lambda p: torch.log(p))})  # noqa: PLW0108 # <<
 
     def middle(self, hidden, batch):
         scale = torch.ones(BATCH, 1)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import more_cases  # noqa: F401 - registers its cases
+import own_cases  # noqa: F401
 import pytest
 import torch
-from cases import CASES, Case
+from cases import CASES, Base, Case
 from lightning.pytorch import Trainer
-from more_cases import Base
-from own_cases import Base as _
 from torch.utils.data import DataLoader
 
 from lightning_gradguard import GradGuard
@@ -32,7 +32,6 @@ def test_culprit_of_a_labelled_failure_is_named(case: Case):
         return
     culprit = guard.alerts[0].culprit
     assert culprit is not None
-    print(culprit)
     assert culprit.phase == case.phase
     if case.module.endswith("*"):
         assert culprit.module.startswith(case.module[:-1])

@@ -40,6 +40,7 @@ class Replays(GradGuard):
 
 
 def batches():
+    """A regression."""
     generator = torch.Generator().manual_seed(5)
     x = torch.randn(NUM_BATCHES * zoo.BATCH, zoo.WIDTH, generator=generator)
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True).tanh()), batch_size=zoo.BATCH)
@@ -49,7 +50,7 @@ def train(make, guard, folder, **settings):
     """Train; everything that a replay might have changed."""
     torch.manual_seed(0)
     random.seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - what user code may use
     module = make()
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     logger = CSVLogger(folder, name=type(guard).__name__)
@@ -66,7 +67,7 @@ def train(make, guard, folder, **settings):
         "flags": {name: parameter.requires_grad for name, parameter in module.named_parameters()},
         "plain": plain,
         "inner": [(vars(part).get("total"), vars(part).get("values")) for part in module.modules()],
-        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),
+        "random": (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()),  # noqa: NPY002
         "step": trainer.global_step,
         "metrics": {name: value.clone() for name, value in trainer.logged_metrics.items()},
         "hooks": len(hooks._global_forward_hooks) + len(hooks._global_forward_pre_hooks),

@@ -15,7 +15,7 @@ def played():
 
 @pytest.mark.parametrize("mode", ["ddp", "gathers", "fsdp2"])
 def test_culprit_on_one_rank_is_told_on_all(mode, played):
-    """With rank, sample and operator; also where `training_step` has collectives of its own, and where weights are shards."""
+    """With rank, sample and operator; also where `training_step` has its own collectives, and where weights are shards."""
     for found in played:
         assert found[mode]["culprit"] == ["forward", "unit", "div", [3], BAD_RANK]
         assert "culprit: `div` in `unit`" in found[mode]["message"]

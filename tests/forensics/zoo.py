@@ -79,7 +79,7 @@ class Dice(Zoo):
         self.arrays = np.zeros(2)
 
     def predict(self, x):
-        noise = torch.randn(1, generator=self.generator) * self.dice.random() + random.random() * np.random.rand()
+        noise = torch.randn(1, generator=self.generator) * self.dice.random() + random.random() * np.random.rand()  # noqa: NPY002
         self.arrays += 1
         return self.net(x) + noise
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from lightning_gradguard.policy import Action
-from lightning_gradguard.record import Alert, Decision, Position, Verdict
+from lightning_gradguard.record import Alert, Culprit, Decision, Position, Verdict
 
 _DONE = {
     Action.LOG: "Logged only.",
@@ -18,10 +18,23 @@ _DONE = {
 }
 
 
-def alerts_of(position: Position, verdicts: Sequence[Verdict], decision: Decision) -> tuple[Alert, ...]:
-    """The verdicts that are reported, in their order."""
+INVESTIGATED = ("nonfinite", "explosion")
+"""Kinds of findings that have a culprit."""
+
+
+def alerts_of(
+    position: Position, verdicts: Sequence[Verdict], decision: Decision, culprit: Culprit | None = None
+) -> tuple[Alert, ...]:
+    """The verdicts that are reported, in their order.
+
+    Args:
+        position: where in the training.
+        verdicts: what was found.
+        decision: what is done about it.
+        culprit: who made the damage; None if that is not known.
+    """
     reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
-    return tuple(_alert(position, verdict, action, decision) for verdict, action, alerting in reported if alerting)
+    return tuple(_alert(position, verdict, action, decision, culprit) for verdict, action, alerting in reported if alerting)
 
 
 def notice(position: Position, kind: str, action: Action, message: str, remedy: str, *, value: float = 0.0) -> Alert:
@@ -54,7 +67,9 @@ def notice(position: Position, kind: str, action: Action, message: str, remedy: 
     )
 
 
-def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision) -> Alert:
+def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision, culprit: Culprit | None) -> Alert:
+    found = culprit if verdict.kind in INVESTIGATED else None
+    named = f"; {_named(found)}" if found is not None else ""
     # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
     done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
     return Alert(
@@ -70,10 +85,15 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         value=verdict.value,
         limit=verdict.limit,
         parameters=verdict.parameters,
-        culprit=None,
-        message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}. {done}",
-        remedy=verdict.remedy,
+        culprit=found,
+        message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}{named}. {done}",
+        remedy=found.remedy if found is not None and found.remedy else verdict.remedy,
     )
+
+
+def _named(culprit: Culprit) -> str:
+    source = f" (`{culprit.source}`)" if culprit.source else ""
+    return f"culprit: {culprit.message}{source}"
 
 
 def _where(position: Position, verdict: Verdict) -> str:

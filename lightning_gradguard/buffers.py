@@ -52,5 +52,11 @@ class BufferRepair:
                 live.copy_(saved)
         return tuple(names)
 
+    @torch.no_grad()
+    def rewind_(self) -> None:
+        """Put all back to the values last confirmed, for a replay of the step. No sync."""
+        if self._live:
+            torch._foreach_copy_(self._live, self._saved)
+
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
         return list(zip(self._live, self._saved, strict=True))

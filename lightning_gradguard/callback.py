@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
@@ -28,6 +29,7 @@ from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
 from lightning_gradguard.trainer.media import random_states_in
+from lightning_gradguard.trainer.investigation import Investigation
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
@@ -37,6 +39,7 @@ from lightning_gradguard.trainer.run_state import set_random_states
 from lightning_gradguard.trainer.saving import SaveGate
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
+from lightning_gradguard.trainer.window import Window
 
 
 class GradGuard(Callback):
@@ -55,6 +58,8 @@ class GradGuard(Callback):
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
+        max_replays: how many damaged steps of a run are replayed, to name the operator, line and samples that made the
+            damage, >= 0; 0: none.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
@@ -87,6 +92,7 @@ class GradGuard(Callback):
         every_backward: bool = True,
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
+        max_replays: int = 3,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
         quarantine: Literal["list", "skip"] | None = None,
@@ -105,6 +111,8 @@ class GradGuard(Callback):
         )
         if log_every_n_steps is not None:
             require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
+        require_int("max_replays", max_replays, at_least=0, remedy="For no replays pass 0.")
+        self._max_replays = max_replays
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
         self._armed = [entry.name for entry in self._settings.detectors if entry.policy.action is Action.ROLLBACK]
@@ -123,6 +131,7 @@ class GradGuard(Callback):
         self._save_gate: SaveGate | None = None
         self._progress = Progress()
         self._random: dict[str, Any] | None = None
+        self._window = Window()
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -208,6 +217,10 @@ class GradGuard(Callback):
         settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
+        self._window = Window()
+        investigate = None
+        if self._max_replays:
+            investigate = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
@@ -216,6 +229,7 @@ class GradGuard(Callback):
                 buffers=buffers,
                 scaler=scaler_of(trainer),
                 listener=self._note,
+                investigate=investigate,
             )
             for optimizer in trainer.optimizers
         }
@@ -244,6 +258,8 @@ class GradGuard(Callback):
         self._has_backward = False
         if self._quarantine is not None:
             self._quarantine.begin_batch(batch_idx)
+        if self._max_replays:
+            self._window.open(batch, batch_idx)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
@@ -263,17 +279,19 @@ class GradGuard(Callback):
         finally:
             self._batches.clear()
             self._last = guard.last
+            self._note_step(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop(trainer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Go back where that was decided; keep a snapshot where one is due."""
+        """Let go of batches that no step needs any more, go back where that was decided, keep a snapshot where one is due."""
         if self._recovery is not None:
             self._recovery.after_batch()
         if self._quarantine is not None:
             self._quarantine.after_batch()
+        self._window.close(trainer.optimizers)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that ran through."""
@@ -343,7 +361,13 @@ class GradGuard(Callback):
             )
         trainer.should_stop = True
 
+    def _note_step(self, optimizer: Optimizer, guard: Guard) -> None:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            self._window.reopen()
+        self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+
     def _finish(self) -> None:
+        self._window.clear()
         if not self._guards or self._is_finished:
             return
         self._is_finished = True

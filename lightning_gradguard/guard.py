@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from lightning_gradguard.alerting import alerts_of
+from lightning_gradguard.alerting import INVESTIGATED, alerts_of
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipped, Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
@@ -24,7 +24,7 @@ from lightning_gradguard.layout import Bools
 from lightning_gradguard.measurement import Facts, Gradients, MicroBatch, measure
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_int
-from lightning_gradguard.record import Alert, Decision, Histograms, Measurement, Position, Record, Totals
+from lightning_gradguard.record import Alert, Culprit, Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.scaling import LossScaling
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
@@ -35,6 +35,9 @@ from lightning_gradguard.updates import UpdateMeter
 # Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
 # never calls `step` reaches it.
 _MAX_MICRO_BATCHES = 4096
+
+Investigate = Callable[[Position, Measurement], Culprit | None]
+"""Says who made the damage of a step; asked while its gradients are still there, if they ever are."""
 
 
 class Guard:
@@ -128,6 +131,7 @@ class Guard:
         buffers: BufferRepair,
         scaler: GradScaler | None = None,
         listener: Callable[[Record], None] | None = None,
+        investigate: Investigate | None = None,
     ) -> Guard:
         """A guard with exactly these sinks; for adapters such as `GradGuard`.
 
@@ -136,6 +140,7 @@ class Guard:
         guard = cls.__new__(cls)
         guard._set_up(settings, parameters, log_every_n_steps, buffers, scaler)
         guard._listener = listener
+        guard._investigate = investigate
         return guard
 
     def _set_up(
@@ -154,6 +159,7 @@ class Guard:
         self._scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
         self._gate = Gate(parameters, settings.clipper, buffers, uses_scaler=self._scaling is not None)
         self._sinks = [SafeSink(sink) for sink in settings.sinks]
+        self._investigate: Investigate | None = None
         self._scalar_interval = log_every_n_steps
         self._histogram_interval = settings.histogram_every_n_steps or 0
         self._histogram_meter = HistogramMeter()
@@ -174,6 +180,11 @@ class Guard:
     def num_steps(self) -> int:
         """Steps so far, one included whose outcome the host has yet to learn."""
         return self.totals.num_steps + (self._flight is not None)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the host has yet to learn of the last step."""
+        return self._flight is not None
 
     @torch.no_grad()
     def before_backward(self, loss: Tensor | None = None) -> None:
@@ -242,9 +253,11 @@ class Guard:
             return record
         measurement = facts.read(gradients, layout)
         judgement = self._judge.judge(measurement)
+        culprit = self._culprit(position, measurement, judgement)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
         self._watch_update(judgement.decision)
-        return self._finish(position, measurement, judgement, clipped, self._histograms(facts.histogram, gradients.present))
+        histograms = self._histograms(facts.histogram, gradients.present)
+        return self._finish(position, measurement, judgement, clipped, histograms, culprit=culprit)
 
     def flush(self) -> None:
         """Wait for a step that the device has decided by itself, and record it.
@@ -340,6 +353,7 @@ class Guard:
         """Judge a step that the device has clipped; skip it where the gradients are still here, else the device did."""
         measurement, clipped = flight.land(gradients)
         judgement = self._judge.judge(measurement)
+        culprit = self._culprit(flight.position, measurement, judgement)
         is_here = gradients is not None and facts is not None
         if judgement.decision.skip:
             clipped = Clipped(coef=1.0, norm=measurement.global_norm)
@@ -350,7 +364,15 @@ class Guard:
         else:
             self._gate.settle(skipped=judgement.decision.skip)
         histograms = self._histograms(flight.histogram, flight.present)
-        return self._finish(flight.position, measurement, judgement, clipped, histograms)
+        return self._finish(flight.position, measurement, judgement, clipped, histograms, culprit=culprit)
+
+    def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
+        """Who made the damage, where damage is going to be reported."""
+        reported = zip(judgement.verdicts, judgement.decision.alerting, strict=True)
+        is_wanted = any(alerting and verdict.kind in INVESTIGATED for verdict, alerting in reported)
+        if self._investigate is None or measurement.is_finite or not is_wanted:
+            return None
+        return self._investigate(position, measurement)
 
     def _histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
         return None if counts is None else self._histogram_meter.read(counts, present, self._parameters.layout)
@@ -372,10 +394,11 @@ class Guard:
             self._gate.clip_(gradients, facts, measurement, is_repeated=True)
             return first
         judgement = self._judge.judge(measurement, is_repeated=True)
+        culprit = self._culprit(first.position, measurement, judgement)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
         # The same step is decided a second time, so the first decision is taken out of the counts.
         self.totals = replace(self.totals, num_steps=self.totals.num_steps - 1)
-        return self._finish(first.position, measurement, judgement, clipped, None)
+        return self._finish(first.position, measurement, judgement, clipped, None, culprit=culprit)
 
     def _finish(
         self,
@@ -384,9 +407,11 @@ class Guard:
         judgement: Judgement,
         clipped: Clipped,
         histograms: Histograms | None,
+        *,
+        culprit: Culprit | None = None,
     ) -> Record:
         """Count, record, and tell."""
-        alerts = (*self._notices, *alerts_of(position, judgement.verdicts, judgement.decision))
+        alerts = (*self._notices, *alerts_of(position, judgement.verdicts, judgement.decision, culprit))
         self._notices = []
         self.totals = count(self.totals, measurement, judgement.decision, alerts, is_clipped=clipped.coef < 1.0)
         record = Record(

@@ -221,6 +221,8 @@ class Culprit:
         error: relative error of the replayed gradients.
         message: one sentence.
         remedy: what to try.
+        inputs: what went into the operator, in words: type, shape and range of each tensor.
+        before: the operators before it and what came out of them, in words, oldest first.
     """
 
     phase: str
@@ -235,6 +237,8 @@ class Culprit:
     error: float | None = None
     message: str = ""
     remedy: str = ""
+    inputs: tuple[str, ...] = ()
+    before: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

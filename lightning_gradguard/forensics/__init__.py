@@ -1,0 +1,1 @@
+"""Names the culprit of a damaged step: operator, line, sample; works on any module, without Lightning."""

@@ -251,7 +251,7 @@ def corrupted_conv() -> Training:
 
     def before(step: int) -> None:
         if step == ONSET:
-            network[3].weight.data *= 100.0
+            network[4].weight.data *= 100.0
 
     training.before = before
     return training

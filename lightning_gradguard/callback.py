@@ -48,8 +48,8 @@ class GradGuard(Callback):
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
-        max_replays: how many damaged steps of a run are replayed to name the operator, line and samples that made the damage,
-            >= 0; 0: none.
+        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and samples
+            that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
 
@@ -95,6 +95,7 @@ class GradGuard(Callback):
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
         self._window = Window()
+        self._investigation: Investigation | None = None
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -168,9 +169,9 @@ class GradGuard(Callback):
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
         self._window = Window()
-        investigate = None
+        self._investigation = None
         if self._max_replays:
-            investigate = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
+            self._investigation = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
@@ -178,7 +179,7 @@ class GradGuard(Callback):
                 log_every_n_steps=interval,
                 buffers=buffers,
                 scaler=scaler_of(trainer),
-                investigate=investigate,
+                investigate=self._investigation,
             )
             for optimizer in trainer.optimizers
         }
@@ -265,10 +266,14 @@ class GradGuard(Callback):
     def _note_step(self, optimizer: Optimizer, guard: Guard) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             self._window.reopen()
+        if self._investigation is not None:
+            self._investigation.note(optimizer, guard.last)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 
     def _finish(self) -> None:
         self._window.clear()
+        if self._investigation is not None:
+            self._investigation.clear()
         if not self._guards or self._is_finished:
             return
         self._is_finished = True

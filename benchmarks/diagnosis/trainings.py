@@ -194,14 +194,18 @@ def unstable_cell() -> Training:
 
 @exploding("sample")
 def outlier_input() -> Training:
-    """One of 32 rows holds values a thousand times too large."""
+    """One of 32 rows holds values a thousand times too large, and its label is another one, or there would be no gradient."""
     network = mlp([64, 64, 64, 10])
     training = _digits(network, adam(network, 1e-3))
     draw = training.batch
 
     def batch(step: int) -> Batch:
         inputs, targets = draw(step)
-        return (torch.cat([inputs[:5], 1000.0 * inputs[5:6], inputs[6:]]) if step == ONSET else inputs), targets
+        if step == ONSET:
+            inputs, targets = inputs.clone(), targets.clone()
+            inputs[5] *= 1000.0
+            targets[5] = (targets[5] + 5) % 10
+        return inputs, targets
 
     training.batch = batch
     return training

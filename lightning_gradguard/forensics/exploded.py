@@ -137,7 +137,7 @@ def _init(evidence: Evidence) -> Cause | None:
 
 
 def _unnormalised(evidence: Evidence) -> Cause | None:
-    weights = evidence.flow.of("weights")
+    weights = list({layer.weight: layer for layer in evidence.flow.of("weights") if layer.weight is not None}.values())
     growth = _growth(weights)
     if evidence.flow.of("norm") or len(weights) < 8 or growth < 10.0:
         return None

@@ -9,7 +9,7 @@ from lightning_gradguard.forensics.evidence import Cause, Evidence, median
 from lightning_gradguard.forensics.flow import Flow, Layer
 from lightning_gradguard.forensics.recurrence import recurrences
 
-_DEAD = 0.9
+_DEAD = 0.99
 _SATURATED = 0.5
 _TINY = 1e-6
 _DECADES = 2.0

@@ -20,11 +20,12 @@ from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overfl
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.parameters import WatchedParameters
-from lightning_gradguard.policy import Action, ActionName, require_int
+from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Alert, Position, Record
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
+from lightning_gradguard.trainer.bundles import Bundles
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
 from lightning_gradguard.trainer.investigation import Investigation
 from lightning_gradguard.trainer.order import move_behind
@@ -50,6 +51,8 @@ class GradGuard(Callback):
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
         max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and samples
             that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
+        max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit is left
+            out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
 
@@ -76,6 +79,7 @@ class GradGuard(Callback):
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
         max_replays: int = 3,
+        max_bundle_mib: float | None = 64.0,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
     ) -> None:
         self._settings = Settings.of(
@@ -91,11 +95,15 @@ class GradGuard(Callback):
         if log_every_n_steps is not None:
             require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
         require_int("max_replays", max_replays, at_least=0, remedy="For no replays pass 0.")
+        if max_bundle_mib is not None:
+            require_float("max_bundle_mib", max_bundle_mib, above=0.0, remedy="For no bundles pass None.")
         self._max_replays = max_replays
+        self._max_bundle_mib = max_bundle_mib
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
         self._window = Window()
         self._investigation: Investigation | None = None
+        self._bundles: Bundles | None = None
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -172,6 +180,11 @@ class GradGuard(Callback):
         self._investigation = None
         if self._max_replays:
             self._investigation = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
+        self._bundles = None
+        if self._max_bundle_mib is not None:
+            self._bundles = Bundles(
+                trainer, pl_module, self._window, max_mib=self._max_bundle_mib, guard=self._settings.in_words()
+            )
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
@@ -210,11 +223,14 @@ class GradGuard(Callback):
         if not self._has_backward and skips_without_backward(trainer, pl_module):
             return
         guard = self._guards[id(optimizer)]
+        num_alerts = len(guard.alerts)
         try:
             guard.step(self._position(trainer, optimizer))
         finally:
             self._batches.clear()
             self._last = guard.last
+            if self._bundles is not None and self._investigation is not None:
+                self._bundles.write(tuple(guard.alerts[num_alerts:]), optimizer, self._investigation.diagnosis)
             self._note_step(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop(trainer)

@@ -76,6 +76,11 @@ class Settings:
             histogram_every_n_steps=histogram_every_n_steps,
         )
 
+    def in_words(self) -> dict[str, str]:
+        """For people and files."""
+        detectors = {detector.name: f"{type(detector).__name__}({detector.policy})" for detector in self.detectors}
+        return {"clip": repr(self.clipper), **detectors}
+
     def fresh(self) -> Settings:
         """The same with clipper and detectors of its own, so that several optimizers share no baseline."""
         return Settings(copy.deepcopy(self.clipper), copy.deepcopy(self.detectors), self.sinks, self.histogram_every_n_steps)

@@ -188,7 +188,7 @@ def forgetful_cell() -> Training:
 @exploding("recurrence", onset=0)
 def unstable_cell() -> Training:
     """Each of sixty-four steps amplifies."""
-    network = _Cell(32, 1.6, torch.relu)
+    network = _Cell(32, 2.2, torch.relu)
     return _digits(network, sgd(network, 1e-4))
 
 

@@ -15,7 +15,7 @@ from lightning_gradguard.forensics.evidence import Evidence
 from lightning_gradguard.forensics.exploded import exploded
 from lightning_gradguard.forensics.factors import culprit_of
 from lightning_gradguard.forensics.flow import Flow, FlowMeter
-from lightning_gradguard.forensics.motion import WeightWatch
+from lightning_gradguard.forensics.motion import Motion, WeightWatch
 from lightning_gradguard.forensics.samples import Batch
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.vanished import vanished
@@ -57,6 +57,16 @@ class Diagnosis:
         self._healthy.clear()
         self._last.clear()
 
+    def healthy_batch(self, optimizer: Optimizer) -> Any:
+        """The batch of the last healthy step; None if there was none."""
+        found = self._healthy.get(id(optimizer))
+        return None if found is None else found.batch
+
+    def motions(self, optimizer: Optimizer) -> tuple[Motion, ...]:
+        """How the weights have moved; a few syncs."""
+        last = self._last.get(id(optimizer))
+        return self._weights.motions(optimizer, {} if last is None else last.measurement.by_name)
+
     def look(self, optimizer: Optimizer, position: Position, kind: str) -> tuple[Culprit | None, float]:
         """Why a step vanished or exploded, in this rank's part, and the gradient norm of that.
 
@@ -74,8 +84,7 @@ class Diagnosis:
         error, differing = None, ""
         if held is None and self._is_alone:
             error, differing = self._compare(replayed)
-        last = self._last.get(id(optimizer))
-        motions = self._weights.motions(optimizer, {} if last is None else last.measurement.by_name)
+        motions = self.motions(optimizer)
         evidence = Evidence(position.step, flow, norm, healthy_flow, healthy_norm, motions, error, differing)
         causes = vanished(evidence) if kind == "vanishing" else exploded(evidence)
         return culprit_of(causes, flow, rank=position.rank, error=error, tolerance=TOLERANCE), norm

@@ -52,15 +52,15 @@ class Investigation:
         self._num_left = max_replays
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
-        self._diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
+        self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
     def note(self, optimizer: Optimizer, record: Record | None) -> None:
         """A step is done."""
-        self._diagnosis.note(optimizer, record)
+        self.diagnosis.note(optimizer, record)
 
     def clear(self) -> None:
         """Let go of all batches."""
-        self._diagnosis.clear()
+        self.diagnosis.clear()
 
     def __call__(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         """Who is to blame for a step; None if it can't be told. Its gradients should still be there, to compare with.
@@ -87,7 +87,7 @@ class Investigation:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
         found: tuple[Culprit | None, float] = (None, 0.0)
         try:
-            found = self._diagnosis.look(optimizer, position, kind)
+            found = self.diagnosis.look(optimizer, position, kind)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             _warn(error)
         everyone = [found] * self._ranks.size

@@ -18,7 +18,7 @@ _DONE = {
 }
 
 
-INVESTIGATED = ("nonfinite", "explosion")
+INVESTIGATED = ("nonfinite", "explosion", "vanishing")
 """Kinds of findings that have a culprit."""
 
 
@@ -92,6 +92,8 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
 
 
 def _named(culprit: Culprit) -> str:
+    if culprit.cause:
+        return f"cause: {culprit.cause}; {culprit.message}"
     source = f" (`{culprit.source}`)" if culprit.source else ""
     return f"culprit: {culprit.message}{source}"
 

@@ -21,15 +21,16 @@ from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overfl
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.parameters import WatchedParameters
-from lightning_gradguard.policy import Action, ActionName, require_int
+from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Alert, Position, Record
 from lightning_gradguard.recovery import Rollback
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.summary import summarize
+from lightning_gradguard.trainer.bundles import Bundles
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
-from lightning_gradguard.trainer.media import random_states_in
 from lightning_gradguard.trainer.investigation import Investigation
+from lightning_gradguard.trainer.media import random_states_in
 from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
@@ -58,8 +59,10 @@ class GradGuard(Callback):
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
-        max_replays: how many damaged steps of a run are replayed, to name the operator, line and samples that made the
-            damage, >= 0; 0: none.
+        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and samples
+            that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
+        max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit is left
+            out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
@@ -93,6 +96,7 @@ class GradGuard(Callback):
         log_every_n_steps: int | None = None,
         histogram_every_n_steps: int | None = 100,
         max_replays: int = 3,
+        max_bundle_mib: float | None = 64.0,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
         quarantine: Literal["list", "skip"] | None = None,
@@ -112,7 +116,10 @@ class GradGuard(Callback):
         if log_every_n_steps is not None:
             require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For the Trainer's own pass None.")
         require_int("max_replays", max_replays, at_least=0, remedy="For no replays pass 0.")
+        if max_bundle_mib is not None:
+            require_float("max_bundle_mib", max_bundle_mib, above=0.0, remedy="For no bundles pass None.")
         self._max_replays = max_replays
+        self._max_bundle_mib = max_bundle_mib
         self._every_backward = every_backward
         self._log_every_n_steps = log_every_n_steps
         self._armed = [entry.name for entry in self._settings.detectors if entry.policy.action is Action.ROLLBACK]
@@ -132,6 +139,8 @@ class GradGuard(Callback):
         self._progress = Progress()
         self._random: dict[str, Any] | None = None
         self._window = Window()
+        self._investigation: Investigation | None = None
+        self._bundles: Bundles | None = None
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
         self._batch_idx = 0
@@ -218,9 +227,14 @@ class GradGuard(Callback):
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
         self._window = Window()
-        investigate = None
+        self._investigation = None
         if self._max_replays:
-            investigate = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
+            self._investigation = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
+        self._bundles = None
+        if self._max_bundle_mib is not None:
+            self._bundles = Bundles(
+                trainer, pl_module, self._window, max_mib=self._max_bundle_mib, guard=self._settings.in_words()
+            )
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
@@ -229,7 +243,7 @@ class GradGuard(Callback):
                 buffers=buffers,
                 scaler=scaler_of(trainer),
                 listener=self._note,
-                investigate=investigate,
+                investigate=self._investigation,
             )
             for optimizer in trainer.optimizers
         }
@@ -274,11 +288,14 @@ class GradGuard(Callback):
         if not self._has_backward and skips_without_backward(trainer, pl_module):
             return
         guard = self._guards[id(optimizer)]
+        num_alerts = len(guard.alerts)
         try:
             guard.step(self._position(trainer, optimizer))
         finally:
             self._batches.clear()
             self._last = guard.last
+            if self._bundles is not None and self._investigation is not None:
+                self._bundles.write(tuple(guard.alerts[num_alerts:]), optimizer, self._investigation.diagnosis)
             self._note_step(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop(trainer)
@@ -286,7 +303,7 @@ class GradGuard(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Let go of batches that no step needs any more, go back where that was decided, keep a snapshot where one is due."""
+        """Let go of batches that no step needs any more; go back where that was decided; keep a snapshot where due."""
         if self._recovery is not None:
             self._recovery.after_batch()
         if self._quarantine is not None:
@@ -364,10 +381,14 @@ class GradGuard(Callback):
     def _note_step(self, optimizer: Optimizer, guard: Guard) -> None:
         if isinstance(optimizer, torch.optim.LBFGS):
             self._window.reopen()
+        if self._investigation is not None:
+            self._investigation.note(optimizer, guard.last)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 
     def _finish(self) -> None:
         self._window.clear()
+        if self._investigation is not None:
+            self._investigation.clear()
         if not self._guards or self._is_finished:
             return
         self._is_finished = True

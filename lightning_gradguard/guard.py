@@ -36,8 +36,8 @@ from lightning_gradguard.updates import UpdateMeter
 # never calls `step` reaches it.
 _MAX_MICRO_BATCHES = 4096
 
-Investigate = Callable[[Position, Measurement], Culprit | None]
-"""Says who made the damage of a step; asked while its gradients are still there, if they ever are."""
+Investigate = Callable[[Position, Measurement, str], Culprit | None]
+"""Says who is to blame for a finding of some kind; asked while the step's gradients are still there, if they ever are."""
 
 
 class Guard:
@@ -367,12 +367,12 @@ class Guard:
         return self._finish(flight.position, measurement, judgement, clipped, histograms, culprit=culprit)
 
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
-        """Who made the damage, where damage is going to be reported."""
+        """Who is to blame for what is going to be reported."""
         reported = zip(judgement.verdicts, judgement.decision.alerting, strict=True)
-        is_wanted = any(alerting and verdict.kind in INVESTIGATED for verdict, alerting in reported)
-        if self._investigate is None or measurement.is_finite or not is_wanted:
+        kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
+        if self._investigate is None or not kinds:
             return None
-        return self._investigate(position, measurement)
+        return self._investigate(position, measurement, kinds[0] if measurement.is_finite else "nonfinite")
 
     def _histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
         return None if counts is None else self._histogram_meter.read(counts, present, self._parameters.layout)

@@ -223,6 +223,8 @@ class Culprit:
         remedy: what to try.
         inputs: what went into the operator, in words: type, shape and range of each tensor.
         before: the operators before it and what came out of them, in words, oldest first.
+        cause: why gradients vanish or explode, in a word ("saturation", "rate", "sample", ...); "" for NaN and Inf.
+        factors: lines of a Markdown table: what each layer multiplies the gradient by.
     """
 
     phase: str
@@ -239,6 +241,8 @@ class Culprit:
     remedy: str = ""
     inputs: tuple[str, ...] = ()
     before: tuple[str, ...] = ()
+    cause: str = ""
+    factors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

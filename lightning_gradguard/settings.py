@@ -82,6 +82,11 @@ class Settings:
             histogram_every_n_steps=histogram_every_n_steps,
         )
 
+    def in_words(self) -> dict[str, str]:
+        """For people and files."""
+        detectors = {detector.name: f"{type(detector).__name__}({detector.policy})" for detector in self.detectors}
+        return {"clip": repr(self.clipper), **detectors}
+
     def fresh(self) -> Settings:
         """The same with clipper and detectors of its own, so that several optimizers share no baseline."""
         return replace(self, clipper=copy.deepcopy(self.clipper), detectors=copy.deepcopy(self.detectors))

@@ -113,4 +113,5 @@ def _table(alert: Alert) -> str:
         for parameter in alert.parameters
     )
     table = f"\n\n| parameter | norm | NaN | Inf |\n|---|---|---|---|\n{rows}" if rows else ""
-    return f"**{alert.kind}** ({alert.action}): {alert.message}\n\n{alert.remedy}{table}"
+    factors = "" if alert.culprit is None or not alert.culprit.factors else "\n\n" + "\n".join(alert.culprit.factors)
+    return f"**{alert.kind}** ({alert.action}): {alert.message}\n\n{alert.remedy}{table}{factors}"

@@ -78,7 +78,9 @@ def norms(snapshot: Snapshot, alerts: Iterable[Alert]) -> dict[str, Any]:
     """The curves of the whole model."""
     happened = _steps_of(alerts, snapshot.steps) | (snapshot.fact("skipped") > 0)
     chosen = _extremes(snapshot, happened)
-    curves = {name: _plain(snapshot.fact(name)[chosen]) for name in ("global_norm", "clipped_norm", "explosion_limit", "loss")}
+    curves = {
+        name: _plain(snapshot.fact(name)[chosen]) for name in ("global_norm", "clipped_norm", "explosion_limit", "loss")
+    }
     return {
         "steps": snapshot.steps[chosen].tolist(),
         "num_steps": len(snapshot.steps),
@@ -205,7 +207,9 @@ def _marks(snapshot: Snapshot, alerts: Iterable[Alert], bounds: Ints) -> list[di
 
     def column_of(step: float) -> dict[str, Any]:
         column = max(int(np.searchsorted(edges, step, side="right")) - 1, 0)
-        return columns.setdefault(column, {"column": column, "x": int(step), "alerts": 0, "skips": 0, "kinds": [], "id": None})
+        return columns.setdefault(
+            column, {"column": column, "x": int(step), "alerts": 0, "skips": 0, "kinds": [], "id": None}
+        )
 
     for alert in alerts:
         if snapshot.steps[0] <= alert["x"] <= snapshot.steps[-1]:

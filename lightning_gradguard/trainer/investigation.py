@@ -1,4 +1,4 @@
-"""Names the culprit of a damaged step, by replaying it."""
+"""Names the culprit of a step that is damaged, vanishes or explodes, by replaying it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from lightning_gradguard.forensics.report import culprit_of
 from lightning_gradguard.forensics.samples import Batch, bisect, leaves_of, refill
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
-from lightning_gradguard.record import Culprit, Measurement, Position
+from lightning_gradguard.record import Culprit, Measurement, Position, Record
+from lightning_gradguard.trainer.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay import Replay, Replayed, average_over_ranks_, compare
 from lightning_gradguard.trainer.window import MicroBatch, Window
 
@@ -31,7 +32,7 @@ _MAX_BISECTION_SECONDS = 20.0
 
 
 class Investigation:
-    """Replays damaged steps, up to a number of times in a run, and says who made the damage.
+    """Replays bad steps, up to a number of times in a run, and says who is to blame.
 
     Args:
         trainer: the Trainer.
@@ -51,9 +52,18 @@ class Investigation:
         self._num_left = max_replays
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
+        self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
-    def __call__(self, position: Position, measurement: Measurement) -> Culprit | None:
-        """Who made the damage of a step; None if it can't be told. Its gradients should still be there, to compare with.
+    def note(self, optimizer: Optimizer, record: Record | None) -> None:
+        """A step is done."""
+        self.diagnosis.note(optimizer, record)
+
+    def clear(self) -> None:
+        """Let go of all batches."""
+        self.diagnosis.clear()
+
+    def __call__(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
+        """Who is to blame for a step; None if it can't be told. Its gradients should still be there, to compare with.
 
         Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
@@ -62,20 +72,28 @@ class Investigation:
             return None
         self._num_left -= 1
         optimizer = self._trainer.optimizers[position.optimizer]
+        if kind != "nonfinite":
+            return None if self._is_sharded else self._diagnose(optimizer, position, kind)
         looked, failure = _Look(), None
         try:
             looked = self._look(optimizer, position)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
-            failure = f"{type(error).__name__}: {error}"
-            warnings.warn(
-                f"The step could not be replayed ({failure}), so who made the damage is not known. Training goes on. "
-                "`max_replays=0` turns replays off.",
-                GuardWarning,
-                stacklevel=2,
-            )
+            failure = _warn(error)
         if self._ranks.size == 1:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
+
+    def _diagnose(self, optimizer: Optimizer, position: Position, kind: str) -> Culprit | None:
+        """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
+        found: tuple[Culprit | None, float] = (None, 0.0)
+        try:
+            found = self.diagnosis.look(optimizer, position, kind)
+        except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
+            _warn(error)
+        everyone = [found] * self._ranks.size
+        if self._ranks.size > 1:
+            distributed.all_gather_object(everyone, found)
+        return max((pair for pair in everyone if pair[0] is not None), key=lambda pair: pair[1], default=found)[0]
 
     def _agree(self, looked: _Look, failure: str | None, optimizer: Optimizer, measurement: Measurement) -> Culprit | None:
         """One verdict on all ranks: that of the rank which was first to see damage, else of the first that found any."""
@@ -144,6 +162,17 @@ class _Look:
     replayed: Replayed = field(default_factory=Replayed)
     culprit: Culprit | None = None
     is_late: bool = False
+
+
+def _warn(error: Exception) -> str:
+    failure = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"The step could not be replayed ({failure}), so who is to blame is not known. Training goes on. "
+        "`max_replays=0` turns replays off.",
+        GuardWarning,
+        stacklevel=2,
+    )
+    return failure
 
 
 def _trained_by(optimizer: Optimizer) -> list[Tensor]:

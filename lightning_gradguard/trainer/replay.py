@@ -241,7 +241,7 @@ def compare(replayed: Replayed, parameters: Sequence[Tensor]) -> tuple[bool, flo
         difference += float((left - right)[both].abs().double().square().sum())
         total += float(left[both].abs().double().square().sum())
     error = 0.0 if not difference else float((difference / total) ** 0.5) if total else float("inf")
-    return is_alike and error <= _TOLERANCE, error
+    return is_alike and error <= TOLERANCE, error
 
 
 def average_over_ranks_(replayed: Replayed, parameters: Sequence[Tensor], ranks: Ranks) -> None:
@@ -253,7 +253,7 @@ def average_over_ranks_(replayed: Replayed, parameters: Sequence[Tensor], ranks:
             replayed.gradients[id(parameter)] = ranks.sum_(whole) / ranks.size
 
 
-_TOLERANCE = 1e-5
+TOLERANCE = 1e-5
 """Relative error up to which gradients count as the same: non-deterministic kernels sum in varying order."""
 
 

@@ -167,7 +167,10 @@ def test_skipped_step_is_written_although_not_due(tab):
 def test_marks_count_alerts_and_skips_by_column(tab):
     """With the alert that a click opens."""
     alerts = (alert_at(4, "head.weight"), alert_at(4, "stem.weight", kind="vanishing"))
-    write(tab.folder / "run", [record_at(step, LAYOUT, alerts=alerts if step == 4 else (), skip=step == 4) for step in range(8)])
+    write(
+        tab.folder / "run",
+        [record_at(step, LAYOUT, alerts=alerts if step == 4 else (), skip=step == 4) for step in range(8)],
+    )
     (mark,) = tab.reload().flow()[0]["marks"]
     assert (mark["column"], mark["x"], mark["alerts"], mark["skips"]) == (4, 4, 2, 1)
     assert mark["kinds"] == ["explosion", "vanishing"]
@@ -177,7 +180,9 @@ def test_marks_count_alerts_and_skips_by_column(tab):
 def test_alerts_come_in_pages_newest_first_and_by_kind(tab):
     """Thousands of them stay small."""
     kinds = ("explosion", "nonfinite", "vanishing")
-    records = [record_at(step, LAYOUT, alerts=(alert_at(step, "head.weight", kind=kinds[step % 3]),)) for step in range(1500)]
+    records = [
+        record_at(step, LAYOUT, alerts=(alert_at(step, "head.weight", kind=kinds[step % 3]),)) for step in range(1500)
+    ]
     write_for_tab(tab.folder / "run", records)
     page = tab.reload().ask("/alerts")
     assert page["kinds"] == {"explosion": 500, "nonfinite": 500, "vanishing": 500}
@@ -190,7 +195,9 @@ def test_alerts_come_in_pages_newest_first_and_by_kind(tab):
 
 def test_alert_brings_everything_that_is_known(tab):
     """Its culprit with samples and remedy, and no more than fifty parameters."""
-    culprit = Culprit("forward", "body.0", "aten::log", "model.py", 12, "x.log()", (3, 5), message="log of 0", remedy="clamp")
+    culprit = Culprit(
+        "forward", "body.0", "aten::log", "model.py", 12, "x.log()", (3, 5), message="log of 0", remedy="clamp"
+    )
     names = [f"p{index}" for index in range(80)]
     write(tab.folder / "run", [record_at(0, LAYOUT, alerts=(alert_at(0, *names, culprit=culprit),))])
     alert = tab.reload().ask("/alert")["alert"]
@@ -221,7 +228,8 @@ def test_depth_is_the_logged_step_next_to_the_one_asked_for(tab):
 def test_distribution_reads_the_standard_histograms_and_the_shares(tab):
     """On common bins, with the parts of zero and NaN apart."""
     records = [
-        record_at(step, LAYOUT, histograms=histograms_of(LAYOUT, num_nan=8.0 if step == 20 else 0.0)) for step in (10, 20, 30)
+        record_at(step, LAYOUT, histograms=histograms_of(LAYOUT, num_nan=8.0 if step == 20 else 0.0))
+        for step in (10, 20, 30)
     ]
     write(tab.folder / "run", records)
     answer = tab.reload().ask("/distribution", parameter=1)
@@ -302,7 +310,10 @@ def test_resumed_run_takes_the_place_of_what_it_repeats(tab):
 def test_parameters_that_change_are_all_shown(tab):
     """Unfreezing gives a second layout: before it, the new ones have no gradient."""
     smaller = layout_of("head.weight")
-    write(tab.folder / "run", [*(record_at(step, smaller) for step in range(3)), *(record_at(step, LAYOUT) for step in range(3, 6))])
+    write(
+        tab.folder / "run",
+        [*(record_at(step, smaller) for step in range(3)), *(record_at(step, LAYOUT) for step in range(3, 6))],
+    )
     answer, largest, _ = tab.reload().flow()
     paths = tab.ask("/layout")["paths"]
     assert set(NAMES) <= set(paths)
@@ -408,10 +419,19 @@ def test_answers_at_full_size_are_small(tab):
     """2,000 parameters: no view has more than 2 MB."""
     layout = layout_of(*(f"layers.{index // 2}.{'weight' if index % 2 else 'bias'}" for index in range(2000)))
     rng = np.random.default_rng(0)
-    records = [record_at(step, layout, rng.lognormal(size=2000), alerts=(alert_at(step, "layers.0.bias"),)) for step in range(700)]
+    records = [
+        record_at(step, layout, rng.lognormal(size=2000), alerts=(alert_at(step, "layers.0.bias"),)) for step in range(700)
+    ]
     write_for_tab(tab.folder / "run", records)
     nodes = ",".join(map(str, range(len(tab.reload().ask("/layout")["labels"]))))
-    for route, query in {"/layout": {}, "/flow": {"nodes": nodes}, "/norms": {}, "/depth": {}, "/alerts": {}, "/alert": {}}.items():
+    for route, query in {
+        "/layout": {},
+        "/flow": {"nodes": nodes},
+        "/norms": {},
+        "/depth": {},
+        "/alerts": {},
+        "/alert": {},
+    }.items():
         assert len(tab.get(route, run="run", **query).data) < 2e6
 
 

@@ -1,0 +1,128 @@
+"""Runs a labelled training under a guard up to its alert, and asks why."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.detection.trainings import KINDS, Kind, Training
+from benchmarks.diagnosis.labels import TUNED_ON
+from benchmarks.diagnosis.trainings import CHECKED
+from lightning_gradguard import Explosion, Guard, NonFinite
+from lightning_gradguard.forensics.evidence import Cause, Evidence
+from lightning_gradguard.forensics.exploded import exploded
+from lightning_gradguard.forensics.flow import Flow, FlowMeter
+from lightning_gradguard.forensics.motion import WeightWatch
+from lightning_gradguard.forensics.samples import Batch, leaves_of
+from lightning_gradguard.forensics.vanished import vanished
+from lightning_gradguard.forensics.state import unchanged
+
+STEPS = 260
+WITHOUT_ALERT = 40
+"""Steps after the onset at which a training is looked at that raised no alert."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came out.
+
+    Attributes:
+        label: the cause.
+        causes: those named, first the surest.
+        alerted: whether the guard's own detectors raised the alert.
+        step: that was looked at.
+    """
+
+    name: str
+    seed: int
+    label: str
+    causes: tuple[Cause, ...]
+    alerted: bool
+    step: int
+    evidence: Evidence
+
+    @property
+    def is_right(self) -> bool:
+        """Whether the labelled cause was named first."""
+        return bool(self.causes) and self.causes[0].name == self.label
+
+
+def diagnose(name: str, seed: int = 0) -> Outcome:
+    """Train until the alert of the labelled kind, and say why."""
+    kind = KINDS[name] if name in TUNED_ON else CHECKED[name]
+    label = TUNED_ON.get(name, kind.fault)
+    symptom = kind.must_find[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(seed)
+        training = kind.build()
+        return _train(training, name, seed, label, symptom, kind)
+
+
+def _train(training: Training, name: str, seed: int, label: str, symptom: str, kind: Kind) -> Outcome:
+    network, optimizer = training.network, training.optimizer
+    guard = Guard(
+        network.named_parameters(),
+        optimizer=optimizer,
+        nonfinite=NonFinite("skip", stop_after=None),
+        explosion=Explosion("warn", max_norm=1e3),
+        log_every_n_steps=0,
+        histogram_every_n_steps=None,
+    )
+    watch = WeightWatch(network.named_parameters())
+    healthy: Any = None
+    last: dict[str, float] = {}
+    found = None
+    for step in range(STEPS):
+        training.before(step)
+        batch = training.batch(step)
+        loss = training.loss(batch)
+        optimizer.zero_grad()
+        guard.before_backward(loss)
+        loss.backward()
+        training.after(step)
+        grads = {key: value.grad.clone() for key, value in network.named_parameters() if value.grad is not None}
+        record = guard.step()
+        alerted = any(alert.kind == symptom for alert in record.alerts)
+        overdue = step == kind.onset + WITHOUT_ALERT or not math.isfinite(record.measurement.global_norm)
+        if (alerted or overdue) and step >= kind.onset - 1 and (alerted or found is None):
+            evidence = collect(training, batch, healthy, step, grads, watch, last)
+            causes = (vanished if symptom == "vanishing" else exploded)(evidence)
+            found = Outcome(name, seed, label, causes, alerted, step, evidence)
+        if alerted and found is not None:
+            return found
+        if not record.verdicts:
+            healthy = batch
+        optimizer.step()
+        last = dict(record.measurement.by_name)
+        watch.note()
+    assert found is not None
+    return found
+
+
+def collect(training: Training, batch: Any, healthy: Any, step: int, grads: Any, watch: WeightWatch, last: Any) -> Evidence:
+    """Replay both batches."""
+    flow, norm, again = replay(training, batch)
+    there, there_norm = None, None
+    if healthy is not None:
+        there, there_norm, _ = replay(training, healthy)
+    difference = {key: float((again[key] - grad).norm()) for key, grad in grads.items() if key in again}
+    total = math.sqrt(sum(float(grad.norm()) ** 2 for grad in grads.values()))
+    error = math.sqrt(sum(value**2 for value in difference.values())) / total if total else 0.0
+    worst = max(difference, key=lambda key: difference[key], default="")
+    return Evidence(step, flow, norm, there, there_norm, watch.motions(training.optimizer, last), error, worst)
+
+
+def replay(training: Training, batch: Any) -> tuple[Flow, float, dict[str, torch.Tensor]]:
+    """One forward and backward pass with the meter on."""
+    network = training.network
+    meter = FlowMeter(network, Batch.of(batch).size)
+    with unchanged(network), meter.watch(), torch.enable_grad():
+        training.loss(batch).backward()
+        grads = {key: value.grad for key, value in network.named_parameters() if value.grad is not None}
+    norm = math.sqrt(sum(float(grad.double().norm()) ** 2 for grad in grads.values()))
+    return meter.flow, norm, grads

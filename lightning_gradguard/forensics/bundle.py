@@ -1,0 +1,155 @@
+"""A bad step as a file that can be replayed anywhere."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gradguard.forensics.motion import Motion
+
+FORMAT = 1
+SUFFIX = ".bundle.pt"
+
+
+@dataclass
+class Bundle:
+    """A bad step, in tensors and plain types.
+
+    Attributes:
+        alert: as `Alert.to_dict` gives it.
+        guard: how the guard was configured, in words.
+        versions: of Python and of the packages that matter.
+        batches: of its micro-batches, each `{batch, batch_idx, rng, cuda_rng}`.
+        healthy: the batch of the last healthy step; None if there was none, or it did not fit.
+        model: the module's state before the step; None if it did not fit.
+        optimizer: the optimizer's state before the step; None if it did not fit.
+        motions: how the weights had moved.
+        left_out: what is not in here, and why.
+    """
+
+    alert: dict[str, Any]
+    guard: dict[str, str] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    batches: list[dict[str, Any]] = field(default_factory=list)
+    healthy: Any = None
+    model: dict[str, Any] | None = None
+    optimizer: dict[str, Any] | None = None
+    motions: list[dict[str, Any]] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+
+    def take(self, name: str, value: Any, room: int) -> int:
+        """Put a value in, if there is room for it.
+
+        Args:
+            name: of the attribute.
+            value: copied to the CPU.
+            room: bytes left.
+
+        Returns:
+            Bytes left then.
+        """
+        size = num_bytes(value)
+        if size > room:
+            self.left_out.append(f"{name}: {size / 2**20:.1f} MiB, with {room / 2**20:.1f} MiB left")
+            return room
+        setattr(self, name, plain_tree(value, self.left_out, name))
+        return room - size
+
+    def weights_have_moved(self) -> tuple[Motion, ...]:
+        """`motions` as objects."""
+        return tuple(Motion(**motion) for motion in self.motions)
+
+    def save(self, path: Path) -> None:
+        """Write the file whole, or not at all. Its folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            torch.save(plain_tree({"gradguard_bundle": FORMAT, **vars(self)}, []), draft)
+            os.replace(draft, path)  # noqa: PTH105 - atomic, whether the target exists or not
+        finally:
+            draft.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: Path) -> Bundle:
+        """Read a file; runs no code of it.
+
+        Raises:
+            ValueError: if it is no bundle, or one of another version.
+        """
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict) or content.pop("gradguard_bundle", None) != FORMAT:
+            raise ValueError(f"`{path}` is not a bundle of format {FORMAT}. Bundles lie in `<log_dir>/gradguard/*{SUFFIX}`.")
+        return cls(**content)
+
+
+def versions() -> dict[str, str]:
+    """What may make a replay differ."""
+    import lightning_gradguard  # noqa: PLC0415 - the package's own name, not one of its modules
+
+    return {
+        "lightning_gradguard": lightning_gradguard.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def plain_tree(value: Any, left_out: list[str], name: str = "") -> Any:
+    """The same of tensors on the CPU and plain types only, copied; what is neither becomes None, and is listed.
+
+    >>> missing = []
+    >>> plain_tree({"x": (1, object())}, missing, "batch"), missing
+    ({'x': (1, None)}, ["batch['x'][1]: a object"])
+    """
+    if isinstance(value, Tensor):
+        if type(value) not in (Tensor, torch.nn.Parameter) or value.layout is not torch.strided:
+            left_out.append(f"{name}: a {type(value).__name__} ({value.layout})")
+            return None
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return torch.from_numpy(value.copy())
+    if isinstance(value, np.generic):
+        return value.item()
+    if value is None or isinstance(value, bool):
+        return value
+    for plain in (int, float, str):
+        if isinstance(value, plain):  # or a subclass, as torch's version and numpy's numbers are
+            return plain(value)
+    if isinstance(value, Mapping):
+        return {_plain_key(key): plain_tree(entry, left_out, f"{name}[{key!r}]") for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        entries = [plain_tree(entry, left_out, f"{name}[{index}]") for index, entry in enumerate(value)]
+        return entries if isinstance(value, list) else tuple(entries)
+    left_out.append(f"{name}: a {type(value).__name__}")
+    return None
+
+
+def _plain_key(key: Any) -> Any:
+    return key if type(key) in (str, int, float, bool) or key is None else str(key)
+
+
+def num_bytes(value: Any) -> int:
+    """Bytes of all tensors and arrays in a tree."""
+    if isinstance(value, Tensor):
+        return value.numel() * value.element_size()
+    if isinstance(value, np.ndarray):
+        return value.nbytes
+    if isinstance(value, Mapping):
+        return sum(num_bytes(entry) for entry in value.values())
+    if isinstance(value, (list, tuple)):
+        return sum(num_bytes(entry) for entry in value)
+    return 0
+
+
+def as_plain(motions: tuple[Motion, ...]) -> list[dict[str, Any]]:
+    """For `Bundle.motions`."""
+    return [asdict(motion) for motion in motions]

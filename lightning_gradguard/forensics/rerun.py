@@ -1,0 +1,145 @@
+"""Replays a bundle on a module, without a Trainer, and says again who is to blame."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_gradguard.forensics.blame import find_culprit
+from lightning_gradguard.forensics.bundle import Bundle
+from lightning_gradguard.forensics.damage import Damage
+from lightning_gradguard.forensics.evidence import Evidence
+from lightning_gradguard.forensics.exploded import exploded
+from lightning_gradguard.forensics.factors import culprit_of as culprit_of_cause
+from lightning_gradguard.forensics.flow import Flow, FlowMeter
+from lightning_gradguard.forensics.report import culprit_of
+from lightning_gradguard.forensics.samples import Batch, leaves_of
+from lightning_gradguard.forensics.state import unchanged
+from lightning_gradguard.forensics.vanished import vanished
+from lightning_gradguard.record import Culprit
+
+
+class Trainable(Protocol):
+    """What a replay needs of a module; a LightningModule with automatic optimization has it."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        """The loss, or a dictionary with it."""
+
+
+@dataclass(frozen=True)
+class Rerun:
+    """What a replay gave.
+
+    Attributes:
+        losses: of each micro-batch.
+        norm: of all gradients.
+        culprit: who is to blame; None if nothing was found.
+    """
+
+    losses: tuple[float, ...]
+    norm: float
+    culprit: Culprit | None
+
+
+def rerun(module: nn.Module, bundle: Bundle) -> Rerun:
+    """Replay; the module's weights become those of the bundle, if it has them. It runs on the CPU.
+
+    Raises:
+        ValueError: if module and bundle don't fit together.
+    """
+    _check(module, bundle)
+    if bundle.model is not None:
+        module.load_state_dict(bundle.model)
+    module.train()
+    for part in module.modules():
+        for name in ("log", "log_dict", "print"):
+            vars(part)[name] = _nothing
+    kind = bundle.alert["kind"]
+    if kind == "nonfinite" or any(parameter["num_nan"] or parameter["num_inf"] for parameter in bundle.alert["parameters"]):
+        return _follow(module, bundle)
+    return _measure(module, bundle, kind)
+
+
+def _check(module: nn.Module, bundle: Bundle) -> None:
+    if not callable(getattr(module, "training_step", None)):
+        raise ValueError(
+            f"The module must have a `training_step(batch, batch_idx)` that returns the loss, got {type(module).__name__}. "
+            "Have the function after `--module` return your LightningModule."
+        )
+    if not getattr(module, "automatic_optimization", True):
+        raise ValueError(
+            "A module with manual optimization can only be replayed by its Trainer. The alert is in the bundle."
+        )
+    if not bundle.batches:
+        raise ValueError(f"The bundle holds no batches, so there is nothing to replay: {'; '.join(bundle.left_out)}.")
+
+
+def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
+    """Who made the damage."""
+    found: list[Culprit] = []
+
+    @contextmanager
+    def watch(entry: dict[str, Any]) -> Iterator[None]:
+        batch = Batch.of(entry["batch"])
+        damage = Damage(module, batch)
+        damage.label(leaves_of(entry["batch"]), "data")
+        damage.label(module.named_parameters(), "weights")
+        damage.label(module.named_buffers(), "state")
+        with damage.watch():
+            yield
+        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+        damaged = [taint for grad in grads if (taint := damage.taint_of(grad)) is not None]
+        blame = find_culprit(damage.losses, damaged, batch)
+        if blame is not None:
+            found.append(culprit_of(blame))
+
+    losses, norm = _run(module, bundle.batches, watch)
+    return Rerun(losses, norm, found[0] if found else None)
+
+
+def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
+    """Why gradients vanish or explode."""
+    meters: list[FlowMeter] = []
+
+    @contextmanager
+    def watch(entry: dict[str, Any]) -> Iterator[None]:
+        meters.append(FlowMeter(module, Batch.of(entry["batch"]).size))
+        with meters[-1].watch():
+            yield
+
+    losses, norm = _run(module, bundle.batches, watch)
+    flow = meters[-1].flow
+    healthy_flow: Flow | None = None
+    healthy_norm = None
+    if bundle.healthy is not None:
+        _, healthy_norm = _run(module, [{**bundle.batches[-1], "batch": bundle.healthy}], watch)
+        healthy_flow = meters[-1].flow
+    evidence = Evidence(bundle.alert["step"], flow, norm, healthy_flow, healthy_norm, bundle.weights_have_moved())
+    causes = vanished(evidence) if kind == "vanishing" else exploded(evidence)
+    return Rerun(losses, norm, culprit_of_cause(causes, flow, rank=0, error=None, tolerance=0.0))
+
+
+def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[tuple[float, ...], float]:
+    losses = []
+    with unchanged(module), warnings.catch_warnings(), torch.enable_grad():
+        warnings.simplefilter("ignore")
+        for entry in batches:
+            with watch(entry):
+                torch.set_rng_state(entry["rng"])
+                output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
+                loss: Tensor = output["loss"] if isinstance(output, dict) else output
+                (loss / len(batches)).backward()
+            losses.append(float(loss.detach()))
+        norms = [float(it.grad.double().norm()) for it in module.parameters() if it.grad is not None]
+    return tuple(losses), math.hypot(*norms) if norms else 0.0
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """There is nothing to log to."""

@@ -157,7 +157,16 @@ class Gradients:
         norm = total(self.norms(), 2.0)
         if self.others is None:
             return norm
-        return norm + 0.0 * _to(total(self.others.norms(math.inf), math.inf), norm.device, norm.dtype)
+        return norm + _to(self.others.local_damage(), norm.device, norm.dtype)
+
+    def local_damage(self) -> Tensor:
+        """0 if everything that this rank holds is finite, else NaN, scalar. No sync."""
+        return 0.0 * total(self.norms(math.inf), math.inf)
+
+    def damage(self) -> Tensor:
+        """The same over all ranks; a collective where gradients are sharded. No sync."""
+        # A sum, since the largest of a NaN and a number is either, depending on the backend.
+        return self.local_damage() if self.shares is None else self.ranks.sum_(self.local_damage())
 
     def scale_(self, coef: Tensor | float) -> None:
         """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
@@ -245,7 +254,7 @@ class Facts:
         signs: what each rank saw of them, [num_ranks, 4]; see `_signs`. Of a single one on a single rank its loss, [1, 1].
         loss_scale: a GradScaler's scale, scalar; None without one.
         histogram: a row of counts for each gradient, [num_tensors, row]; None on most steps.
-        others: largest magnitude among the gradients that are not measured, scalar; None where there are none.
+        others: 0 if the gradients that are not measured are finite, else NaN, scalar; None where there are none.
         updates: how far the step before has moved each parameter, [num_parameters]; None where that was not measured.
     """
 
@@ -353,7 +362,7 @@ def measure(
     elif micro_batches:
         ranks.sum_(signs)
     gradients.measured = norms
-    others = None if gradients.others is None else gradients.others.total_norm(math.inf)
+    others = None if gradients.others is None else gradients.others.damage()
     return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram, others, updates)
 
 

@@ -90,7 +90,7 @@ def test_jsonl_holds_the_alert_of_an_error(tmp_path):
 def test_jsonl_unwritable_folder_is_one_warning_and_training_goes_on(tmp_path):
     """A file stands where the folder should be; two alerts, one warning."""
     (tmp_path / "gradguard").write_text("in the way")
-    guard = GradGuard()
+    guard = GradGuard(max_bundle_mib=None)
     with pytest.warns(SinkWarning, match="Training goes on") as caught, pytest.warns(GradientWarning):
         fit(tmp_path, Net({3: "nan", 5: "nan"}), guard)
     assert len([warning for warning in caught if warning.category is SinkWarning]) == 1

@@ -33,12 +33,10 @@ class Progress:
 
     Attributes:
         num_rollbacks: so far.
-        num_in_a_row: since the last snapshot that turned out good.
         cooldown_left: steps for which learning rates are still lowered.
     """
 
     num_rollbacks: int = 0
-    num_in_a_row: int = 0
     cooldown_left: int = 0
 
 
@@ -80,6 +78,7 @@ class Recovery:
         self._lowered: list[LoweredRates] = []
         self._num_steps = 0
         self._steps_since = 0
+        self._num_in_a_row = 0  # not in the checkpoint: what a run begins with is good
         self._has_stepped = False
         self._is_doubtful = False
         self._is_due = False
@@ -145,7 +144,7 @@ class Recovery:
     def _interval(self) -> int:
         """Steps between snapshots: fewer after each rollback in a row, so that frequent faults can't undo all progress."""
         every, shortest = self._settings.every_n_steps, max(self._settings.confirm_steps, 1)
-        return max(every >> self.progress.num_in_a_row, min(every, shortest))
+        return max(every >> self._num_in_a_row, min(every, shortest))
 
     def _take(self, *, is_first: bool = False) -> None:
         if self._is_off:
@@ -183,14 +182,14 @@ class Recovery:
         self._medium.restore(entry.content)
         entry.num_returns += 1
         self.progress.num_rollbacks += 1
-        self.progress.num_in_a_row += 1
+        self._num_in_a_row += 1
         back = self._num_steps - entry.step
         self._steps_since = 0
         message = f"Training is back in the state from {back} steps ago"
-        if self.progress.num_in_a_row > self._settings.max_rollbacks:
+        if self._num_in_a_row > self._settings.max_rollbacks:
             self._tell(
                 Action.STOP,
-                f"{message}. It is the rollback number {self.progress.num_in_a_row} without a good state in between, so "
+                f"{message}. It is the rollback number {self._num_in_a_row} without a good state in between, so "
                 "training stops.",
                 "Look at the alerts before it: what damages each attempt?",
                 value=back,
@@ -210,7 +209,7 @@ class Recovery:
         except OSError as failure:
             error = failure
         if self._agree(error is None):
-            self.progress.num_in_a_row = 0
+            self._num_in_a_row = 0
         else:
             self._ring.entries.remove(entry)
             self._report_failure(error)

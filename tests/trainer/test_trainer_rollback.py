@@ -192,7 +192,7 @@ def test_rollback_again_and_again_stops_in_the_last_good_state(tmp_path):
     assert guard.stopped_by.kind == "rollback"
     assert guard.stopped_by.value > 0
     assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert guard._recovery.progress.num_in_a_row == 3
+    assert guard._recovery._num_in_a_row == 3
 
 
 def test_fourth_rollback_to_a_snapshot_goes_to_the_one_before(tmp_path):

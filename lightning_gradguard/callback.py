@@ -8,9 +8,9 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -49,10 +49,10 @@ class GradGuard(Callback):
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
-        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and samples
-            that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
-        max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit is left
-            out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
+        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and
+            samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
+        max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
+            is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
 

@@ -228,7 +228,7 @@ class Guard:
         culprit = self._culprit(position, measurement, judgement)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
         histograms = self._histograms(facts.histogram, gradients.present)
-        return self._finish(position, measurement, judgement, clipped, histograms, culprit)
+        return self._finish(position, measurement, judgement, clipped, histograms, culprit=culprit)
 
     def flush(self) -> None:
         """Wait for a step that the device has decided by itself, and record it.
@@ -305,7 +305,7 @@ class Guard:
         else:
             self._gate.settle(skipped=judgement.decision.skip)
         histograms = self._histograms(flight.histogram, flight.present)
-        return self._finish(flight.position, measurement, judgement, clipped, histograms, culprit)
+        return self._finish(flight.position, measurement, judgement, clipped, histograms, culprit=culprit)
 
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
         """Who is to blame for what is going to be reported."""
@@ -339,7 +339,7 @@ class Guard:
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
         # The same step is decided a second time, so the first decision is taken out of the counts.
         self.totals = replace(self.totals, num_steps=self.totals.num_steps - 1)
-        return self._finish(first.position, measurement, judgement, clipped, None, culprit)
+        return self._finish(first.position, measurement, judgement, clipped, None, culprit=culprit)
 
     def _finish(
         self,
@@ -348,6 +348,7 @@ class Guard:
         judgement: Judgement,
         clipped: Clipped,
         histograms: Histograms | None,
+        *,
         culprit: Culprit | None,
     ) -> Record:
         """Count, record, and tell."""

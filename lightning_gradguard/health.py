@@ -63,9 +63,12 @@ def read(path: Path, *, trust: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "Unpickler error" in line), str(error).split("\n")[0])
+        reason = next(
+            (line.strip() for line in str(error).splitlines() if "Unpickler error" in line), str(error).split("\n")[0]
+        )
         raise UnreadableError(
-            f"{path} can't be read as tensors and plain types alone ({reason.split(' was not')[0]}). It may hold objects, such as "
+            f"{path} can't be read as tensors and plain types alone ({reason.split(' was not')[0]}). It may hold "
+            "objects, such as "
             "hyperparameters of a class of yours; reading these runs code from the file. If you trust it: `--trust`."
         ) from error
     except (RuntimeError, OSError, EOFError) as error:

@@ -74,7 +74,9 @@ def _check(module: nn.Module, bundle: Bundle) -> None:
             "Have the function after `--module` return your LightningModule."
         )
     if not getattr(module, "automatic_optimization", True):
-        raise ValueError("A module with manual optimization can only be replayed by its Trainer. The alert is in the bundle.")
+        raise ValueError(
+            "A module with manual optimization can only be replayed by its Trainer. The alert is in the bundle."
+        )
     if not bundle.batches:
         raise ValueError(f"The bundle holds no batches, so there is nothing to replay: {'; '.join(bundle.left_out)}.")
 
@@ -133,7 +135,7 @@ def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[
                 torch.set_rng_state(entry["rng"])
                 output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
                 loss: Tensor = output["loss"] if isinstance(output, dict) else output
-                (loss / len(batches)).backward()
+                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
         norms = [float(it.grad.double().norm()) for it in module.parameters() if it.grad is not None]
     return tuple(losses), math.hypot(*norms) if norms else 0.0

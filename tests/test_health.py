@@ -34,10 +34,12 @@ def test_healthy_checkpoint_has_no_findings():
 
 
 def spoil_weight(content, value):
+    """One element of a matrix."""
     content["state_dict"]["0.weight"][3, 4] = value
 
 
 def spoil_moment(content, value):
+    """One element of Adam's second moments."""
     content["optimizer_states"][0]["state"][0]["exp_avg_sq"][0, 0] = value
 
 

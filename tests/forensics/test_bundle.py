@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections import namedtuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -28,6 +28,13 @@ class Divides(nn.Module):
     def training_step(self, batch, batch_idx):
         x, y = batch
         return nn.functional.mse_loss(self.norm(self.layer(x / x.mean(1, keepdim=True))), y)
+
+
+class Pair(NamedTuple):
+    """A batch of a kind that pickles by its class."""
+
+    x: Any
+    y: Any
 
 
 def entry(batch, batch_idx=0):
@@ -82,10 +89,9 @@ def test_failed_write_leaves_neither_file_nor_draft(tmp_path, monkeypatch):
 
 def test_tree_of_all_sorts_becomes_plain():
     """Containers stay, subclasses become their base, and what is neither tensor nor plain is named."""
-    pair = namedtuple("pair", "x y")
     left_out = []
     tree = {
-        "p": pair(torch.ones(2), np.float64(2.0)),
+        "p": Pair(torch.ones(2), np.float64(2.0)),
         3: [np.arange(2), "s", None, True],
         "o": {1, 2},
         (1,): nn.Parameter(torch.ones(1)),

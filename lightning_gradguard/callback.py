@@ -59,10 +59,10 @@ class GradGuard(Callback):
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
-        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and samples
-            that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
-        max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit is left
-            out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
+        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and
+            samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
+        max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
+            is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where

@@ -58,12 +58,11 @@ def alerts(log_dir: _LogDir, kind: _Kind = None) -> None:
 
 
 def _read_alerts(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:  # a run that is being written, or was killed while it wrote
-                Console(stderr=True).print(f"{path}: a line that is not complete is left out.")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        yield from map(json.loads, lines)
+    except json.JSONDecodeError:  # a run that is being written, or was killed while it wrote
+        Console(stderr=True).print(f"{path}: a line is not complete; what follows it is left out.", markup=False)
 
 
 def _text(value: object) -> str:

@@ -408,7 +408,7 @@ class Guard:
         clipped: Clipped,
         histograms: Histograms | None,
         *,
-        culprit: Culprit | None = None,
+        culprit: Culprit | None,
     ) -> Record:
         """Count, record, and tell."""
         alerts = (*self._notices, *alerts_of(position, judgement.verdicts, judgement.decision, culprit))

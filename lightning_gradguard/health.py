@@ -63,15 +63,17 @@ def read(path: Path, *, trust: bool = False) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=not trust)
     except pickle.UnpicklingError as error:
-        reason = next(
-            (line.strip() for line in str(error).splitlines() if "Unpickler error" in line), str(error).split("\n")[0]
-        )
+        reason = next((line.strip() for line in str(error).splitlines() if "Unpickler error" in line), _first_line(error))
         raise UnreadableError(
-            f"{path} can't be read as tensors and plain types alone ({reason.split(' was not')[0]}). It may hold objects, such as "
-            "hyperparameters of a class of yours; reading these runs code from the file. If you trust it: `--trust`."
+            f"{path} can't be read as tensors and plain types alone ({reason.split(' was not')[0]}). It may hold objects, "
+            "such as hyperparameters of a class of yours; reading these runs code from the file. If you trust it: `--trust`."
         ) from error
     except (RuntimeError, OSError, EOFError) as error:
-        raise UnreadableError(f"{path} is no checkpoint that torch can read: {str(error).splitlines()[0]}.") from error
+        raise UnreadableError(f"{path} is no checkpoint that torch can read: {_first_line(error)}.") from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def examine(content: Any) -> Health:

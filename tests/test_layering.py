@@ -38,6 +38,8 @@ ALONE = {
     "pytorch_lightning": ("callback", "trainer"),
     "tensorboard": ("sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
     "torch.utils.tensorboard": ("sinks.tensorboard",),
+    "typer": ("commands",),
+    "rich": ("commands",),
 }
 """Who alone imports a foreign package."""
 

@@ -11,6 +11,7 @@ from benchmarks.diagnosis.trainings import CHECKED
 
 
 def main() -> None:
+    """Run, and print a line each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--part", choices=["tuned", "checked", "all"], default="all")

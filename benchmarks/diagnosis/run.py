@@ -16,10 +16,10 @@ from lightning_gradguard import Explosion, Guard, NonFinite
 from lightning_gradguard.forensics.evidence import Cause, Evidence
 from lightning_gradguard.forensics.exploded import exploded
 from lightning_gradguard.forensics.flow import Flow, FlowMeter
-from lightning_gradguard.forensics.motion import WeightWatch
-from lightning_gradguard.forensics.samples import Batch, leaves_of
-from lightning_gradguard.forensics.vanished import vanished
+from lightning_gradguard.forensics.motion import Motion, WeightWatch
+from lightning_gradguard.forensics.samples import Batch
 from lightning_gradguard.forensics.state import unchanged
+from lightning_gradguard.forensics.vanished import vanished
 
 STEPS = 260
 WITHOUT_ALERT = 40
@@ -55,15 +55,15 @@ def diagnose(name: str, seed: int = 0) -> Outcome:
     """Train until the alert of the labelled kind, and say why."""
     kind = KINDS[name] if name in TUNED_ON else CHECKED[name]
     label = TUNED_ON.get(name, kind.fault)
-    symptom = kind.must_find[0]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         training = kind.build()
-        return _train(training, name, seed, label, symptom, kind)
+        return _train(training, kind, label, seed)
 
 
-def _train(training: Training, name: str, seed: int, label: str, symptom: str, kind: Kind) -> Outcome:
+def _train(training: Training, kind: Kind, label: str, seed: int) -> Outcome:
+    symptom = kind.must_find[0]
     network, optimizer = training.network, training.optimizer
     guard = Guard(
         network.named_parameters(),
@@ -90,9 +90,10 @@ def _train(training: Training, name: str, seed: int, label: str, symptom: str, k
         alerted = any(alert.kind == symptom for alert in record.alerts)
         overdue = step == kind.onset + WITHOUT_ALERT or not math.isfinite(record.measurement.global_norm)
         if (alerted or overdue) and step >= kind.onset - 1 and (alerted or found is None):
-            evidence = collect(training, batch, healthy, step, grads, watch, last)
+            motions = watch.motions(optimizer, last)
+            evidence = collect(training, step, (batch, healthy), grads, motions)
             causes = (vanished if symptom == "vanishing" else exploded)(evidence)
-            found = Outcome(name, seed, label, causes, alerted, step, evidence)
+            found = Outcome(kind.name, seed, label, causes, alerted, step, evidence)
         if alerted and found is not None:
             return found
         if not record.verdicts:
@@ -104,8 +105,9 @@ def _train(training: Training, name: str, seed: int, label: str, symptom: str, k
     return found
 
 
-def collect(training: Training, batch: Any, healthy: Any, step: int, grads: Any, watch: WeightWatch, last: Any) -> Evidence:
-    """Replay both batches."""
+def collect(training: Training, step: int, batches: tuple[Any, Any], grads: Any, motions: tuple[Motion, ...]) -> Evidence:
+    """Replay the batch, and the healthy one."""
+    batch, healthy = batches
     flow, norm, again = replay(training, batch)
     there, there_norm = None, None
     if healthy is not None:
@@ -114,7 +116,7 @@ def collect(training: Training, batch: Any, healthy: Any, step: int, grads: Any,
     total = math.sqrt(sum(float(grad.norm()) ** 2 for grad in grads.values()))
     error = math.sqrt(sum(value**2 for value in difference.values())) / total if total else 0.0
     worst = max(difference, key=lambda key: difference[key], default="")
-    return Evidence(step, flow, norm, there, there_norm, watch.motions(training.optimizer, last), error, worst)
+    return Evidence(step, flow, norm, there, there_norm, motions, error, worst)
 
 
 def replay(training: Training, batch: Any) -> tuple[Flow, float, dict[str, torch.Tensor]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from benchmarks.detection.trainings.base import ONSET, Kind, Training
 from benchmarks.detection.trainings.data import Batch, cancer, diabetes, digits, sampled, scaled, sequences, text
 from benchmarks.detection.trainings.networks import (
-    LanguageModel,
     Transformer,
     adam,
     conv_net,
@@ -55,7 +55,7 @@ class _Functional(nn.Module):
 
     def __init__(self, sizes: list[int], activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(sizes))
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,7 +194,7 @@ def unstable_cell() -> Training:
 
 @exploding("sample")
 def outlier_input() -> Training:
-    """One of 32 rows holds values a thousand times too large, and its label is another one, or there would be no gradient."""
+    """One of 32 rows holds values a thousand times too large, and a wrong label, or there would be no gradient."""
     network = mlp([64, 64, 64, 10])
     training = _digits(network, adam(network, 1e-3))
     draw = training.batch

@@ -103,7 +103,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def plain_tree(value: Any, left_out: list[str], name: str = "") -> Any:
+def plain_tree(value: Any, left_out: list[str], name: str = "") -> Any:  # noqa: PLR0911 - one a type
     """The same of tensors on the CPU and plain types only, copied; what is neither becomes None, and is listed.
 
     >>> missing = []

@@ -20,7 +20,10 @@ _RATE = 0.03
 
 
 def exploded(evidence: Evidence) -> tuple[Cause, ...]:
-    """All causes that fit, the surest first. Never the layer with the largest gradient: it was the culprit in 0 of 12 cases."""
+    """All causes that fit, the surest first.
+
+    None of them is "the layer with the largest gradient": that was the culprit in 0 of 12 cases.
+    """
     return tuple(cause for rule in _RULES if (cause := rule(evidence)) is not None)
 
 
@@ -32,7 +35,8 @@ def _foreign(evidence: Evidence) -> Cause | None:
         "backward",
         f"the same step run again gives other gradients (they differ by {evidence.error:.2g} of their norm, most in "
         f"`{evidence.differing}`), so they were not made by its forward and backward pass alone",
-        "Look for what changes gradients after the backward pass: a hook, a callback, a custom clipping or scaling, a collective. A "
+        "Look for what changes gradients after the backward pass: a hook, a callback, a custom clipping or scaling, a "
+        "collective. A "
         "module that keeps state from batch to batch can have the same effect.",
         evidence.differing,
     )
@@ -50,7 +54,8 @@ def _data(evidence: Evidence) -> Cause | None:
             "sample",
             "data",
             f"{ratio}, and row {row} alone makes {share:.0%} of it ({1 / size:.0%} would be its part)",
-            "Look at this sample: a wrong label, another unit, a broken file. A robust loss (Huber) or clipping bounds what one "
+            "Look at this sample: a wrong label, another unit, a broken file. A robust loss (Huber) or clipping bounds "
+            "what one "
             "sample can do.",
             "batch",
             (row,),
@@ -60,7 +65,8 @@ def _data(evidence: Evidence) -> Cause | None:
         "batch",
         "data",
         f"{ratio}; no single row makes it{change}",
-        "Look at how this batch was made: a missing normalisation, another source or unit, a changed distribution. Clip with "
+        "Look at how this batch was made: a missing normalisation, another source or unit, a changed distribution. Clip "
+        "with "
         '`clip=`, or skip with `explosion="skip"`, until it is found.',
         "batch",
     )
@@ -112,9 +118,11 @@ def _moved(evidence: Evidence) -> Cause | None:
     return Cause(
         "weights",
         "weights",
-        f"`{worst.name}` has grown from a norm of {worst.before:.3g} to {worst.norm:.3g} within {worst.num_steps} steps{others}; the "
+        f"`{worst.name}` has grown from a norm of {worst.before:.3g} to {worst.norm:.3g} within {worst.num_steps} "
+        f"steps{others}; the "
         f"optimizer's updates (of norm {worst.update:.2g}) don't explain it",
-        "Something else writes to the weights: a wrong sign in a decay, a hook, a checkpoint loaded halfway, a broken memory. Go "
+        "Something else writes to the weights: a wrong sign in a decay, a hook, a checkpoint loaded halfway, a broken "
+        "memory. Go "
         "back to the last good checkpoint.",
         worst.name,
     )
@@ -132,7 +140,8 @@ def _init(evidence: Evidence) -> Cause | None:
     return Cause(
         "init",
         "weights",
-        f"the weights are too large from the start: their standard deviation is {median(gains):.2g} / sqrt(inputs), where 1 (tanh) "
+        f"the weights are too large from the start: their standard deviation is {median(gains):.2g} / sqrt(inputs), "
+        "where 1 (tanh) "
         f"to 1.41 (ReLU) keeps a signal's size; over {len(gains)} layers it grows {growth:.3g} times",
         "Initialise with `torch.nn.init.kaiming_normal_` (ReLU) or `xavier_normal_` (tanh), or add normalisation.",
     )
@@ -149,9 +158,11 @@ def _unnormalised(evidence: Evidence) -> Cause | None:
     return Cause(
         "normalisation",
         "forward",
-        f"activations grow {growth:.3g} times over {len(weights)} layers, none of which is a normalisation, although the weights "
+        f"activations grow {growth:.3g} times over {len(weights)} layers, none of which is a normalisation, although the "
+        "weights "
         f"have an ordinary size (standard deviation {median(gains or [math.nan]):.2g} / sqrt(inputs))",
-        "Put LayerNorm, RMSNorm or BatchNorm in front of each block, or let residual branches start small (zero the last layer of "
+        "Put LayerNorm, RMSNorm or BatchNorm in front of each block, or let residual branches start small (zero the last "
+        "layer of "
         "each, or divide by the square root of their number).",
     )
 
@@ -171,7 +182,8 @@ def _rate(evidence: Evidence) -> Cause | None:
     return Cause(
         "rate",
         "weights",
-        f"the last update changed `{worst.name}` by {worst.rate:.2g} of its norm; a thousandth is usual, and the previous healthy "
+        f"the last update changed `{worst.name}` by {worst.rate:.2g} of its norm; a thousandth is usual, and the "
+        "previous healthy "
         "batch gives as large a gradient on these weights",
         "Lower the learning rate, or warm it up for longer; clipping with `clip=` bounds a single step.",
         worst.name,

@@ -53,7 +53,7 @@ class Layer:
         grad_norm: norm of the loss's gradient at its output; None where none arrived.
         times: the same at each step in time of a fused recurrent layer's input, first step first.
         rows: what each sample adds at most to the norm of its weights' gradient; None without a row for each.
-        input_rows: rms of each sample's input.
+        input_rows: norm of each sample's input.
     """
 
     module: str
@@ -144,7 +144,7 @@ class FlowMeter(TorchFunctionMode):
         layer.input_rms = rms(values)
         if role == "weights":
             self._look_at_weight(layer, op, [*inputs, *tensors_in(list(kwargs.values()))])
-            layer.input_rows = self._row_rms(values)
+            layer.input_rows = self._row_norms(values)
         if role == "recurrent":
             args = self._look_at_time(layer, args)
         output = func(*args, **kwargs)
@@ -188,7 +188,7 @@ class FlowMeter(TorchFunctionMode):
         def note(grad: Tensor) -> None:
             layer.times = tuple(grad.movedim(dim, 0).flatten(1).double().norm(dim=1).tolist())
 
-        values.register_hook(note)
+        values.register_hook(note)  # type: ignore[no-untyped-call]
         return (values, *args[1:])
 
     def _look_at_output(self, layer: Layer, output: Tensor) -> None:
@@ -208,14 +208,13 @@ class FlowMeter(TorchFunctionMode):
                 norms = values.reshape(size, -1).double().norm(dim=1).tolist()
                 layer.rows = tuple(norm * math.hypot(1.0, row) for norm, row in zip(norms, layer.input_rows, strict=True))
 
-        output.register_hook(note)
+        output.register_hook(note)  # type: ignore[no-untyped-call]
 
-    def _row_rms(self, tensor: Tensor) -> tuple[float, ...] | None:
+    def _row_norms(self, tensor: Tensor) -> tuple[float, ...] | None:
         values = plain(tensor)
         if values is None or not self._num_samples or not values.dim() or values.shape[0] != self._num_samples:
             return None
-        rows = values.reshape(self._num_samples, -1).double()
-        return tuple(rows.square().mean(dim=1).sqrt().tolist())
+        return tuple(values.reshape(self._num_samples, -1).double().norm(dim=1).tolist())
 
 
 def rms(tensor: Tensor) -> float:

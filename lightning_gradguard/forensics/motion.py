@@ -80,7 +80,7 @@ class WeightWatch:
         """
         now = [float(norm) for norm in _norms([parameter for _, parameter in self._named])]
         when, before = self._looks[0] if self._looks else (self._num_steps, [])
-        past = [float(norm) for norm in before] or [None] * len(now)
+        past: list[float | None] = [float(norm) for norm in before] or [None] * len(now)
         groups = {id(parameter): group for group in optimizer.param_groups for parameter in group["params"]}
         return tuple(
             Motion(

@@ -135,7 +135,7 @@ def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[
                 torch.set_rng_state(entry["rng"])
                 output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
                 loss: Tensor = output["loss"] if isinstance(output, dict) else output
-                (loss / len(batches)).backward()
+                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
             losses.append(float(loss.detach()))
         norms = [float(it.grad.double().norm()) for it in module.parameters() if it.grad is not None]
     return tuple(losses), math.hypot(*norms) if norms else 0.0

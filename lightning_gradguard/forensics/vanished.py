@@ -31,7 +31,8 @@ def _dead(evidence: Evidence) -> Cause | None:
     return Cause(
         "dead",
         "forward",
-        f"{layer.units.dead:.0%} of the units behind {source.name} give zero for every sample of the batch, and what is zero "
+        f"{layer.units.dead:.0%} of the units behind {source.name} give zero for every sample of the batch, and what is "
+        "zero "
         "passes no gradient on",
         "Dead ReLU units don't come back by themselves. Take back the step that pushed them down (a lower learning rate, a "
         "warm-up), start biases at zero, or use a leaky ReLU or GELU.",
@@ -47,7 +48,8 @@ def _no_weights(evidence: Evidence) -> Cause | None:
         "init",
         "weights",
         f"all weights of {layer.name} are zero, so the chain rule multiplies by zero there",
-        "Start from random weights: `torch.nn.init.kaiming_normal_` for ReLU, `xavier_normal_` for tanh. Zero is for biases, "
+        "Start from random weights: `torch.nn.init.kaiming_normal_` for ReLU, `xavier_normal_` for tanh. Zero is for "
+        "biases, "
         "and for the last layer of a residual branch.",
         layer.module,
     )
@@ -68,9 +70,11 @@ def _saturated(evidence: Evidence) -> Cause | None:
     return Cause(
         "saturation",
         "forward",
-        f"{worst.units.saturated:.0%} of the {worst.op} outputs behind {source.name} lie where the slope is below a tenth of its "
+        f"{worst.units.saturated:.0%} of the {worst.op} outputs behind {source.name} lie where the slope is below a "
+        "tenth of its "
         f"best{others}; its inputs have an rms of {worst.input_rms:.3g}",
-        "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, start "
+        "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, "
+        "start "
         "from smaller weights, lower the learning rate.",
         source.module,
     )
@@ -84,7 +88,8 @@ def _tiny_loss(evidence: Evidence) -> Cause | None:
         "loss",
         "backward",
         f"the gradient is tiny where it begins: its norm is {output.grad_norm:.2g} at the output of {output.name} already",
-        "Look at the loss: a constant factor far below 1, a target that is met exactly, a probability that is 1. Multiply it, or "
+        "Look at the loss: a constant factor far below 1, a target that is met exactly, a probability that is 1. "
+        "Multiply it, or "
         "scale it as a GradScaler does where a part runs in fp16.",
         output.module,
     )
@@ -115,8 +120,10 @@ def _cut(evidence: Evidence) -> Cause | None:
     return Cause(
         "cut",
         "backward",
-        f"{how} arrives at the output of {last.name}, while later layers have one, and no unit in between is dead or saturated",
-        "Look at what is done with its output: `detach()`, `no_grad`, `.data`, `argmax` or rounding cut a gradient; a gate, mask or "
+        f"{how} arrives at the output of {last.name}, while later layers have one, and no unit in between is dead or "
+        "saturated",
+        "Look at what is done with its output: `detach()`, `no_grad`, `.data`, `argmax` or rounding cut a gradient; a "
+        "gate, mask or "
         "loss weight of zero does too. If it is meant to be frozen, set `requires_grad=False`.",
         last.module,
     )
@@ -135,7 +142,8 @@ def _by_depth(evidence: Evidence) -> Cause | None:
         return Cause(
             "activation",
             "backward",
-            f"each of {len(by_units)} {worst.op}s multiplies the gradient by about {typical:.2g}{slope}: 10^{-lost_units:.1f} over "
+            f"each of {len(by_units)} {worst.op}s multiplies the gradient by about {typical:.2g}{slope}: "
+            f"10^{-lost_units:.1f} over "
             f"all, against 10^{-lost_weights:.1f} by the weights between them",
             "Use ReLU, GELU or SiLU instead, residual connections, or normalisation before the activation.",
             worst.module,
@@ -147,9 +155,11 @@ def _by_depth(evidence: Evidence) -> Cause | None:
         "init",
         "weights",
         f"the weights are too small: each of {len(by_weights)} layers multiplies the gradient by about {typical:.2g}, 10^"
-        f"{-lost_weights:.1f} over all. Their standard deviation is {gain:.2g} / sqrt(inputs), where 1 (tanh) to 1.41 (ReLU) keeps "
+        f"{-lost_weights:.1f} over all. Their standard deviation is {gain:.2g} / sqrt(inputs), where 1 (tanh) to 1.41 "
+        "(ReLU) keeps "
         "its size",
-        "Initialise with `torch.nn.init.kaiming_normal_` (ReLU) or `xavier_normal_` (tanh) instead of what is there (torch's "
+        "Initialise with `torch.nn.init.kaiming_normal_` (ReLU) or `xavier_normal_` (tanh) instead of what is there "
+        "(torch's "
         "default is 0.58), or add normalisation or residual connections.",
         layer.module,
     )

@@ -1,0 +1,118 @@
+"""In a Trainer: alerts of vanishing and explosion say why, and bad steps are written as bundles."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
+
+from lightning_gradguard import Explosion, GradGuard, GradientWarning, Vanishing
+
+
+class Deep(LightningModule):
+    """A chain of layers; `shift` says at which batch one row is spoiled."""
+
+    def __init__(self, activation=nn.Sigmoid, depth=8, shift=None, damage=None):
+        super().__init__()
+        hidden = [part for _ in range(depth) for part in (nn.Linear(FEATURES, FEATURES), activation())]
+        self.layers = nn.Sequential(*hidden, nn.Linear(FEATURES, 1))
+        self.shift, self.damage = shift, damage
+
+    def training_step(self, batch, batch_idx):
+        number, x, y = batch
+        if int(number) == self.shift:
+            y = y.clone()
+            y[2] += 1000.0
+        loss = nn.functional.mse_loss(self.layers(x), y)
+        return loss * torch.nan if int(number) == self.damage else loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3, momentum=0.9)
+
+
+def trained(tmp_path, module, guard, count=40, **settings):
+    """The alerts of a short fit."""
+    with pytest.warns(GradientWarning):
+        fit(tmp_path, module, guard, batches=make_batches(count), **settings)
+    return guard.alerts
+
+
+def test_vanishing_alert_says_why_and_shows_the_factors(tmp_path):
+    """In message, remedy, culprit, `alerts.jsonl` and TensorBoard's text."""
+    torch.manual_seed(0)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    guard = GradGuard(vanishing=Vanishing("warn", persistence=2, warmup_steps=2), explosion=None)
+    (alert,) = trained(tmp_path, Deep(), guard, 6, logger=logger)
+    assert alert.culprit.cause == "activation"
+    assert "cause: activation; each of 8 sigmoids" in alert.message
+    assert "ReLU" in alert.remedy
+    assert alert.culprit.reproduced
+    assert alert.culprit.error == 0.0
+    assert len(alert.culprit.factors) == 2 + 17
+    (line,) = read_alerts(tmp_path)
+    assert line["culprit"]["factors"] == list(alert.culprit.factors)
+    (events,) = tmp_path.glob("events*")
+    assert b"| module | function | output rms |" in events.read_bytes()
+
+
+def test_explosion_alert_names_the_sample(tmp_path):
+    """Compared with the batch before on the same weights."""
+    torch.manual_seed(0)
+    guard = GradGuard(explosion="skip", vanishing=None)
+    (alert,) = trained(tmp_path, Deep(nn.ReLU, 2, shift=30), guard)
+    assert (alert.culprit.cause, alert.culprit.phase, alert.culprit.samples) == ("sample", "data", (2,))
+    assert "row 2 alone makes 100% of it" in alert.message
+
+
+def test_diagnosis_changes_nothing(tmp_path):
+    """Weights at the end are those of a run without replays, bit for bit."""
+    ends = []
+    for replays in (0, 3):
+        torch.manual_seed(0)
+        module = Deep(nn.ReLU, 2, shift=30)
+        guard = GradGuard(explosion="warn", max_replays=replays)
+        alerts = trained(tmp_path / str(replays), module, guard)
+        assert (alerts[0].culprit is not None) == (replays > 0)
+        ends.append(weights_of(module))
+    assert same(*ends)
+
+
+def test_replays_are_shared_between_kinds(tmp_path):
+    """One that went to a NaN is not there for an explosion."""
+    torch.manual_seed(0)
+    guard = GradGuard(explosion="skip", max_replays=1)
+    alerts = trained(tmp_path, Deep(nn.ReLU, 2, shift=30, damage=4), guard)
+    assert [(alert.kind, alert.culprit is None) for alert in alerts] == [("nonfinite", False), ("explosion", True)]
+
+
+def test_accumulated_step_is_diagnosed(tmp_path):
+    """The micro-batch that did most is the one that is looked at."""
+    torch.manual_seed(0)
+    guard = GradGuard(explosion="skip", vanishing=None)
+    alerts = trained(tmp_path, Deep(nn.ReLU, 2, shift=40), guard, 44, accumulate_grad_batches=2)
+    assert alerts[0].culprit.cause == "sample"
+    assert alerts[0].culprit.samples == (2,)
+
+
+def test_bundle_is_written_and_limited(tmp_path):
+    """Three of a run."""
+    torch.manual_seed(0)
+    guard = GradGuard(explosion=Explosion("skip", cooldown=0, max_norm=1e-9))
+    trained(tmp_path, Deep(nn.ReLU, 2), guard, 6)
+    assert len(list((tmp_path / "gradguard").glob("*.bundle.pt"))) == 3
+
+
+def test_bundle_can_be_turned_off(tmp_path):
+    """And without one the folder holds the alerts alone."""
+    guard = GradGuard(explosion=Explosion("skip", max_norm=1e-9), max_bundle_mib=None)
+    trained(tmp_path, Deep(nn.ReLU, 2), guard, 3)
+    assert [path.name for path in (tmp_path / "gradguard").iterdir()] == ["alerts.jsonl"]
+
+
+def test_bundle_size_must_be_positive():
+    """With the remedy in the message."""
+    with pytest.raises(ValueError, match="For no bundles pass None"):
+        GradGuard(max_bundle_mib=0.0)

@@ -23,7 +23,12 @@ def layout_of(*names: str) -> Layout:
 
 
 def alert_at(
-    step: int, *names: str, kind: str = "explosion", message: str = "too large", culprit: Culprit | None = None, optimizer: int = 0
+    step: int,
+    *names: str,
+    kind: str = "explosion",
+    message: str = "too large",
+    culprit: Culprit | None = None,
+    optimizer: int = 0,
 ) -> Alert:
     """An alert that names these parameters."""
     return Alert(
@@ -65,7 +70,9 @@ def record_at(
     position = Position(step, optimizer=optimizer, num_optimizers=num_optimizers, log_step=step)
     totals = Totals(num_steps=step + 1, num_skipped=int(skip), num_alerts=num_alerts)
     decision = Decision(skip=skip)
-    return Record(position, measured, (), decision, 0.5, total / 2, 10.0, alerts, totals, scalars_due=due, histograms=histograms)
+    return Record(
+        position, measured, (), decision, 0.5, total / 2, 10.0, alerts, totals, scalars_due=due, histograms=histograms
+    )
 
 
 def histograms_of(layout: Layout, *, num_nan: float = 0.0) -> Histograms:
@@ -75,7 +82,9 @@ def histograms_of(layout: Layout, *, num_nan: float = 0.0) -> Histograms:
     counts[:, 60] = counts[:, 62] = 28.0
     apart = np.full(count, 8.0)
     edges = np.linspace(-20, 8, 113)
-    return Histograms(layout.names, edges, counts, apart, np.full(count, num_nan), np.zeros(count), np.zeros(count, dtype=np.bool_))
+    return Histograms(
+        layout.names, edges, counts, apart, np.full(count, num_nan), np.zeros(count), np.zeros(count, dtype=np.bool_)
+    )
 
 
 def write(folder: Path, records: Iterable[Record]) -> Path:

@@ -22,7 +22,9 @@ pytestmark = [
 STEPS, FAULT = 130, 80
 NAMES = ("stem.weight", "body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias", "head.weight")
 HOSTILE = ("<img src=x onerror='window.parent.hacked=1'>", 'a/"b"\'\\&amp;', "x" * 500, "</script><b>bold</b>.weight")
-CULPRIT = Culprit("forward", "body.0", "aten::log", "model.py", 12, "return x.log()", (3, 5), message="log of 0", remedy="Clamp it.")
+CULPRIT = Culprit(
+    "forward", "body.0", "aten::log", "model.py", 12, "return x.log()", (3, 5), message="log of 0", remedy="Clamp it."
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,18 +35,26 @@ def runs(tmp_path_factory):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True, cwd=ROOT, env=environment)
     plain, hostile = layout_of(*NAMES), layout_of(*HOSTILE)
-    alerts = {step: (alert_at(step, "body.0.weight", kind="nonfinite" if step % 2 else "explosion", culprit=CULPRIT),) for step in (20, 31)}
+    alerts = {
+        step: (alert_at(step, "body.0.weight", kind="nonfinite" if step % 2 else "explosion", culprit=CULPRIT),)
+        for step in (20, 31)
+    }
     norms = [[0.0 if step > 30 else 1.0, float("nan") if step == 31 else 1.0, 1, 1, 1, 1] for step in range(60)]
     write(
         folder / "damaged",
         [
-            record_at(step, plain, row, alerts=alerts.get(step, ()), skip=step == 31, histograms=histograms_of(plain, num_nan=step))
+            record_at(
+                step, plain, row, alerts=alerts.get(step, ()), skip=step == 31, histograms=histograms_of(plain, num_nan=step)
+            )
             for step, row in enumerate(norms)
         ],
     )
     message = "<script>window.parent.hacked=1</script>" * 20
     alert = alert_at(3, *HOSTILE, kind="<b>kind</b>", message=message)
-    write(folder / "hos'tile & <b>", [record_at(s, hostile, alerts=(alert,) if s == 3 else (), histograms=histograms_of(hostile)) for s in range(5)])
+    write(
+        folder / "hos'tile & <b>",
+        [record_at(s, hostile, alerts=(alert,) if s == 3 else (), histograms=histograms_of(hostile)) for s in range(5)],
+    )
     write_for_tab(folder / "many", [record_at(step, plain, alerts=(alert_at(step, "head.weight"),)) for step in range(3000)])
     return folder
 
@@ -244,7 +254,9 @@ def test_new_steps_appear_while_looking(page, runs):
     """A run that is being trained."""
     layout = layout_of(*NAMES)
     write_for_tab(runs / "live", [record_at(step, layout) for step in range(5)])
-    page.until(lambda: "live" in str(page.open().run("return [...document.getElementById('run').options].map((o) => o.value)")))
+    page.until(
+        lambda: "live" in str(page.open().run("return [...document.getElementById('run').options].map((o) => o.value)"))
+    )
     page.open(run="live")
     assert "Nothing was found up to step 4" in page.text(".incident")
     write_for_tab(runs / "live", [record_at(step, layout) for step in range(5, 9)])
@@ -253,6 +265,7 @@ def test_new_steps_appear_while_looking(page, runs):
     assert "9 columns" in page.plot(".heat")["label"]
 
 
+@pytest.mark.slow
 def test_folder_without_our_data_says_what_to_do(driver, tmp_path):
     """A newcomer gets the two lines of code."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
@@ -266,6 +279,7 @@ def test_folder_without_our_data_says_what_to_do(driver, tmp_path):
     assert "Trainer(callbacks=[GradGuard(" in text
 
 
+@pytest.mark.slow
 def test_without_plotly_alerts_are_shown_and_the_rest_explained(driver, runs):
     """The extra is named; so is how to get it."""
     with tensorboard(runs, without="plotly", fast=True) as address:

@@ -27,7 +27,8 @@ LAYOUT = layout_of(*NAMES)
 
 def test_import_of_the_plugin_loads_neither_torch_nor_lightning():
     """TensorBoard starts as fast as before."""
-    code = "import sys, lightning_gradguard.tensorboard_plugin.plugin as p; print({'torch', 'lightning', 'plotly'} & set(sys.modules))"
+    module = "lightning_gradguard.tensorboard_plugin.plugin"
+    code = f"import sys, {module}; print({{'torch', 'lightning', 'plotly'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -167,7 +168,10 @@ def test_skipped_step_is_written_although_not_due(tab):
 def test_marks_count_alerts_and_skips_by_column(tab):
     """With the alert that a click opens."""
     alerts = (alert_at(4, "head.weight"), alert_at(4, "stem.weight", kind="vanishing"))
-    write(tab.folder / "run", [record_at(step, LAYOUT, alerts=alerts if step == 4 else (), skip=step == 4) for step in range(8)])
+    write(
+        tab.folder / "run",
+        [record_at(step, LAYOUT, alerts=alerts if step == 4 else (), skip=step == 4) for step in range(8)],
+    )
     (mark,) = tab.reload().flow()[0]["marks"]
     assert (mark["column"], mark["x"], mark["alerts"], mark["skips"]) == (4, 4, 2, 1)
     assert mark["kinds"] == ["explosion", "vanishing"]
@@ -177,7 +181,9 @@ def test_marks_count_alerts_and_skips_by_column(tab):
 def test_alerts_come_in_pages_newest_first_and_by_kind(tab):
     """Thousands of them stay small."""
     kinds = ("explosion", "nonfinite", "vanishing")
-    records = [record_at(step, LAYOUT, alerts=(alert_at(step, "head.weight", kind=kinds[step % 3]),)) for step in range(1500)]
+    records = [
+        record_at(step, LAYOUT, alerts=(alert_at(step, "head.weight", kind=kinds[step % 3]),)) for step in range(1500)
+    ]
     write_for_tab(tab.folder / "run", records)
     page = tab.reload().ask("/alerts")
     assert page["kinds"] == {"explosion": 500, "nonfinite": 500, "vanishing": 500}
@@ -190,7 +196,9 @@ def test_alerts_come_in_pages_newest_first_and_by_kind(tab):
 
 def test_alert_brings_everything_that_is_known(tab):
     """Its culprit with samples and remedy, and no more than fifty parameters."""
-    culprit = Culprit("forward", "body.0", "aten::log", "model.py", 12, "x.log()", (3, 5), message="log of 0", remedy="clamp")
+    culprit = Culprit(
+        "forward", "body.0", "aten::log", "model.py", 12, "x.log()", (3, 5), message="log of 0", remedy="clamp"
+    )
     names = [f"p{index}" for index in range(80)]
     write(tab.folder / "run", [record_at(0, LAYOUT, alerts=(alert_at(0, *names, culprit=culprit),))])
     alert = tab.reload().ask("/alert")["alert"]
@@ -221,7 +229,8 @@ def test_depth_is_the_logged_step_next_to_the_one_asked_for(tab):
 def test_distribution_reads_the_standard_histograms_and_the_shares(tab):
     """On common bins, with the parts of zero and NaN apart."""
     records = [
-        record_at(step, LAYOUT, histograms=histograms_of(LAYOUT, num_nan=8.0 if step == 20 else 0.0)) for step in (10, 20, 30)
+        record_at(step, LAYOUT, histograms=histograms_of(LAYOUT, num_nan=8.0 if step == 20 else 0.0))
+        for step in (10, 20, 30)
     ]
     write(tab.folder / "run", records)
     answer = tab.reload().ask("/distribution", parameter=1)
@@ -302,7 +311,10 @@ def test_resumed_run_takes_the_place_of_what_it_repeats(tab):
 def test_parameters_that_change_are_all_shown(tab):
     """Unfreezing gives a second layout: before it, the new ones have no gradient."""
     smaller = layout_of("head.weight")
-    write(tab.folder / "run", [*(record_at(step, smaller) for step in range(3)), *(record_at(step, LAYOUT) for step in range(3, 6))])
+    write(
+        tab.folder / "run",
+        [*(record_at(step, smaller) for step in range(3)), *(record_at(step, LAYOUT) for step in range(3, 6))],
+    )
     answer, largest, _ = tab.reload().flow()
     paths = tab.ask("/layout")["paths"]
     assert set(NAMES) <= set(paths)
@@ -358,9 +370,10 @@ def test_run_without_our_data_is_not_listed(tab):
 
 def test_layout_missing_from_the_file_leaves_the_alerts(tab):
     """Norms without names are passed over."""
-    from lightning_gradguard.sinks.summaries import array, strings  # noqa: PLC0415
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+    from lightning_gradguard.sinks.summaries import array, strings  # noqa: PLC0415
 
     alert = json.dumps(alert_at(3, "p").to_dict())
     with SummaryWriter(str(tab.folder / "run")) as writer:
@@ -375,10 +388,10 @@ def test_layout_missing_from_the_file_leaves_the_alerts(tab):
 
 def test_event_of_another_shape_is_left_out(tab):
     """As a later version of the package might write."""
-    from lightning_gradguard.sinks.summaries import array  # noqa: PLC0415
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
+    from lightning_gradguard.sinks.summaries import array  # noqa: PLC0415
     from lightning_gradguard.sinks.tab import TabSeries  # noqa: PLC0415
 
     series = TabSeries()
@@ -408,10 +421,19 @@ def test_answers_at_full_size_are_small(tab):
     """2,000 parameters: no view has more than 2 MB."""
     layout = layout_of(*(f"layers.{index // 2}.{'weight' if index % 2 else 'bias'}" for index in range(2000)))
     rng = np.random.default_rng(0)
-    records = [record_at(step, layout, rng.lognormal(size=2000), alerts=(alert_at(step, "layers.0.bias"),)) for step in range(700)]
+    records = [
+        record_at(step, layout, rng.lognormal(size=2000), alerts=(alert_at(step, "layers.0.bias"),)) for step in range(700)
+    ]
     write_for_tab(tab.folder / "run", records)
     nodes = ",".join(map(str, range(len(tab.reload().ask("/layout")["labels"]))))
-    for route, query in {"/layout": {}, "/flow": {"nodes": nodes}, "/norms": {}, "/depth": {}, "/alerts": {}, "/alert": {}}.items():
+    for route, query in {
+        "/layout": {},
+        "/flow": {"nodes": nodes},
+        "/norms": {},
+        "/depth": {},
+        "/alerts": {},
+        "/alert": {},
+    }.items():
         assert len(tab.get(route, run="run", **query).data) < 2e6
 
 

@@ -25,12 +25,12 @@ VIEWS = {
     "custom_scalars": ("", "custom_scalars&_smoothingWeight=0", 940),
     "text": ("", "text", 760),
     "histograms": ("", "histograms", 900),
-    "tab_flow": ("", "gradguard&p.gradguard.step=1500", 830),
-    "tab_change": ("", "gradguard&p.gradguard.colour=change&p.gradguard.from=1200&p.gradguard.to=1500", 830),
-    "tab_norms": ("", "gradguard&p.gradguard.view=norms", 830),
-    "tab_distribution": ("", "gradguard&p.gradguard.view=distribution", 830),
-    "tab_depth": ("darkMode=true", "gradguard&p.gradguard.view=depth", 830),
-    "tab_alerts": ("darkMode=true", "gradguard&p.gradguard.view=alerts", 700),
+    "tab_flow": ("", "gradguard&p.gradguard.step=1500", 930),
+    "tab_change": ("", "gradguard&p.gradguard.colour=change&p.gradguard.from=1200&p.gradguard.to=1500", 930),
+    "tab_norms": ("", "gradguard&p.gradguard.view=norms", 930),
+    "tab_distribution": ("", "gradguard&p.gradguard.view=distribution", 930),
+    "tab_depth": ("darkMode=true", "gradguard&p.gradguard.view=depth", 930),
+    "tab_alerts": ("darkMode=true", "gradguard&p.gradguard.view=alerts&p.gradguard.alert=newest", 930),
 }
 """By picture: TensorBoard's settings, its tab, and the height of the window in pixels. Smoothing would hide one step."""
 

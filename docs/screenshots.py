@@ -1,6 +1,6 @@
 """Takes the pictures of README.md: a real TensorBoard on the quickstart's run, in a real browser.
 
-Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extra `docs`, Chromium and its driver.
+Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extras `docs` and `tensorboard-tab`, Chromium and its driver.
 """
 
 from __future__ import annotations
@@ -25,6 +25,12 @@ VIEWS = {
     "custom_scalars": ("", "custom_scalars&_smoothingWeight=0", 940),
     "text": ("", "text", 760),
     "histograms": ("", "histograms", 900),
+    "tab_flow": ("", "gradguard&p.gradguard.step=1500", 930),
+    "tab_change": ("", "gradguard&p.gradguard.colour=change&p.gradguard.from=1200&p.gradguard.to=1500", 930),
+    "tab_norms": ("", "gradguard&p.gradguard.view=norms", 930),
+    "tab_distribution": ("", "gradguard&p.gradguard.view=distribution", 930),
+    "tab_depth": ("darkMode=true", "gradguard&p.gradguard.view=depth", 930),
+    "tab_alerts": ("darkMode=true", "gradguard&p.gradguard.view=alerts&p.gradguard.alert=newest", 930),
 }
 """By picture: TensorBoard's settings, its tab, and the height of the window in pixels. Smoothing would hide one step."""
 
@@ -70,13 +76,15 @@ def browser() -> Iterator[webdriver.Chrome]:
             driver.quit()
 
 
-def main(log_dir: str = "logs/quickstart") -> None:
-    """One picture of each view."""
+def main(log_dir: str = "logs/quickstart", *names: str) -> None:
+    """One picture of each view, or of those that are named."""
     IMAGES.mkdir(exist_ok=True)
     with tensorboard(log_dir) as address, browser() as driver:
-        for name, (settings, tab, height) in VIEWS.items():
+        for name in names or VIEWS:
+            settings, tab, height = VIEWS[name]
             driver.set_window_size(1500, height)
-            driver.get(f"{address}/?darkMode=false&{settings}#{tab}")
+            driver.get("about:blank")
+            driver.get(f"{address}/?{settings if 'darkMode' in settings else f'darkMode=false&{settings}'}#{tab}")
             WebDriverWait(driver, 30).until(lambda found: found.find_elements(By.CSS_SELECTOR, "tb-app-root, app-header"))
             WebDriverWait(driver, 60).until(_is_drawn)
             driver.save_screenshot(str(IMAGES / f"{name}.png"))

@@ -11,21 +11,42 @@ from raw_loop import records
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard import GradientWarning, Sink, SinkWarning
+from lightning_gradguard import Culprit, GradientWarning, Sink, SinkWarning
 from lightning_gradguard.record import Position
-from lightning_gradguard.sinks import ConsoleSink, FunctionSink, JsonlSink, LoggerSink, TensorBoardSink
+from lightning_gradguard.sinks import (
+    ConsoleSink,
+    FunctionSink,
+    JsonlSink,
+    LoggerSink,
+    MlflowSink,
+    TensorBoardSink,
+    WandbSink,
+)
 from lightning_gradguard.sinks.base import SafeSink, to_sink
 from lightning_gradguard.sinks.tags import scalars, tag_prefix
 
 
 class Metrics:
-    """A logger that keeps what it gets."""
+    """A logger that keeps what it gets; it has what W&B's and MLflow's have beside."""
+
+    run_id = "7"
 
     def __init__(self):
-        self.rows = []
+        self.rows, self.tables, self.artifacts = [], [], {}
+
+    @property
+    def experiment(self):
+        return self
 
     def log_metrics(self, metrics, step=None):
         self.rows.append((step, metrics))
+
+    def log_text(self, *arguments, **table):
+        if table:
+            self.tables.append(table)
+        else:
+            run_id, text, path = arguments
+            self.artifacts[run_id, path] = text
 
 
 MAKERS = {
@@ -33,6 +54,8 @@ MAKERS = {
     "function": lambda folder: FunctionSink(lambda record: None),
     "jsonl": lambda folder: JsonlSink(folder / "new" / "alerts.jsonl"),
     "logger": lambda folder: LoggerSink(Metrics()),
+    "mlflow": lambda folder: MlflowSink(Metrics()),
+    "wandb": lambda folder: WandbSink(Metrics(), dict),
     "tensorboard": lambda folder: TensorBoardSink(SummaryWriter(folder)),
     "tensorboard-lazy": lambda folder: TensorBoardSink(lambda: SummaryWriter(folder)),
 }
@@ -182,6 +205,56 @@ def test_logger_gets_due_steps_and_steps_with_an_alert():
     for record in records(log_every_n_steps=0):
         sink.write(record)
     assert [step for step, _ in metrics.rows] == [1, 3, 3]
+
+
+def test_logger_is_told_of_alerts_by_kind():
+    """As one more scalar, so that each logger can show it."""
+    metrics = Metrics()
+    write_all(LoggerSink(metrics), records())
+    assert [step for step, row in metrics.rows if row.get("gradguard/alerts/nonfinite") == 1.0] == [3]
+
+
+def test_wandb_gets_histograms_and_a_table_of_alerts():
+    """Each histogram as counts and edges; the table grows with each alert."""
+    metrics = Metrics()
+    sink = WandbSink(metrics, dict)
+    run = records(histogram_every_n_steps=1)
+    write_all(sink, run)
+    drawn = [row["gradients/0.weight"] for _, row in metrics.rows if "gradients/0.weight" in row]
+    counts, edges = drawn[0]["np_histogram"]
+    assert len(drawn) == len([record for record in run if record.histograms and "0.weight" in record.histograms.names])
+    assert len(counts) + 1 == len(edges)
+    (table,) = metrics.tables
+    assert table["columns"][1] == "kind"
+    assert table["data"][0][1:3] == ["nonfinite", "skip"]
+
+
+def test_mlflow_gets_the_alerts_as_a_file():
+    """One line of JSON each, all of them at each alert, since an artifact can't be appended to."""
+    metrics = Metrics()
+    sink = MlflowSink(metrics)
+    write_all(sink, [*records(), *records()])
+    lines = metrics.artifacts["7", "gradguard/alerts.jsonl"].splitlines()
+    assert [json.loads(line)["kind"] for line in lines] == ["nonfinite", "nonfinite"]
+
+
+@quiet
+def test_tensorboard_alert_with_markup_in_it_stays_a_table(tmp_path):
+    """Names and messages can't break out of their cells."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    record = records()[3]
+    culprit = Culprit("forward", "a|b", "aten::log", "m.py", 3, samples=(1, 2))
+    (alert,) = record.alerts
+    parameters = (replace(alert.parameters[0], name="<b>|`x`"),)
+    alert = replace(alert, message="<script>|", parameters=parameters, culprit=culprit)
+    with SummaryWriter(tmp_path) as writer:
+        TensorBoardSink(writer).write(replace(record, alerts=(alert,)))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    text = events.Tensors("gradguard/alerts")[0].tensor_proto.string_val[0].decode()
+    assert "**&lt;script&gt;&#124;**" in text
+    assert "| &lt;b&gt;&#124;`x` | nan |" in text
+    assert "| who | forward: a&#124;b aten::log, m.py:3, samples 1, 2 |" in text
 
 
 def test_scalars_hold_the_contract():

@@ -1,10 +1,14 @@
-"""Scalars in any logger of Lightning's, through its own interface."""
+"""Scalars and alerts in any logger of Lightning's, through its own interface."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, Protocol
 
-from lightning_gradguard.record import Record
+from lightning_gradguard.layout import Floats
+from lightning_gradguard.record import Alert, Record
 from lightning_gradguard.sinks.tags import scalars, tag_prefix
 
 
@@ -18,8 +22,11 @@ class MetricsLogger(Protocol):
 class LoggerSink:
     """Passes the scalars of due steps, and of steps with an alert, to a logger.
 
+    An alert is one more scalar, `alerts/<kind>`: how many there are at that step. Loggers that take more get more: see
+    `WandbSink` and `MlflowSink`.
+
     Args:
-        logger: CSVLogger, WandbLogger, MLFlowLogger, or your own.
+        logger: CSVLogger, or your own.
     """
 
     def __init__(self, logger: MetricsLogger) -> None:
@@ -29,11 +36,74 @@ class LoggerSink:
         """Pass the scalars on."""
         if record.scalars_due or record.alerts:
             prefix = tag_prefix(record.position)
-            metrics = {f"{prefix}/{name}": value for name, value in scalars(record).items()}
+            values = scalars(record)
+            values |= {
+                f"alerts/{kind}": float(count) for kind, count in Counter(each.kind for each in record.alerts).items()
+            }
+            metrics = {f"{prefix}/{name}": value for name, value in values.items()}
             self._logger.log_metrics(metrics, step=record.position.log_step)
 
     def close(self) -> None:
         """Nothing to close: the logger belongs to the Trainer."""
 
     def __repr__(self) -> str:
-        return f"LoggerSink({type(self._logger).__name__})"
+        return f"{type(self).__name__}({type(self._logger).__name__})"
+
+
+class WandbSink(LoggerSink):
+    """Weights & Biases: also histograms, and alerts as a table that grows.
+
+    Args:
+        logger: Lightning's WandbLogger.
+        histogram: makes what W&B draws from counts and bin edges: `wandb.Histogram`.
+    """
+
+    _COLUMNS = ("step", "kind", "action", "value", "limit", "parameters", "message", "remedy")
+
+    def __init__(self, logger: Any, histogram: Callable[..., Any]) -> None:
+        super().__init__(logger)
+        self._wandb = logger
+        self._histogram = histogram
+        self._rows: list[list[Any]] = []
+
+    def write(self, record: Record) -> None:
+        """Pass everything on that is due."""
+        super().write(record)
+        step = record.position.log_step
+        if record.histograms is not None:
+            folder = "gradients" + tag_prefix(record.position).removeprefix("gradguard")
+            pairs = zip(record.histograms.names, record.histograms.counts, strict=True)
+            drawn = {f"{folder}/{name}": self._draw(counts, record.histograms.edges) for name, counts in pairs}
+            self._wandb.log_metrics(drawn, step=step)
+        if record.alerts:
+            self._rows.extend(_row(alert) for alert in record.alerts)
+            self._wandb.log_text(key="gradguard/alerts", columns=list(self._COLUMNS), data=self._rows, step=step)
+
+    def _draw(self, counts: Floats, edges: Floats) -> Any:
+        return self._histogram(np_histogram=(counts, edges))
+
+
+class MlflowSink(LoggerSink):
+    """MLflow: also alerts, as the artifact `gradguard/alerts.jsonl`. It has no histograms.
+
+    Args:
+        logger: Lightning's MLFlowLogger.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger)
+        self._mlflow = logger
+        self._lines: list[str] = []
+
+    def write(self, record: Record) -> None:
+        """Pass everything on that is due."""
+        super().write(record)
+        if record.alerts:
+            self._lines.extend(json.dumps(alert.to_dict(), allow_nan=False) + "\n" for alert in record.alerts)
+            self._mlflow.experiment.log_text(self._mlflow.run_id, "".join(self._lines), "gradguard/alerts.jsonl")
+
+
+def _row(alert: Alert) -> list[Any]:
+    names = ", ".join(parameter.name for parameter in alert.parameters)
+    action = alert.action.value
+    return [alert.step, alert.kind, action, alert.value, alert.limit, names, alert.message, alert.remedy]

@@ -25,7 +25,7 @@ class TabSeries:
         self._num_events: Counter[tuple[int, int, str]] = Counter()
 
     def values(self, record: Record) -> list[Summary.Value]:
-        """What is to be written of a record: nothing, unless scalars are due, or there is an alert, a skip or a histogram."""
+        """What is written of a record: nothing, unless scalars are due, or there is an alert, a skip or a histogram."""
         if not (record.scalars_due or record.alerts or record.decision.skip or record.histograms is not None):
             return []
         optimizer, layout = record.position.optimizer, record.measurement.layout

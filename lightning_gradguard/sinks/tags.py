@@ -22,6 +22,18 @@ DESCRIPTIONS = {
 }
 
 
+def description(tag: str) -> str:
+    """What a tag shows, for TensorBoard's information icon.
+
+    >>> description("gradguard/norm/encoder.0")
+    '2-norm of the gradients of encoder.0, before clipping.'
+    """
+    group = tag.partition("/norm/")[2]
+    if group:
+        return f"2-norm of the gradients of {group}, before clipping."
+    return DESCRIPTIONS.get(tag.rpartition("/")[2], "")
+
+
 def tag_prefix(position: Position) -> str:
     """`gradguard`, or `gradguard/<n>` where there are several optimizers."""
     return "gradguard" if position.num_optimizers == 1 else f"gradguard/{position.optimizer}"

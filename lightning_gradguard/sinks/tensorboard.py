@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from lightning_gradguard.record import Alert, Histograms, Record
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
-from lightning_gradguard.sinks.tags import DESCRIPTIONS, scalars, tag_prefix
+from lightning_gradguard.sinks.tags import description, scalars, tag_prefix
 
 _NORM_EDGES = np.arange(-20.0, 9.0, 0.25)
 
@@ -59,13 +60,11 @@ class TensorBoardSink:
             file_writer = self._open()._get_file_writer()  # type: ignore[no-untyped-call]
             file_writer.add_summary(Summary(value=values), step)
 
-    def _describe(self, value: Summary.Value, plugin: str, description: str | None = None) -> Summary.Value:
+    def _describe(self, value: Summary.Value, plugin: str, about: str | None = None) -> Summary.Value:
         """Say at a tag's first value what it is; TensorBoard ignores it on later ones."""
         if value.tag not in self._described:
             self._described.add(value.tag)
-            name = value.tag.rpartition("/")[2]
-            about = DESCRIPTIONS.get(name, "") if description is None else description
-            value.metadata.CopyFrom(metadata(plugin, about))
+            value.metadata.CopyFrom(metadata(plugin, description(value.tag) if about is None else about))
         return value
 
     def _page(self, record: Record) -> list[Summary.Value]:
@@ -108,10 +107,45 @@ class TensorBoardSink:
 
 
 def _table(alert: Alert) -> str:
-    rows = "\n".join(
-        f"| `{parameter.name}` | {parameter.norm:.3g} | {parameter.num_nan} | {parameter.num_inf} |"
-        for parameter in alert.parameters
-    )
-    table = f"\n\n| parameter | norm | NaN | Inf |\n|---|---|---|---|\n{rows}" if rows else ""
-    factors = "" if alert.culprit is None or not alert.culprit.factors else "\n\n" + "\n".join(alert.culprit.factors)
-    return f"**{alert.kind}** ({alert.action}): {alert.message}\n\n{alert.remedy}{table}{factors}"
+    facts = {
+        "what": f"{alert.kind}, {alert.action}",
+        "step": f"{alert.step}" if alert.epoch is None else f"{alert.step} (epoch {alert.epoch}, batch {alert.batch_idx})",
+        "found": f"{alert.value:.4g}, limit {alert.limit:.4g}",
+        **_culprit(alert),
+        "what to try": alert.remedy,
+    }
+    lines = [f"**{_cell(alert.message)}**", "", "| | |", "|---|---|"]
+    lines += [f"| {name} | {_cell(value)} |" for name, value in facts.items()]
+    if alert.parameters:
+        lines += ["", "| parameter | norm | NaN | Inf |", "|---|---|---|---|"]
+        lines += [f"| {_name(each.name)} | {each.norm:.3g} | {each.num_nan} | {each.num_inf} |" for each in alert.parameters]
+    if alert.culprit is not None and alert.culprit.factors:
+        lines += ["", *alert.culprit.factors]
+    return "\n".join(lines)
+
+
+def _culprit(alert: Alert) -> dict[str, str]:
+    culprit = alert.culprit
+    if culprit is None:
+        return {}
+    place = "" if culprit.file is None else f", {culprit.file}:{culprit.line}"
+    samples = "" if culprit.samples is None else f", samples {', '.join(map(str, culprit.samples[:20]))}"
+    return {"who": f"{culprit.phase}: {culprit.module or 'training_step'} {culprit.op}{place}{samples}"}
+
+
+def _name(name: str) -> str:
+    return f"`{name}`" if re.fullmatch(r"[\w.\[\]-]+", name) else _cell(name)
+
+
+def _cell(text: str) -> str:
+    """A text as a cell of a table: neither Markdown nor HTML; TensorBoard also cleans what it shows."""
+    for character, escaped in (
+        ("&", "&amp;"),
+        ("<", "&lt;"),
+        (">", "&gt;"),
+        ("|", "&#124;"),
+        ("*", "&#42;"),
+        ("_", "&#95;"),
+    ):
+        text = text.replace(character, escaped)
+    return " ".join(text.split())

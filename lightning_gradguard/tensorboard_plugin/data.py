@@ -135,11 +135,11 @@ class Series:
 
     def __init__(self, layouts: Mapping[tuple[str, int], Mapping[str, Any]]) -> None:
         sizes: dict[str, tuple[int, int]] = {}
-        for layout in reversed(layouts.values()):  # the newest first, so that its order is the one shown
+        for layout in reversed(list(layouts.values())):  # the newest first, so that its order is the one shown
             for name, numel, ndim in zip(layout["names"], layout["numels"], layout["ndims"], strict=True):
                 sizes.setdefault(name, (numel, ndim))
         index = {name: number for number, name in enumerate(sizes)}
-        self.layout_key = f"{len(layouts)}-{next(reversed(layouts))[0]}"
+        self.layout_key = f"{len(layouts)}-{max(layouts)[0]}"
         """Is another when the tree is."""
         self.names = tuple(sizes)
         self.tree = Tree.of(self.names)
@@ -187,8 +187,8 @@ class Series:
         """The steps so far, without those that a resumed run has taken again."""
         if self._snapshot is None:
             keep = self._is_current(self._session.all, self._steps.all)
-            arrays = [self._steps.all, self._facts.all, self._codes.all]
-            steps, facts, codes = arrays if keep.all() else [array[keep] for array in arrays]
+            part = slice(None) if keep.all() else np.flatnonzero(keep)  # a view, where nothing is left out
+            steps, facts, codes = self._steps.all[part], self._facts.all[part], self._codes.all[part]
             self._snapshot = Snapshot(self.tree, self._numels, self._ndims, steps, facts, codes)
         return self._snapshot
 

@@ -23,7 +23,7 @@ from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
 from lightning_gradguard.tensorboard_plugin import views
-from lightning_gradguard.tensorboard_plugin.data import Run, Series, Source
+from lightning_gradguard.tensorboard_plugin.data import Run, Series, Snapshot, Source
 from lightning_gradguard.tensorboard_plugin.wire import PLUGIN_NAME, Tag
 
 _STATIC = Path(__file__).parent / "static"
@@ -156,7 +156,7 @@ class Query:
         return self.run.series[self.optimizer]
 
     @property
-    def window(self) -> views.Snapshot:
+    def window(self) -> Snapshot:
         """Its steps in the range asked for."""
         return self.series.snapshot().between(self.number("from"), self.number("to"))
 

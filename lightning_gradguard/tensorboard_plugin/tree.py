@@ -54,8 +54,8 @@ class Tree:
         labels, paths, depths, parents, parameters = zip(*rows, strict=True) if rows else ((), (), (), (), ())
         order = [parameter for parameter in parameters if parameter >= 0]
         is_leaf = np.array(parameters, dtype=np.int64) >= 0
-        starts = np.cumsum(is_leaf) - is_leaf
-        ends = starts + is_leaf
+        starts: Ints = np.cumsum(is_leaf) - is_leaf
+        ends: Ints = starts + is_leaf
         for node in reversed(range(len(rows))):
             if parents[node] >= 0:
                 ends[parents[node]] = max(ends[parents[node]], ends[node])
@@ -114,7 +114,8 @@ def _grow(names: Sequence[str]) -> _Branch:
 
 
 def _walk(root: _Branch) -> Iterator[tuple[str, str, int, int, int]]:
-    """Label, path, depth, parent and parameter of each node. A stack, since a name may have more dots than Python has frames."""
+    """Label, path, depth, parent and parameter of each node."""
+    # A stack of our own, since a name may have more dots than Python has frames.
     stack = [(label, label, branch, 0, -1) for label, branch in reversed(root.children.items())]
     node = 0
     while stack:

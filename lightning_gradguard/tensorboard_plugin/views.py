@@ -1,9 +1,9 @@
 """What each view of the tab is sent: downsampled so that it stays small, and so that nothing that matters is lost.
 
-Heat map: logged steps are drawn together in columns of equal count, and each cell is sent as the largest and the smallest norm
-of its column, where NaN is larger than Inf is larger than any number, so that no spike, hole or damage can fall between two
-columns. Curves: of each stretch of steps those where one of the curves is largest or smallest are sent, with every step that was
-skipped or has an alert, up to `MAX_POINTS`. Alerts are sent in pages, and counted in full.
+Heat map: logged steps are drawn together in columns of equal count, and each cell is sent as the largest and the smallest
+norm of its column, where NaN is larger than Inf is larger than any number, so that no spike, hole or damage can fall between
+two columns. Curves: of each stretch of steps those where one of the curves is largest or smallest are sent, with the steps
+that were skipped or have an alert, up to `MAX_POINTS` in all. Alerts are sent in pages, and counted in full.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _extremes(snapshot: Snapshot, happened: NDArray[np.bool_]) -> Ints:
     for name in curves:
         values = snapshot.fact(name)
         order = np.where(np.isnan(values), np.inf, values)
-        for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        for begin, end in pairwise(bounds.tolist()):
             part = order[begin:end]
             chosen.append([begin + int(part.argmax()), begin + int(part.argmin())])
     return np.unique(np.concatenate([np.asarray(part, dtype=np.int64) for part in chosen]))

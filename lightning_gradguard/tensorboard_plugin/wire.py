@@ -103,7 +103,8 @@ def encode(norms: Floats, has_grad: Bools) -> Codes:
     codes[np.isinf(norms)] = INFINITE
     codes[np.isnan(norms)] = NAN
     codes[~has_grad] = NO_GRADIENT
-    return codes.astype(np.int16)
+    packed: Codes = codes.astype(np.int16)
+    return packed
 
 
 def decode(codes: Codes) -> Floats:
@@ -121,4 +122,5 @@ def decode(codes: Codes) -> Floats:
 
 def is_finite_code(codes: Codes) -> Bools:
     """Which codes stand for a norm that has a logarithm."""
-    return (codes >= _SMALLEST) & (codes <= _LARGEST)
+    finite: Bools = (codes >= _SMALLEST) & (codes <= _LARGEST)
+    return finite

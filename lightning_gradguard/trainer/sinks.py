@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
-from lightning_gradguard.sinks import ConsoleSink, JsonlSink, LoggerSink, Sink, TensorBoardSink
+from lightning_gradguard.sinks import ConsoleSink, JsonlSink, LoggerSink, MlflowSink, Sink, TensorBoardSink, WandbSink
 
 
 def all_sinks(trainer: Trainer, own: Sequence[Sink]) -> tuple[Sink, ...]:
@@ -30,6 +31,11 @@ def all_sinks(trainer: Trainer, own: Sequence[Sink]) -> tuple[Sink, ...]:
 
 def _of_logger(logger: Logger) -> Sink:
     # By name, since `lightning` and `pytorch_lightning` have distinct classes.
-    if any(cls.__name__ == "TensorBoardLogger" for cls in type(logger).__mro__):
+    names = {cls.__name__ for cls in type(logger).__mro__}
+    if "TensorBoardLogger" in names:
         return TensorBoardSink(lambda: logger.experiment)  # type: ignore[attr-defined]  # of the subclass
+    if "WandbLogger" in names:
+        return WandbSink(logger, importlib.import_module("wandb").Histogram)
+    if "MLFlowLogger" in names:
+        return MlflowSink(logger)
     return LoggerSink(logger)

@@ -66,10 +66,12 @@ class Page:
             const plot = document.querySelector(arguments[0]);
             const count = (selector) => plot.querySelectorAll(selector).length;
             return {
-                traces: plot.data.map((t) => ({name: t.name, type: t.type, x: Array.from(t.x ?? []), y: Array.from(t.y ?? []),
-                                               rows: t.z?.length})),
+                traces: plot.data.map((t) => ({
+                    name: t.name, type: t.type, x: Array.from(t.x ?? []), y: Array.from(t.y ?? []), rows: t.z?.length,
+                })),
                 lines: count("path.js-line"), points: count("path.point"), shapes: count(".shapelayer path"),
-                images: [...plot.querySelectorAll("image")].map((i) => i.getBoundingClientRect()).map((r) => r.width * r.height),
+                images: [...plot.querySelectorAll("image")].map((i) => i.getBoundingClientRect())
+                    .map((r) => r.width * r.height),
                 background: plot.layout.plot_bgcolor, label: plot.getAttribute("aria-label"),
             };
         """

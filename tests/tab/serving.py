@@ -9,11 +9,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import tomllib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import tomllib
 from selenium import webdriver
 
 ROOT = Path(__file__).parents[2]

@@ -265,6 +265,7 @@ def test_new_steps_appear_while_looking(page, runs):
     assert "9 columns" in page.plot(".heat")["label"]
 
 
+@pytest.mark.slow
 def test_folder_without_our_data_says_what_to_do(driver, tmp_path):
     """A newcomer gets the two lines of code."""
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
@@ -278,6 +279,7 @@ def test_folder_without_our_data_says_what_to_do(driver, tmp_path):
     assert "Trainer(callbacks=[GradGuard(" in text
 
 
+@pytest.mark.slow
 def test_without_plotly_alerts_are_shown_and_the_rest_explained(driver, runs):
     """The extra is named; so is how to get it."""
     with tensorboard(runs, without="plotly", fast=True) as address:

@@ -27,7 +27,8 @@ LAYOUT = layout_of(*NAMES)
 
 def test_import_of_the_plugin_loads_neither_torch_nor_lightning():
     """TensorBoard starts as fast as before."""
-    code = "import sys, lightning_gradguard.tensorboard_plugin.plugin as p; print({'torch', 'lightning', 'plotly'} & set(sys.modules))"
+    module = "lightning_gradguard.tensorboard_plugin.plugin"
+    code = f"import sys, {module}; print({{'torch', 'lightning', 'plotly'}} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -369,9 +370,10 @@ def test_run_without_our_data_is_not_listed(tab):
 
 def test_layout_missing_from_the_file_leaves_the_alerts(tab):
     """Norms without names are passed over."""
-    from lightning_gradguard.sinks.summaries import array, strings  # noqa: PLC0415
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
+
+    from lightning_gradguard.sinks.summaries import array, strings  # noqa: PLC0415
 
     alert = json.dumps(alert_at(3, "p").to_dict())
     with SummaryWriter(str(tab.folder / "run")) as writer:
@@ -386,10 +388,10 @@ def test_layout_missing_from_the_file_leaves_the_alerts(tab):
 
 def test_event_of_another_shape_is_left_out(tab):
     """As a later version of the package might write."""
-    from lightning_gradguard.sinks.summaries import array  # noqa: PLC0415
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
     from tensorboard.compat.proto.summary_pb2 import Summary  # noqa: PLC0415
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415
 
+    from lightning_gradguard.sinks.summaries import array  # noqa: PLC0415
     from lightning_gradguard.sinks.tab import TabSeries  # noqa: PLC0415
 
     series = TabSeries()

@@ -80,7 +80,8 @@ def _facts(record):
         "coef": record.clip_coef,
         "verdicts": [(verdict.kind, verdict.message) for verdict in record.verdicts],
         "decision": vars(record.decision),
-        "alerts": [(alert.kind, alert.step, alert.action) for alert in record.alerts],  # replays look at earlier batches, too
+        # Without their messages: those of replays compare with earlier batches.
+        "alerts": [(alert.kind, alert.step, alert.action) for alert in record.alerts],
         "totals": vars(record.totals),
     }
 

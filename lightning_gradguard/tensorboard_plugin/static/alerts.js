@@ -54,7 +54,7 @@ export class AlertsView {
   }
 
   rows(alert, open) {
-    const isOpen = open?.id === alert.id && state.alert === alert.id;
+    const isOpen = open?.id === alert.id;
     const pressed = () => set(isOpen ? { alert: null } : { alert: alert.id, step: alert.x });
     const row = h(
       "tr", { class: isOpen ? "open" : "", "data-alert": alert.id },

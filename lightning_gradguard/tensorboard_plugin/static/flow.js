@@ -2,7 +2,7 @@
 
 import { decades, INFINITE, isFinite16, NAN, nameOf, NO_GRADIENT, unpack, ZERO } from "./api.js";
 import { count, fill, h, number, toggle } from "./dom.js";
-import { axis, draw, layout, MARK_AXIS, markTraces, STEP_AXIS, vertical, zooms } from "./plot.js";
+import { axis, draw, heightBelow, layout, MARK_AXIS, markTraces, STEP_AXIS, vertical, zooms } from "./plot.js";
 import { set, state } from "./state.js";
 import { colour } from "./theme.js";
 
@@ -118,7 +118,8 @@ export class FlowView {
   }
 
   get rowHeight() {
-    return Math.round(Math.min(Math.max(380 / Math.max(this.flow.nodes.length, 1), 14), 34));
+    const room = heightBelow(this.rows.parentElement, 240, 600);
+    return Math.floor(Math.min(Math.max(room / Math.max(this.flow.nodes.length, 1), 14), 34));
   }
 
   drawLabels(open) {

@@ -130,7 +130,7 @@ def _turned(reached: Sequence[Taint], batch: Batch) -> Taint:
     made = [taint for taint in reached if taint.op and taint.origin in ("", "constant")]
     own = [taint for taint in made if not taint.origin]
     # Infinity that never became NaN: where it was no longer one element among many.
-    reduced = next((taint for taint in own if taint.shrinks and taint.parents), None)
+    reduced = next((taint for taint in own if taint.shrinks), None)
     return reduced or (own or made or list(reached))[0]
 
 

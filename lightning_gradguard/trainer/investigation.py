@@ -113,7 +113,7 @@ class Investigation:
         held = position.step if self._window.is_held(position.step) else None
         search = _Search(self._module)
         begin = time.perf_counter()
-        replayed = self._replay.run(optimizer, step=held, observe=search.observe)
+        replayed = self._replay.run(optimizer, step=held, observe=search.observe, passed=search.forget)
         seconds = time.perf_counter() - begin
         looked = _Look(replayed, is_late=held is not None)
         reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
@@ -123,7 +123,7 @@ class Investigation:
         if blame is not None and blame.is_state and is_alone:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
             again = _Search(self._module)
-            self._replay.run(optimizer, step=held, observe=again.observe, prepare=_heal)
+            self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=_heal)
             if again.blame is not None:
                 blame, reproduced, error = again.blame, False, None
         if blame is None:
@@ -187,6 +187,12 @@ class _Search:
         self.blame: Blame | None = None
         self.sizes: list[int] = []
         """Samples in each micro-batch."""
+        self._damage: Damage | None = None
+
+    def forget(self) -> None:
+        """Another optimizer has stepped: its loss is no concern of this one."""
+        if self._damage is not None:
+            self._damage.losses.clear()
 
     @contextmanager
     def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
@@ -196,7 +202,7 @@ class _Search:
         if self.blame is not None:
             yield
             return
-        damage = Damage(self._module, batch)
+        self._damage = damage = Damage(self._module, batch)
         damage.label(leaves_of(micro_batch.batch), "data")
         damage.label(self._module.named_parameters(), "weights")
         damage.label(self._module.named_buffers(), "state")

@@ -1,8 +1,8 @@
 """What naming a culprit costs, over a plain step: one replay with the damage followed, on an incident; nothing else is paid.
 
-A plain step is forward and backward. The replay is `Replay.run`, on a healthy step and on one with a NaN in the first weight, from
-which on everything is damaged; saving the state and putting it back is included. In a run without incidents there is one note of
-each batch.
+A plain step is forward and backward. The replay is `Replay.run`, on a healthy step and on one with a NaN in the first
+weight, from which on everything is damaged; saving the state and putting it back is included. In a run without incidents
+there is one note of each batch.
 """
 
 from __future__ import annotations

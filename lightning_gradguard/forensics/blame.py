@@ -20,11 +20,13 @@ class Blame:
         phase: what kind of thing it is.
         taint: the damaged tensor.
         samples: bad rows of the batch; None if it is not single ones, or can't be told from the tensors.
+        is_widespread: whether most samples are bad, but not all, so that nothing is to be gained by taking some out.
     """
 
     phase: Phase
     taint: Taint
     samples: tuple[int, ...] | None
+    is_widespread: bool = False
 
     @property
     def is_state(self) -> bool:
@@ -138,8 +140,11 @@ def _blame(culprit: Taint, reached: Sequence[Taint], batch: Batch) -> Blame:
     phase: Phase = "backward" if culprit.is_backward else "forward"
     if culprit.origin in ("data", "weights", "state"):
         phase = "data" if culprit.origin == "data" else "weights"
-    rows = None if phase == "weights" else _rows(culprit, reached, batch)
-    return Blame(phase, culprit, rows)
+    if phase in ("data", "weights"):
+        return Blame(phase, culprit, _rows(culprit, reached, batch) if phase == "data" else None)
+    rows = _rows(culprit, reached, batch)
+    is_widespread = rows is not None and 2 * len(rows) > max(batch.size, 2)
+    return Blame(phase, culprit, None if is_widespread else rows, is_widespread)
 
 
 def _rows(culprit: Taint, reached: Sequence[Taint], batch: Batch) -> tuple[int, ...] | None:

@@ -24,7 +24,7 @@ from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.record import Culprit, Measurement, Position, Record
 from lightning_gradguard.trainer.diagnosis import Diagnosis
-from lightning_gradguard.trainer.replay import Replay, Replayed, average_over_ranks_, compare
+from lightning_gradguard.trainer.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.window import MicroBatch, Window
 
 _MAX_BISECTION_RUNS = 24
@@ -49,7 +49,9 @@ class Investigation:
         self._module = module
         self._window = window
         self._replay = Replay(trainer, module, window, buffers)
-        self._num_left = max_replays
+        self._max_replays = max_replays
+        self.num_done = 0
+        """Steps looked into so far."""
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
@@ -68,9 +70,9 @@ class Investigation:
         Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
         """
-        if self._num_left < 1:
+        if self.num_done >= self._max_replays or not can_replay(self._module):
             return None
-        self._num_left -= 1
+        self.num_done += 1
         optimizer = self._trainer.optimizers[position.optimizer]
         if kind != "nonfinite":
             return None if self._is_sharded else self._diagnose(optimizer, position, kind)
@@ -128,7 +130,8 @@ class Investigation:
                 blame, reproduced, error = again.blame, False, None
         if blame is None:
             return looked
-        if blame.samples is None and blame.phase in ("forward", "backward") and len(search.sizes) == 1 and is_alone:
+        is_open = blame.samples is None and blame.phase in ("forward", "backward") and not blame.is_widespread
+        if is_open and len(search.sizes) == 1 and is_alone:
             blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
         looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
         return looked

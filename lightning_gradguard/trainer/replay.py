@@ -48,6 +48,11 @@ class Replayed:
         return all(bool(getattr(value, "_local_tensor", value).isfinite().all()) for value in values)
 
 
+def can_replay(module: LightningModule) -> bool:
+    """Whether there are batches to go back to: a `training_step` that fetches its own uses them up."""
+    return not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+
+
 class Replay:
     """Runs the forward and backward passes of one optimizer's step again, on the same batches from the same random state.
 

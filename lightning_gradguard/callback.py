@@ -140,6 +140,7 @@ class GradGuard(Callback):
         self._random: dict[str, Any] | None = None
         self._window = Window()
         self._investigation: Investigation | None = None
+        self._num_replays = 0
         self._bundles: Bundles | None = None
         self._guards: dict[int, Guard] = {}
         self._restored: list[dict[str, Any]] = []
@@ -209,6 +210,7 @@ class GradGuard(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until there are guards to take it."""
         self._restored = state_dict["guards"]
+        self._num_replays, self._investigation = state_dict.get("num_replays", 0), None
         self._progress = Progress(**state_dict.get("recovery", {}))
         self._left_out.update(state_dict.get("quarantine", ()))
         if self._quarantine is not None:
@@ -227,9 +229,11 @@ class GradGuard(Callback):
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
         self._window = Window()
+        self._num_replays = self._num_replays_done
         self._investigation = None
         if self._max_replays:
-            self._investigation = Investigation(trainer, pl_module, self._window, buffers, self._max_replays)
+            left = self._max_replays - self._num_replays
+            self._investigation = Investigation(trainer, pl_module, self._window, buffers, left)
         self._bundles = None
         if self._max_bundle_mib is not None:
             self._bundles = Bundles(
@@ -313,11 +317,16 @@ class GradGuard(Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to decide as one that ran through."""
         state: dict[str, Any] = {"guards": [guard.state_dict() for guard in self._guards.values()] or self._restored}
+        state["num_replays"] = self._num_replays_done
         if self._recovery is not None:
             state["recovery"] = vars(self._recovery.progress).copy()
         if self._quarantine is not None:
             state["quarantine"] = sorted(self._quarantine.left_out)
         return state
+
+    @property
+    def _num_replays_done(self) -> int:
+        return self._num_replays + (0 if self._investigation is None else self._investigation.num_done)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Wait for the last step, and say what the run came to."""

@@ -20,11 +20,13 @@ class Blame:
         phase: what kind of thing it is.
         taint: the damaged tensor.
         samples: bad rows of the batch; None if it is not single ones, or can't be told from the tensors.
+        is_widespread: whether most samples are bad, but not all, so that nothing is to be gained by taking some out.
     """
 
     phase: Phase
     taint: Taint
     samples: tuple[int, ...] | None
+    is_widespread: bool = False
 
     @property
     def is_state(self) -> bool:
@@ -130,7 +132,7 @@ def _turned(reached: Sequence[Taint], batch: Batch) -> Taint:
     made = [taint for taint in reached if taint.op and taint.origin in ("", "constant")]
     own = [taint for taint in made if not taint.origin]
     # Infinity that never became NaN: where it was no longer one element among many.
-    reduced = next((taint for taint in own if taint.shrinks and taint.parents), None)
+    reduced = next((taint for taint in own if taint.shrinks), None)
     return reduced or (own or made or list(reached))[0]
 
 
@@ -138,8 +140,11 @@ def _blame(culprit: Taint, reached: Sequence[Taint], batch: Batch) -> Blame:
     phase: Phase = "backward" if culprit.is_backward else "forward"
     if culprit.origin in ("data", "weights", "state"):
         phase = "data" if culprit.origin == "data" else "weights"
-    rows = None if phase == "weights" else _rows(culprit, reached, batch)
-    return Blame(phase, culprit, rows)
+    if phase in ("data", "weights"):
+        return Blame(phase, culprit, _rows(culprit, reached, batch) if phase == "data" else None)
+    rows = _rows(culprit, reached, batch)
+    is_widespread = rows is not None and 2 * len(rows) > max(batch.size, 2)
+    return Blame(phase, culprit, None if is_widespread else rows, is_widespread)
 
 
 def _rows(culprit: Taint, reached: Sequence[Taint], batch: Batch) -> tuple[int, ...] | None:

@@ -6,9 +6,8 @@ import sys
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, autograd, nn
@@ -19,26 +18,26 @@ from lightning_gradguard.forensics.operators import Operator
 from lightning_gradguard.forensics.places import ModuleStack, Place, current_line
 from lightning_gradguard.forensics.samples import Batch
 from lightning_gradguard.forensics.taint import Origin, Taint
-from lightning_gradguard.forensics.tensors import Flaw, Range, describe, flaw_of, kind_of, plain, range_of, tensors_in
+from lightning_gradguard.forensics.tensors import Flaw, Range, describe, flaw_of, plain, range_of, tensors_in
 
 _NUM_BEFORE, _NUM_FRAMES_TO_AUTOGRAD = 6, 8
 
 
-@dataclass(frozen=True)
-class _Step:
+class _Step(NamedTuple):
     """An operator that went well: for the frames before the culprit."""
 
     op: str
     module: str
-    tensor: str
+    dtype: torch.dtype
+    shape: torch.Size
     span: Range
 
     def __str__(self) -> str:
-        return f"{self.op} in {self.module or 'training_step'}: {self.tensor} {self.span}"
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"{self.op} in {self.module or 'training_step'}: {kind} {list(self.shape)} {self.span}"
 
 
-@dataclass(frozen=True, eq=False)
-class _Call:
+class _Call(NamedTuple):
     """An operator that is run.
 
     Attributes:
@@ -115,13 +114,12 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return func(*args, **kwargs)
             operator = self._operators[func] = Operator(func)
         call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled())
-        with torch.no_grad():
-            # What is written in place has to be looked at before; afterwards it is the result.
-            earlier = {id(tensor): self._known(tensor) for tensor in operator.writes(args)}
+        # What is written in place has to be looked at before; afterwards it is the result.
+        earlier = {id(tensor): self._known(tensor) for tensor in operator.writes(args)}
         result = func(*args, **kwargs)
-        if not operator.is_view:
-            with torch.no_grad():
-                self._look(call, result, earlier)
+        # What follows from a loss that is damaged needs no look.
+        if not operator.is_view and not (self.losses and call.node is not None):
+            self._look(call, result, earlier)
         return result
 
     def _look(self, call: _Call, result: Any, earlier: dict[int, Taint | None]) -> None:
@@ -135,7 +133,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (span := range_of(tensor)) is None:
                 continue
             if span.flaw is None:
-                self._before.append(_Step(name, self.modules.current, f"{kind_of(tensor)} {list(tensor.shape)}", span))
+                self._before.append(_Step(name, self.modules.current, tensor.dtype, tensor.shape, span))
                 self._clear(tensor)
             elif call.operator.is_empty:
                 place = Place(self.modules.current, current_line())
@@ -162,14 +160,17 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         taint.is_sentinel = all(parent.is_sentinel for parent in parents) if parents else is_put
         changes = not any(parent.flaw.has_nan for parent in parents) and flaw.has_nan
         enters = taint.is_backward and not any(parent.is_backward for parent in parents)
-        if taint.is_sentinel or not parents or changes or enters:
+        shrinks = bool(inputs) and tensor.numel() < max(value.numel() for value in inputs)
+        # Where infinities from a mask are no longer some among many.
+        escapes = taint.is_sentinel and shrinks and not any(parent.shrinks for parent in parents)
+        taint.shrinks = shrinks or any(parent.shrinks for parent in parents)
+        if all(parent.origin == "constant" for parent in parents) or changes or enters or escapes:
             taint.place = self._place_of(call) if in_engine else Place(self.modules.current, current_line())
             taint.is_hook = in_engine and not taint.is_custom and current_line() is not None
             taint.inputs = tuple(describe(value) for value in inputs)
             taint.at_fault = tuple(_at_fault(value, tensor) for value in inputs)
             taint.before = tuple(str(step) for step in self._before)
             taint.needs_grad = any(value.requires_grad for value in inputs)
-            taint.shrinks = bool(inputs) and tensor.numel() < max(value.numel() for value in inputs)
             # Infinities that were put there on purpose are in healthy rows too.
             taint.rows = self._rows(tensor.isnan() if changes and parents else tensor, in_engine)
         elif all(parent.rows is None for parent in parents):

@@ -54,7 +54,7 @@ class Operator:
 
     def writes(self, args: Sequence[Any]) -> list[Tensor]:
         """The tensors that it changes in place."""
-        return [tensor for index in self._written for tensor in tensors_in(_at(args, index))]
+        return [tensor for index in self._written for tensor in tensors_in(_at(args, index))] if self._written else []
 
     def reads(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Any]:
         """The arguments that the result depends on."""

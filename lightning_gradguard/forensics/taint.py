@@ -36,7 +36,7 @@ class Taint:
         dtype: of the tensor.
         before: the operators before it, in words.
         needs_grad: whether an input depends on parameters.
-        shrinks: whether the tensor has fewer elements than what went in.
+        shrinks: whether it, or one that it comes from, has fewer elements than what went in.
     """
 
     order: int

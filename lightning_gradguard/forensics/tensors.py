@@ -80,6 +80,8 @@ def range_of(tensor: Tensor) -> Range | None:
     values = plain(tensor)
     if values is None:
         return None
+    if 0 in values.stride():  # an expanded tensor repeats itself, which may be for longer than anybody can wait
+        values = values[tuple(slice(None if stride else 1) for stride in values.stride())]
     low, high = torch.aminmax(values)  # NaN propagates; ten times as fast as `isfinite().all()`
     return Range(float(low), float(high))
 

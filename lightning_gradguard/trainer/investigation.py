@@ -24,7 +24,7 @@ from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.record import Culprit, Measurement, Position, Record
 from lightning_gradguard.trainer.diagnosis import Diagnosis
-from lightning_gradguard.trainer.replay import Replay, Replayed, average_over_ranks_, compare
+from lightning_gradguard.trainer.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.window import MicroBatch, Window
 
 _MAX_BISECTION_RUNS = 24
@@ -49,7 +49,9 @@ class Investigation:
         self._module = module
         self._window = window
         self._replay = Replay(trainer, module, window, buffers)
-        self._num_left = max_replays
+        self._max_replays = max_replays
+        self.num_done = 0
+        """Steps looked into so far."""
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
@@ -68,9 +70,9 @@ class Investigation:
         Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
         """
-        if self._num_left < 1:
+        if self.num_done >= self._max_replays or not can_replay(self._module):
             return None
-        self._num_left -= 1
+        self.num_done += 1
         optimizer = self._trainer.optimizers[position.optimizer]
         if kind != "nonfinite":
             return None if self._is_sharded else self._diagnose(optimizer, position, kind)
@@ -113,7 +115,7 @@ class Investigation:
         held = position.step if self._window.is_held(position.step) else None
         search = _Search(self._module)
         begin = time.perf_counter()
-        replayed = self._replay.run(optimizer, step=held, observe=search.observe)
+        replayed = self._replay.run(optimizer, step=held, observe=search.observe, passed=search.forget)
         seconds = time.perf_counter() - begin
         looked = _Look(replayed, is_late=held is not None)
         reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
@@ -123,12 +125,13 @@ class Investigation:
         if blame is not None and blame.is_state and is_alone:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
             again = _Search(self._module)
-            self._replay.run(optimizer, step=held, observe=again.observe, prepare=_heal)
+            self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=_heal)
             if again.blame is not None:
                 blame, reproduced, error = again.blame, False, None
         if blame is None:
             return looked
-        if blame.samples is None and blame.phase in ("forward", "backward") and len(search.sizes) == 1 and is_alone:
+        is_open = blame.samples is None and blame.phase in ("forward", "backward") and not blame.is_widespread
+        if is_open and len(search.sizes) == 1 and is_alone:
             blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
         looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
         return looked
@@ -187,6 +190,12 @@ class _Search:
         self.blame: Blame | None = None
         self.sizes: list[int] = []
         """Samples in each micro-batch."""
+        self._damage: Damage | None = None
+
+    def forget(self) -> None:
+        """Another optimizer has stepped: its loss is no concern of this one."""
+        if self._damage is not None:
+            self._damage.losses.clear()
 
     @contextmanager
     def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
@@ -196,7 +205,7 @@ class _Search:
         if self.blame is not None:
             yield
             return
-        damage = Damage(self._module, batch)
+        self._damage = damage = Damage(self._module, batch)
         damage.label(leaves_of(micro_batch.batch), "data")
         damage.label(self._module.named_parameters(), "weights")
         damage.label(self._module.named_buffers(), "state")

@@ -48,6 +48,11 @@ class Replayed:
         return all(bool(getattr(value, "_local_tensor", value).isfinite().all()) for value in values)
 
 
+def can_replay(module: LightningModule) -> bool:
+    """Whether there are batches to go back to: a `training_step` that fetches its own uses them up."""
+    return not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+
+
 class Replay:
     """Runs the forward and backward passes of one optimizer's step again, on the same batches from the same random state.
 
@@ -76,6 +81,7 @@ class Replay:
         observe: Observer | None = None,
         change: Callable[[Any], Any] = lambda batch: batch,
         prepare: Callable[[State], None] = lambda state: None,  # noqa: ARG005
+        passed: Callable[[], None] = lambda: None,
     ) -> Replayed:
         """Replay.
 
@@ -85,10 +91,11 @@ class Replay:
             observe: what watches each micro-batch.
             change: what to put in the place of a batch.
             prepare: called before the first micro-batch; what it changes is put back as well.
+            passed: called at each step before the one that is replayed; gradients until then were not its.
         """
         replayed = Replayed()
         batches = self._window.of(optimizer, step)
-        reached = _Steps(optimizer, self._window.num_steps(optimizer))
+        reached = _Steps(optimizer, self._window.num_steps(optimizer), passed)
         with ExitStack() as stack:
             state = stack.enter_context(unchanged(self._module))
             stack.enter_context(self._silence(reached))
@@ -179,10 +186,12 @@ class _Steps:
     Args:
         optimizer: whose step is replayed.
         num_before: how often it stepped in the last micro-batch before.
+        passed: called at each step but that one.
     """
 
-    def __init__(self, optimizer: Optimizer, num_before: int) -> None:
+    def __init__(self, optimizer: Optimizer, num_before: int, passed: Callable[[], None]) -> None:
         self._optimizer = optimizer
+        self._passed = passed
         self._num_left = num_before
         self.is_last = False
 
@@ -198,6 +207,7 @@ class _Steps:
                 if not self._num_left:
                     raise _StepReached
                 self._num_left -= 1
+            self._passed()
             return loss
 
         return step

@@ -188,7 +188,7 @@ class FlowMeter(TorchFunctionMode):
         def note(grad: Tensor) -> None:
             layer.times = tuple(grad.movedim(dim, 0).flatten(1).double().norm(dim=1).tolist())
 
-        values.register_hook(note)  # type: ignore[no-untyped-call]
+        values.register_hook(note)
         return (values, *args[1:])
 
     def _look_at_output(self, layer: Layer, output: Tensor) -> None:

@@ -71,8 +71,12 @@ class Bundles:
         bundle = Bundle(alert.to_dict(), self._guard, versions())
         batches = [
             {"batch": it.batch, "batch_idx": it.batch_idx, "rng": it.rng, "cuda_rng": it.cuda_rng}
-            for it in self._window.of(optimizer)
+            for it in self._window.of(optimizer, alert.step)
         ]
+        if self._window.is_held(alert.step) and not alert.action.skips:
+            bundle.left_out.append(
+                "weights from before the step: the device had applied it before the host knew; these are later"
+            )
         # What counts most comes first.
         room = bundle.take("batches", batches, self._room)
         healthy = diagnosis.healthy_batch(optimizer)

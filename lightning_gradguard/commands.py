@@ -54,7 +54,7 @@ def alerts(log_dir: _LogDir, kind: _Kind = None) -> None:
         console.print(f"No alerts below {log_dir}.")
         return
     console.print(table)
-    console.print(f"{number} alerts.")
+    console.print(f"{number} alert{'s' * (number != 1)}.")
 
 
 def _read_alerts(path: Path) -> Iterator[dict[str, Any]]:

@@ -114,6 +114,8 @@ def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor | float]]:
 def _problem_of(name: str, tensor: Tensor) -> str | None:
     values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     values = values.to_dense().float() if values.dtype.itemsize < 4 or values.layout is not torch.strided else values
+    if name.startswith("callbacks") and not tensor.dim() and not bool(tensor.isnan()):
+        return None  # as a plain number: ModelCheckpoint keeps its best score so far as a tensor
     num_nan, num_inf = int(values.isnan().sum()), int(values.isinf().sum())
     if num_nan or num_inf:
         counts = [f"{number:,} {what}" for number, what in ((num_nan, "NaN"), (num_inf, "Inf")) if number]

@@ -89,7 +89,7 @@ def test_alerts_of_all_runs_are_listed(call, tmp_path):
 def test_alerts_can_be_chosen_by_kind(call, tmp_path):
     """More than one kind as well."""
     written(tmp_path / "run", ALERT, {**ALERT, "kind": "explosion"}, {**ALERT, "kind": "vanishing"})
-    assert "1 alerts." in call("alerts", "run", "--kind", "explosion").output
+    assert "1 alert." in call("alerts", "run", "--kind", "explosion").output
     assert "2 alerts." in call("alerts", "run", "-k", "explosion", "-k", "vanishing").output
     assert "No alerts below" in call("alerts", "run", "--kind", "overflow").output
 
@@ -99,7 +99,7 @@ def test_alerts_of_a_killed_run_are_listed_up_to_the_broken_line(call, tmp_path)
     path = written(tmp_path / "run", ALERT)
     path.write_text(path.read_text("utf-8") + '{"kind": "non', encoding="utf-8")
     done = call("alerts", "run")
-    assert "1 alerts." in done.output
+    assert "1 alert." in done.output
     assert "not complete" in done.output
 
 
@@ -186,7 +186,7 @@ def test_command_runs_in_a_process_of_its_own(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "1 alerts." in done.stdout
+    assert "1 alert." in done.stdout
 
 
 def test_command_without_its_extra_says_which(monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks.detection.trainings import KINDS
 from benchmarks.diagnosis.labels import TUNED_ON
 from benchmarks.diagnosis.run import diagnose
 from benchmarks.diagnosis.trainings import CHECKED
@@ -17,7 +16,7 @@ def main() -> None:
     parser.add_argument("--part", choices=["tuned", "checked", "all"], default="all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     arguments = parser.parse_args()
-    parts = {"tuned": [name for name in TUNED_ON if name in KINDS], "checked": list(CHECKED)}
+    parts = {"tuned": list(TUNED_ON), "checked": list(CHECKED)}
     if arguments.part != "all":
         parts = {arguments.part: parts[arguments.part]}
     if arguments.names:

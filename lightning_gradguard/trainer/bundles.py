@@ -23,7 +23,8 @@ MAX_BUNDLES = 3
 class Bundles:
     """Writes up to three bundles a run. A failure is a warning; training goes on.
 
-    Must be made on all ranks, since the Trainer agrees on its folder between them. The rank that an alert names writes it.
+    Must be made on all ranks, since the Trainer agrees on its folder between them. One rank writes it: the one to
+    blame, else the first.
 
     Args:
         trainer: the Trainer.
@@ -49,13 +50,13 @@ class Bundles:
     def write(self, alerts: tuple[Alert, ...], optimizer: Optimizer, diagnosis: Diagnosis) -> None:
         """Write the step of these alerts, before the optimizer applies it."""
         alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
-        if alert is None or self._folder is None or alert.rank != self._trainer.global_rank:
+        if alert is None or self._folder is None or _writer(alert) != self._trainer.global_rank:
             return
         if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
             return
         try:
             bundle = self._collect(alert, optimizer, diagnosis)
-            rank = f"-rank{alert.rank}" if self._trainer.world_size > 1 else ""
+            rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
             bundle.save(self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}")
         except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training goes on
             if not self._has_failed:
@@ -71,8 +72,12 @@ class Bundles:
         bundle = Bundle(alert.to_dict(), self._guard, versions())
         batches = [
             {"batch": it.batch, "batch_idx": it.batch_idx, "rng": it.rng, "cuda_rng": it.cuda_rng}
-            for it in self._window.of(optimizer)
+            for it in self._window.of(optimizer, alert.step)
         ]
+        if self._window.is_held(alert.step) and not alert.action.skips:
+            bundle.left_out.append(
+                "weights from before the step: the device had applied it before the host knew; these are later"
+            )
         # What counts most comes first.
         room = bundle.take("batches", batches, self._room)
         healthy = diagnosis.healthy_batch(optimizer)
@@ -84,3 +89,11 @@ class Bundles:
         bundle.take("optimizer", optimizer.state_dict(), room)
         bundle.motions = as_plain(diagnosis.motions(optimizer))
         return bundle
+
+
+def _writer(alert: Alert) -> int:
+    """The rank whose batch it is; the same answer on all of them."""
+    if alert.culprit is not None:
+        return alert.culprit.rank
+    # Of finite gradients each rank says that it was first.
+    return alert.rank if alert.kind == "nonfinite" else 0

@@ -18,7 +18,7 @@ ALL = [name for name in (*TUNED_ON, *CHECKED) if name in KINDS or name in CHECKE
 QUICK = [
     "bad_init_small", "fp16_underflow", "dead_relu_layer", "detached_branch", "bad_init_large", "missing_normalisation",
     "unstable_cell", "functional_sigmoid", "outlier_target", "unscaled_regression_batch", "rate_too_high",
-    "weight_corruption", "hook_multiplies",
+    "weight_corruption", "hook_multiplies", "unscaled_inputs_tanh", "forgetful_rnn", "zero_init",
 ]  # fmt: skip
 """One of each cause, as far as it takes less than a second."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -9,7 +11,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
 
-from lightning_gradguard import Explosion, GradGuard, GradientWarning, Vanishing
+from lightning_gradguard import Explosion, GradGuard, GradientWarning, SinkWarning, Vanishing
+from lightning_gradguard.forensics.bundle import Bundle
+from lightning_gradguard.forensics.rerun import rerun
 
 
 class Deep(LightningModule):
@@ -110,6 +114,40 @@ def test_bundle_can_be_turned_off(tmp_path):
     guard = GradGuard(explosion=Explosion("skip", max_norm=1e-9), max_bundle_mib=None)
     trained(tmp_path, Deep(nn.ReLU, 2), guard, 3)
     assert [path.name for path in (tmp_path / "gradguard").iterdir()] == ["alerts.jsonl"]
+
+
+def test_bundle_that_cannot_be_written_is_one_warning(tmp_path):
+    """A file stands where the folder should be."""
+    (tmp_path / "gradguard").write_text("in the way")
+    guard = GradGuard(explosion=Explosion("skip", cooldown=0, max_norm=1e-9))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Deep(nn.ReLU, 2), guard, batches=make_batches(4))
+    about = [warning for warning in caught if "`max_bundle_mib=None`" in str(warning.message)]
+    assert [warning.category for warning in about] == [SinkWarning]
+    assert guard.num_skipped == 4
+
+
+def test_bundle_of_a_step_replays_to_the_same_losses(tmp_path):
+    """On another module, from the weights in it."""
+    torch.manual_seed(0)
+    trained(tmp_path, Deep(nn.ReLU, 2, shift=30), guard := GradGuard(explosion="skip", vanishing=None))
+    (path,) = (tmp_path / "gradguard").glob("*.bundle.pt")
+    again = rerun(Deep(nn.ReLU, 2, shift=30), Bundle.load(path))
+    assert again.norm == pytest.approx(guard.alerts[0].value)
+    assert again.culprit.samples == (2,)
+    assert again.culprit.message == guard.alerts[0].culprit.message
+
+
+def test_weights_that_do_not_fit_are_left_out_of_the_bundle(tmp_path):
+    """The batches come first."""
+    torch.manual_seed(0)
+    guard = GradGuard(explosion=Explosion("skip", max_norm=1e-9), max_bundle_mib=0.006)
+    trained(tmp_path, Deep(nn.ReLU, 20), guard, 2)
+    bundle = Bundle.load(next((tmp_path / "gradguard").glob("*.bundle.pt")))
+    assert len(bundle.batches) == 1
+    assert bundle.model is None
+    assert any(part.startswith("model:") for part in bundle.left_out)
 
 
 def test_bundle_size_must_be_positive():

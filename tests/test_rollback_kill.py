@@ -19,7 +19,7 @@ def test_run_killed_at_50_random_points_resumes_every_time_to_the_same_end(tmp_p
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "results.json").read_text())["results"]
     assert len(results) == 50
-    assert sum(result["killed"] for result in results) >= 40  # a late one finds the run over
+    assert all(result["killed"] for result in results)
     assert [result for result in results if result["code_after"] != 0 or not result["same"]] == []
     for result in results:
         step = result["latest"] and int(result["latest"].removeprefix("step-").removesuffix(".ckpt"))

@@ -70,7 +70,7 @@ class Investigation:
         Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
         """
-        if self.num_done >= self._max_replays or not can_replay(self._module):
+        if self.num_done >= self._max_replays or not can_replay(self._trainer, self._module):
             return None
         self.num_done += 1
         optimizer = self._trainer.optimizers[position.optimizer]

@@ -48,9 +48,15 @@ class Replayed:
         return all(bool(getattr(value, "_local_tensor", value).isfinite().all()) for value in values)
 
 
-def can_replay(module: LightningModule) -> bool:
-    """Whether there are batches to go back to: a `training_step` that fetches its own uses them up."""
-    return not is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True)
+def can_replay(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether a step can be run again without a trace.
+
+    Not where a `training_step` fetches its own batches, which uses them up. Nor under DDP with `find_unused_parameters`: its
+    reducer notes each parameter that a backward pass reaches, in the replay too, and would wait for it in the next step.
+    """
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        return False
+    return not getattr(trainer.strategy.model, "find_unused_parameters", False)
 
 
 class Replay:

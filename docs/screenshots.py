@@ -24,7 +24,7 @@ FILTER = "gradguard/(global_norm|clipped_norm|explosion_limit|num_skipped)"
 VIEWS = {
     "timeseries": (f"tagFilter={quote(FILTER)}&smoothing=0", "timeseries", 1300),
     "custom_scalars": ("", "custom_scalars&_smoothingWeight=0", 940),
-    "text": ("", "text", 760),
+    "text": ("", "text", 930),
     "histograms": ("", "histograms", 900),
     "tab_flow": ("", "gradguard&p.gradguard.step=1500", 930),
     "tab_change": ("", "gradguard&p.gradguard.colour=change&p.gradguard.from=1200&p.gradguard.to=1500", 930),

@@ -23,7 +23,16 @@ STEPS, FAULT = 130, 80
 NAMES = ("stem.weight", "body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias", "head.weight")
 HOSTILE = ("<img src=x onerror='window.parent.hacked=1'>", 'a/"b"\'\\&amp;', "x" * 500, "</script><b>bold</b>.weight")
 CULPRIT = Culprit(
-    "forward", "body.0", "aten::log", "model.py", 12, "return x.log()", (3, 5), message="log of 0", remedy="Clamp it."
+    "forward",
+    "body.0",
+    "aten::log",
+    "model.py",
+    12,
+    "return x.log()",
+    (3, 5),
+    message="log of 0",
+    remedy="Clamp it.",
+    inputs=("zeros of (8,)",),
 )
 
 
@@ -123,7 +132,16 @@ def test_alert_clicked_opens_its_culprit_and_leads_to_its_step(page):
     assert [row.text.split()[1] for row in page.all("tbody tr")] == ["31", "20"]
     page.shown("tbody tr button").click()
     details = page.text(".details")
-    for part in ("body.0", "aten::log", "model.py:12", "3, 5", "return x.log()", "Clamp it.", "What to try"):
+    for part in (
+        "body.0",
+        "aten::log",
+        "model.py:12",
+        "3, 5",
+        "return x.log()",
+        "Clamp it.",
+        "zeros of (8,)",
+        "What to try",
+    ):
         assert part in details
     page.shown(".details .tools button").click()
     flow = page.plot(".heat")

@@ -85,7 +85,7 @@ export class AlertsView {
   culprit(culprit) {
     const place = culprit.file && `${culprit.file}${culprit.line ? `:${culprit.line}` : ""}`;
     const entries = [
-      ["Phase", culprit.phase], ["Module", culprit.module || "training_step"], ["Operator", culprit.op], ["File", place],
+      ["Phase", culprit.phase], ["Cause", culprit.cause], ["Module", culprit.module || "training_step"], ["Operator", culprit.op], ["File", place],
       ["Samples", culprit.samples?.length ? culprit.samples.slice(0, 50).join(", ") : null], ["Rank", culprit.rank],
       ["Replay", culprit.reproduced ? `reproduced${culprit.error === null ? "" : `, relative error ${number(culprit.error)}`}` : "not reproduced"],
     ];
@@ -93,7 +93,12 @@ export class AlertsView {
       h("h3", {}, "Culprit"), culprit.message && h("p", {}, prose(culprit.message)),
       h("dl", {}, entries.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) =>
         h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
-      culprit.source && h("pre", {}, culprit.source), culprit.remedy && h("p", {}, prose(culprit.remedy)));
+      culprit.source && h("pre", {}, culprit.source),
+      this.lines("What went in", culprit.inputs), this.lines("Before it", culprit.before), this.lines("Layer by layer", culprit.factors), culprit.remedy && h("p", {}, prose(culprit.remedy)));
+  }
+
+  lines(title, lines) {
+    return lines?.length ? [h("h3", {}, title), h("pre", {}, lines.join("\n"))] : null;
   }
 
   parameters(parameters) {

@@ -1,7 +1,7 @@
 """Takes the pictures of README.md: a real TensorBoard on the quickstart's run, in a real browser.
 
-Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extras `docs` and `tensorboard-
-tab`, Chromium and its driver.
+Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extras `docs` and `tensorboard-tab`,
+Chromium and its driver.
 """
 
 from __future__ import annotations

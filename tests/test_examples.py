@@ -131,5 +131,6 @@ def test_readme_test_command_is_the_one_that_ci_runs():
 
 def test_readme_pictures_are_there():
     """And none stands in the folder that nobody shows."""
-    shown = set(re.findall(r"\]\(docs/images/(.*?)\)", README))
+    pages = [README, *(path.read_text(encoding="utf-8") for path in (ROOT / "docs").glob("*.md"))]
+    shown = {name for page in pages for name in re.findall(r"\]\((?:docs/)?images/(.*?)\)", page)}
     assert shown == {path.name for path in (ROOT / "docs" / "images").iterdir()}

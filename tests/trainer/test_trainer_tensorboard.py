@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections import Counter
@@ -205,7 +206,7 @@ def test_tensorboard_alert_text_has_message_remedy_and_parameters(tmp_path):
     guard = GradGuard()
     events = _train(tmp_path, guard, {5: "nan"}, count=8)
     (event,) = events.accumulator.Tensors("gradguard/alerts")
-    text = event.tensor_proto.string_val[0].decode()
+    text = html.unescape(event.tensor_proto.string_val[0].decode())
     assert event.step == 5
     assert guard.alerts[0].message in text
     assert guard.alerts[0].remedy in text

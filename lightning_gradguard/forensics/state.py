@@ -155,21 +155,17 @@ def _copy(tensor: Tensor) -> Tensor | None:
 
 
 def _same(live: Tensor, before: Tensor) -> bool:
-    """Bit for bit, NaN equal to itself; changed shapes are not."""
-    if live.shape != before.shape:
-        return True  # resized: nothing can be copied back
-    there = live.to("cpu")
-    if torch.equal(there, before):
-        return not bool((there == 0).any()) or _bits_equal(there, before)  # 0.0 equals -0.0
-    return _bits_equal(there, before)
+    """Bit for bit: NaN is equal to itself, and 0.0 not to -0.0."""
+    # What was resized can't be copied back.
+    return live.shape != before.shape or torch.equal(_bits(live.to("cpu")), _bits(before))
 
 
-def _bits_equal(left: Tensor, right: Tensor) -> bool:
-    return (
-        torch.equal(left.contiguous().view(torch.uint8), right.contiguous().view(torch.uint8))
-        if left.dim()
-        else (torch.equal(left.reshape(1).view(torch.uint8), right.reshape(1).view(torch.uint8)))
-    )
+def _bits(tensor: Tensor) -> Tensor:
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return values.view(_INTEGERS[values.dtype.itemsize])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _undo_of_generator(value: Any) -> Callable[[], None] | None:

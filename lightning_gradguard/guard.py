@@ -165,6 +165,7 @@ class Guard:
         self._histogram_meter = HistogramMeter()
         self._pending: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
         self._flight: Flight | None = None
+        self._has_rivals = False  # other optimizers, whose backward passes are told of as well
         self._listener: Callable[[Record], None] | None = None
         self._notices: list[Alert] = []
         self.totals = Totals()
@@ -197,14 +198,18 @@ class Guard:
             loss: what `backward()` is called on, scalar; with a `scaler`, scaled by it.
         """
         scale = self._scaling.scale if self._scaling is not None else None
-        if self._pending:
+        sofar = None
+        if self._pending or self._has_rivals:
             sofar = self._gradients().local_total_norm()
-            self._pending[-1] = replace(self._pending[-1], total_norm=sofar if scale is None else sofar / scale)
+            sofar = sofar if scale is None else sofar / scale
+        if self._pending:
+            self._pending[-1] = replace(self._pending[-1], total_norm=sofar)
+            sofar = None
         if loss is None or loss.numel() != 1:
-            self._pending.append(MicroBatch())
+            self._pending.append(MicroBatch(norm_before=sofar))
             return
         value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-        self._pending.append(MicroBatch(loss=value if scale is None else value / scale))
+        self._pending.append(MicroBatch(loss=value if scale is None else value / scale, norm_before=sofar))
 
     @torch.no_grad()
     def step(self, position: Position | None = None) -> Record:
@@ -332,6 +337,7 @@ class Guard:
     def _measure(
         self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False
     ) -> tuple[Gradients, Facts]:
+        self._has_rivals = position.num_optimizers > 1
         scale = None
         if self._scaling is not None:
             scale = self._scaling.scale
@@ -343,7 +349,7 @@ class Guard:
             self._pending,
             loss_scale=scale,
             histogram=histogram,
-            some_are_foreign=position.num_optimizers > 1,
+            some_are_foreign=self._has_rivals,
             updates=updates,
         )
         self._pending.clear()

@@ -237,10 +237,12 @@ class MicroBatch:
     Attributes:
         loss: the loss it started from, scalar; None if unknown.
         total_norm: norm of what this rank has accumulated so far, scalar; None for the last of a step.
+        norm_before: the same before this pass, for the first of a step where other optimizers have passes, too; else None.
     """
 
     loss: Tensor | None = None
     total_norm: Tensor | None = None
+    norm_before: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -427,7 +429,13 @@ def _signs(micro_batches: Sequence[MicroBatch], last_norm: Tensor, *, some_are_f
     own = torch.ones_like(positions, dtype=torch.bool)
     if some_are_foreign:
         after = torch.cat([norms[:-1], last_norm.to(none).reshape(1)])
-        own = after != torch.cat([none.reshape(1), after[:-1]])  # true for NaN
+        before = micro_batches[0].norm_before
+        begin = none if before is None else before.to(none)
+        own = after != torch.cat([begin.reshape(1), after[:-1]])  # true for NaN
+        # Neither zeros nor damage with finite gradients after it come from adding: gradients have been cleared since.
+        is_cleared = (after == 0) | (last_norm.isfinite() & ~after.isfinite())
+        wiped = torch.where(is_cleared, positions, -1).amax()
+        own &= positions > wiped
     index_of = torch.cat([own.cumsum(0) - 1, positions.new_full((1,), number)])
     bad_loss = torch.where(own & ~losses.isfinite(), positions, number).amin()
     bad_norm = torch.where(own & ~norms.isfinite(), positions, number).amin()

@@ -55,6 +55,26 @@ def test_two_optimizers_each_step_is_counted(tmp_path):
     assert (guard.last.position.optimizer, guard.last.position.step) == (1, 23)
 
 
+class Uneven(Twins):
+    """The right one steps twice a batch, and nobody clears gradients before the next batch does."""
+
+    def training_step(self, batch, batch_idx):
+        left, right = self.optimizers()
+        for side, optimizer in (("left", left), ("right", right), ("right", right)):
+            optimizer.zero_grad()
+            self.manual_backward(self._loss(side, batch))
+            optimizer.step()
+
+
+def test_two_optimizers_nan_in_one_of_several_passes_leaves_the_other_alone(tmp_path):
+    """What the left one's last step has left in its gradients is not taken for a part of the right one's passes."""
+    guard = GradGuard()
+    with pytest.warns(GradientWarning, match="Nonfinite"):
+        fit(tmp_path, Uneven({(5, "right"): "nan"}), guard)
+    assert guard.num_skipped == 2
+    assert {alert.optimizer for alert in guard.alerts} == {1}
+
+
 @pytest.mark.parametrize("fault", ["nan", "nan_loss"])
 @pytest.mark.parametrize(("bad", "good", "index"), [("left", "right", 0), ("right", "left", 1)])
 def test_two_optimizers_nan_in_one_loss_skips_only_that_one(bad, good, index, fault, tmp_path):

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gradguard.baseline import LogBaseline, LogBaselines
+from lightning_gradguard.baseline import LogBaseline
+from lightning_gradguard.baselines import LogBaselines
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, ParameterReport, Verdict

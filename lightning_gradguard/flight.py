@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers import Clipped
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.layout import Bools, Floats, Layout
-from lightning_gradguard.measurement import Facts, Gradients, look_closer
+from lightning_gradguard.measurement import Facts, look_closer
 from lightning_gradguard.record import Measurement, ParameterReport, Position
 
 

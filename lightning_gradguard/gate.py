@@ -11,8 +11,9 @@ from torch import Tensor
 from lightning_gradguard.buffers import BufferRepair
 from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
 from lightning_gradguard.closure import UndoableStep
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.judge import Bar
-from lightning_gradguard.measurement import Facts, Gradients
+from lightning_gradguard.measurement import Facts
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.record import Measurement
 

@@ -18,10 +18,11 @@ from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overfl
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.flight import Flight
 from lightning_gradguard.gate import Gate
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.histogram import HistogramMeter
 from lightning_gradguard.judge import Judge, Judgement, state_for
 from lightning_gradguard.layout import Bools
-from lightning_gradguard.measurement import Facts, Gradients, MicroBatch, measure
+from lightning_gradguard.measurement import Facts, MicroBatch, measure
 from lightning_gradguard.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Alert, Culprit, Decision, Histograms, Measurement, Position, Record, Totals

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.layout import Bools, Floats, Layout
-from lightning_gradguard.measurement import Gradients
 from lightning_gradguard.record import Histograms
 
 # Half decades are what the eye takes in, and each bin is 16 bytes of an event, whose checksum TensorBoard takes in Python.

@@ -13,8 +13,9 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from lightning_gradguard import Detector, Measurement, Verdict
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.measurement import Gradients, measure
+from lightning_gradguard.measurement import measure
 from lightning_gradguard.record import Damage, ParameterReport
 
 examples = settings(deadline=None, derandomize=True, max_examples=25)

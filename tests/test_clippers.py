@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from lightning_gradguard import ClipNorm, ClipValue
-from lightning_gradguard.measurement import Gradients
+from lightning_gradguard.gradients import Gradients
 
 NORM_TYPES = [1.0, 2.0, 3.0, math.inf]
 

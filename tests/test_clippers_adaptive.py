@@ -27,7 +27,7 @@ from lightning_gradguard import (
     ZClip,
     gate,
 )
-from lightning_gradguard.measurement import Gradients
+from lightning_gradguard.gradients import Gradients
 
 NUM_STEPS = 60
 

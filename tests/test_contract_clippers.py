@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import lightning_gradguard
 from lightning_gradguard import AGC, AdaGC, AutoClip, ClipNorm, ClipParameterNorm, ClipValue, Grouped, ZClip
 from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
-from lightning_gradguard.measurement import Gradients
+from lightning_gradguard.gradients import Gradients
 
 
 class Halve(FactorClipper):

@@ -11,8 +11,9 @@ from torch.optim import SGD, Adagrad, AdamW
 
 from lightning_gradguard import ClipNorm, Detector, Explosion, Guard, Verdict, gate
 from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.judge import Bar
-from lightning_gradguard.measurement import Gradients, MicroBatch, measure
+from lightning_gradguard.measurement import MicroBatch, measure
 from lightning_gradguard.parameters import WatchedParameters
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")

@@ -11,9 +11,9 @@ from builders import examples, with_grads
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.histogram import EDGES, NUM_BINS, HistogramMeter
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.measurement import Gradients
 
 # Powers of ten that lie inside a bin, so that rounding can't move them over an edge.
 INSIDE = st.integers(-40, 15).map(lambda half: 10.0 ** (half / 2 + 0.25))

@@ -26,7 +26,7 @@ WITHOUT_TORCH = (*BOTTOM, "tensorboard_plugin")
 """Are loaded where torch is not wanted, or not there."""
 
 FORBIDDEN = {
-    "detectors": ("guard", "callback", "trainer", "sinks", "clippers", "measurement", "settings"),
+    "detectors": ("guard", "callback", "trainer", "sinks", "clippers", "gradients", "measurement", "settings"),
     "clippers": ("guard", "callback", "trainer", "sinks", "detectors", "settings"),
     "sinks": (
         *("guard", "callback", "trainer", "detectors", "clippers", "measurement", "settings"),
@@ -43,6 +43,7 @@ FORBIDDEN = {
         "settings",
         "record",
     ),
+    "gradients": ("guard", "callback", "trainer", "sinks", "detectors", "clippers", "measurement", "record"),
     "measurement": ("guard", "callback", "trainer", "sinks", "detectors", "clippers"),
     "decision": ("guard", "callback", "trainer", "sinks", "detectors", "clippers", "measurement"),
     "guard": ("callback", "trainer"),

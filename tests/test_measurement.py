@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.measurement import Gradients, MicroBatch, measure
+from lightning_gradguard.measurement import MicroBatch, measure
 
 # What float32 accumulation may lose against float64: a few units in the last place.
 FLOAT32 = 1e-6

@@ -11,9 +11,10 @@ from torch import nn
 
 from lightning_gradguard import ClipNorm, Guard
 from lightning_gradguard.gate import skip_
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.histogram import HistogramMeter
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.measurement import Gradients, MicroBatch, measure
+from lightning_gradguard.measurement import MicroBatch, measure
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64]
 every_mix = pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipped, Clipper, clipped_to
 from lightning_gradguard.distributed import local_weight, sum_pieces_
-from lightning_gradguard.measurement import Gradients
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.policy import require_float
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_gradguard.baseline import QuantileBaseline
 from lightning_gradguard.clippers.base import FactorClipper
-from lightning_gradguard.measurement import Gradients
+from lightning_gradguard.gradients import Gradients
 from lightning_gradguard.policy import require_float, require_int
 
 

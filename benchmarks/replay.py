@@ -24,7 +24,7 @@ from benchmarks._interleaved import Variant, interleave
 from benchmarks._report import begin, parser, timing_table
 from benchmarks._workloads import WORKLOADS, Workload, describe
 from lightning_gradguard import GradGuard
-from lightning_gradguard.trainer.investigation import _Search
+from lightning_gradguard.trainer.replay.investigation import _Search
 
 ROUNDS, WARMUP, MAX_SECONDS, BAR = 30, 2, 20.0, 4.0
 PLAIN, UNWATCHED, HEALTHY, DAMAGED, NOTE = (

@@ -20,8 +20,8 @@ from benchmarks._report import begin, parser, table
 from benchmarks._workloads import WORKLOADS, Workload, describe
 from benchmarks.step import PausingTrainer, Training
 from lightning_gradguard import GradGuard, Rollback
-from lightning_gradguard.trainer.media import InMemory, OnDisk
-from lightning_gradguard.trainer.run_state import RunState
+from lightning_gradguard.trainer.recovery.run_state import RunState
+from lightning_gradguard.trainer.recovery.snapshot_storage import InMemory, OnDisk
 
 INTERVAL = Rollback().every_n_steps
 WARMUP, ROUNDS, MAX_SECONDS = 3, 30, 15.0

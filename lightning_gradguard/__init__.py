@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_gradguard.alert import Alert, Culprit
     from lightning_gradguard.callback import GradGuard
     from lightning_gradguard.clippers import (
         AGC,
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.errors import GradientError, GradientWarning, GuardWarning, SinkWarning
     from lightning_gradguard.guard import Guard
     from lightning_gradguard.policy import Action
-    from lightning_gradguard.record import Alert, Culprit, Decision, Measurement, Position, Record, Verdict
+    from lightning_gradguard.record import Decision, Measurement, Position, Record, Verdict
     from lightning_gradguard.recovery import Rollback
     from lightning_gradguard.sinks import Sink
 
@@ -72,7 +73,8 @@ _MODULE_OF = {
     "errors": ["GradientError", "GradientWarning", "GuardWarning", "SinkWarning"],
     "guard": ["Guard"],
     "policy": ["Action"],
-    "record": ["Alert", "Culprit", "Decision", "Measurement", "Position", "Record", "Verdict"],
+    "alert": ["Alert", "Culprit"],
+    "record": ["Decision", "Measurement", "Position", "Record", "Verdict"],
     "recovery": ["Rollback"],
     "sinks": ["Sink"],
 }

@@ -14,33 +14,34 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.alerting import notice
-from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.parameters import WatchedParameters
+from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
-from lightning_gradguard.record import Alert, Position, Record
+from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Rollback
+from lightning_gradguard.report.alerting import notice
+from lightning_gradguard.report.summary import summarize
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
-from lightning_gradguard.summary import summarize
-from lightning_gradguard.trainer.bundles import Bundles
+from lightning_gradguard.trainer.callback_order import move_behind
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
-from lightning_gradguard.trainer.investigation import Investigation
-from lightning_gradguard.trainer.media import random_states_in
-from lightning_gradguard.trainer.order import move_behind
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
-from lightning_gradguard.trainer.quarantine import Quarantine
-from lightning_gradguard.trainer.recovery import Progress, Recovery
-from lightning_gradguard.trainer.run_state import set_random_states
-from lightning_gradguard.trainer.saving import SaveGate
+from lightning_gradguard.trainer.recovery.quarantine import Quarantine
+from lightning_gradguard.trainer.recovery.recovery import Progress, Recovery
+from lightning_gradguard.trainer.recovery.run_state import set_random_states
+from lightning_gradguard.trainer.recovery.saving import SaveGate
+from lightning_gradguard.trainer.recovery.snapshot_storage import random_states_in
+from lightning_gradguard.trainer.replay.bundles import Bundles
+from lightning_gradguard.trainer.replay.investigation import Investigation
+from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import refuse_strategy
-from lightning_gradguard.trainer.window import Window
 
 
 class GradGuard(Callback):

@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from lightning_gradguard.record import Alert
+    from lightning_gradguard.alert import Alert
 
 
 class GradientError(RuntimeError):

@@ -11,27 +11,28 @@ import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
-from lightning_gradguard.alerting import INVESTIGATED, alerts_of
-from lightning_gradguard.buffers import BufferRepair
+from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.gate import Gate
+from lightning_gradguard.act.pending import PendingStep
+from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Clipped, Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.errors import GradientError
-from lightning_gradguard.flight import Flight
-from lightning_gradguard.gate import Gate
-from lightning_gradguard.gradients import Gradients
-from lightning_gradguard.histogram import HistogramMeter
-from lightning_gradguard.judge import Judge, Judgement, state_for
+from lightning_gradguard.judge.judge import Judge, Judgement, state_for
 from lightning_gradguard.layout import Bools
-from lightning_gradguard.measurement import Facts, MicroBatch, measure
-from lightning_gradguard.parameters import WatchedParameters
+from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.histogram import HistogramMeter
+from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
+from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.updates import UpdateMeter
 from lightning_gradguard.policy import Action, ActionName, require_int
-from lightning_gradguard.record import Alert, Culprit, Decision, Histograms, Measurement, Position, Record, Totals
-from lightning_gradguard.scaling import LossScaling
+from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
+from lightning_gradguard.report.alerting import INVESTIGATED, alerts_of
+from lightning_gradguard.report.summary import add_alert, count
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 from lightning_gradguard.sinks.base import SafeSink
-from lightning_gradguard.summary import add_alert, count
-from lightning_gradguard.updates import UpdateMeter
 
 # Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
 # never calls `step` reaches it.
@@ -165,7 +166,7 @@ class Guard:
         self._histogram_interval = settings.histogram_every_n_steps or 0
         self._histogram_meter = HistogramMeter()
         self._pending: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
-        self._flight: Flight | None = None
+        self._pending_step: PendingStep | None = None
         self._has_rivals = False  # other optimizers, whose backward passes are told of as well
         self._listener: Callable[[Record], None] | None = None
         self._notices: list[Alert] = []
@@ -181,12 +182,12 @@ class Guard:
     @property
     def num_steps(self) -> int:
         """Steps so far, one included whose outcome the host has yet to learn."""
-        return self.totals.num_steps + (self._flight is not None)
+        return self.totals.num_steps + (self._pending_step is not None)
 
     @property
     def is_pending(self) -> bool:
         """Whether the host has yet to learn of the last step."""
-        return self._flight is not None
+        return self._pending_step is not None
 
     @torch.no_grad()
     def before_backward(self, loss: Tensor | None = None) -> None:
@@ -246,15 +247,15 @@ class Guard:
         with_histogram = _is_due(position.log_step, self._histogram_interval)
         gradients, facts = self._measure(position, updates, with_histogram=with_histogram)
         layout = self._parameters.layout
-        bar = self._judge.bar() if self.last is not None and self._gate.can_defer(gradients) else None
-        if self.last is not None and bar is not None:
-            coef = self._gate.defer_(gradients, facts, bar)
-            self._flight = Flight.start(position, facts, coef, gradients.present, layout)
+        threshold = self._judge.skip_threshold() if self.last is not None and self._gate.can_defer(gradients) else None
+        if self.last is not None and threshold is not None:
+            coef = self._gate.defer_(gradients, facts, threshold)
+            self._pending_step = PendingStep.start(position, facts, coef, gradients.present, layout)
             self._watch_update()
             return self.last
         if (queued := self._gate.queue_clip_(gradients, facts)) is not None:
-            flight = Flight.start(position, facts, queued, gradients.present, layout)
-            record = self._land(flight, gradients, facts)
+            pending = PendingStep.start(position, facts, queued, gradients.present, layout)
+            record = self._land(pending, gradients, facts)
             self._watch_update(record.decision)
             return record
         measurement = facts.read(gradients, layout)
@@ -271,9 +272,9 @@ class Guard:
         Raises:
             GradientError: where its action is "raise".
         """
-        flight, self._flight = self._flight, None
-        if flight is not None:
-            self._land(flight)
+        pending, self._pending_step = self._pending_step, None
+        if pending is not None:
+            self._land(pending)
 
     def close(self) -> None:
         """Let the sinks write out what they hold. The guard can be used on."""
@@ -356,11 +357,11 @@ class Guard:
         self._pending.clear()
         return gradients, facts
 
-    def _land(self, flight: Flight, gradients: Gradients | None = None, facts: Facts | None = None) -> Record:
+    def _land(self, pending: PendingStep, gradients: Gradients | None = None, facts: Facts | None = None) -> Record:
         """Judge a step that the device has clipped; skip it where the gradients are still here, else the device did."""
-        measurement, clipped = flight.land(gradients)
+        measurement, clipped = pending.land(gradients)
         judgement = self._judge.judge(measurement)
-        culprit = self._culprit(flight.position, measurement, judgement)
+        culprit = self._culprit(pending.position, measurement, judgement)
         is_here = gradients is not None and facts is not None
         if judgement.decision.skip:
             clipped = Clipped(coef=1.0, norm=measurement.global_norm)
@@ -370,8 +371,8 @@ class Guard:
             clipped = self._gate.clip_(gradients, facts, measurement)
         else:
             self._gate.settle(skipped=judgement.decision.skip)
-        histograms = self._histograms(flight.histogram, flight.present)
-        return self._finish(flight.position, measurement, judgement, clipped, histograms, culprit=culprit)
+        histograms = self._histograms(pending.histogram, pending.present)
+        return self._finish(pending.position, measurement, judgement, clipped, histograms, culprit=culprit)
 
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
         """Who is to blame for what is going to be reported."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
+from lightning_gradguard.alert import Alert, ParameterReport
 from lightning_gradguard.layout import Bools, Floats, Layout
 from lightning_gradguard.policy import Action
 
@@ -41,32 +41,6 @@ class Position:
     def batch_of(self, micro_batch: int) -> int | None:
         """The batch that a backward pass saw."""
         return self.batches[micro_batch] if micro_batch < len(self.batches) else self.batch_idx
-
-
-@dataclass(frozen=True)
-class ParameterReport:
-    """One parameter that stands out. Reads like its line of JSON too: `report["name"]`.
-
-    Attributes:
-        name: its name in the model.
-        norm: 2-norm of its gradient.
-        num_nan: NaN elements in its gradient.
-        num_inf: infinite elements in its gradient.
-    """
-
-    name: str
-    norm: float
-    num_nan: int = 0
-    num_inf: int = 0
-
-    def keys(self) -> tuple[str, ...]:
-        """Field names, so that `dict(report)` works."""
-        return tuple(entry.name for entry in fields(self))
-
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.keys():
-            raise KeyError(key)
-        return getattr(self, key)
 
 
 @dataclass(frozen=True)
@@ -203,103 +177,6 @@ class Decision:
     actions: tuple[Action, ...] = ()
     alerting: tuple[bool, ...] = ()
     skip: bool = False
-
-
-@dataclass(frozen=True)
-class Culprit:
-    """Who made the damage, as far as it could be found.
-
-    Attributes:
-        phase: "data", "weights", "forward" or "backward".
-        module: path in the LightningModule, "" for code in `training_step` itself; the batch leaf, as
-            `batch['x']`, for data; the parameter's or buffer's name for weights.
-        op: aten operator or autograd node.
-        file, line, source: the line of code.
-        samples: bad rows of the batch, or None.
-        rank: the process.
-        reproduced: whether a replay gave the same gradients.
-        error: relative error of the replayed gradients.
-        message: one sentence.
-        remedy: what to try.
-        inputs: what went into the operator, in words: type, shape and range of each tensor.
-        before: the operators before it and what came out of them, in words, oldest first.
-        cause: why gradients vanish or explode, in a word ("saturation", "rate", "sample", ...); "" for NaN and Inf.
-        factors: lines of a Markdown table: what each layer multiplies the gradient by.
-    """
-
-    phase: str
-    module: str = ""
-    op: str = ""
-    file: str | None = None
-    line: int | None = None
-    source: str | None = None
-    samples: tuple[int, ...] | None = None
-    rank: int = 0
-    reproduced: bool = False
-    error: float | None = None
-    message: str = ""
-    remedy: str = ""
-    inputs: tuple[str, ...] = ()
-    before: tuple[str, ...] = ()
-    cause: str = ""
-    factors: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Alert:
-    """One finding, as it is reported.
-
-    Attributes:
-        time: seconds since the epoch (Unix time).
-        step: number of the decision, from 0.
-        epoch, batch_idx: where in the Trainer's loop; None in a raw loop. Where several batches make a step, it is the
-            batch of `micro_batch`.
-        micro_batch: the backward pass inside the step, from 0.
-        optimizer: index of the optimizer.
-        rank: the process that saw it first.
-        kind: "nonfinite", "explosion", "vanishing", "overflow" or your detector's name.
-        action: what was done.
-        value, limit: what was found and what would have been in order.
-        parameters: worst offenders first.
-        culprit: who made it; None until forensics found one.
-        message: one sentence a person can act on.
-        remedy: what to try.
-    """
-
-    time: float
-    step: int
-    epoch: int | None
-    batch_idx: int | None
-    micro_batch: int
-    optimizer: int
-    rank: int
-    kind: str
-    action: Action
-    value: float
-    limit: float
-    parameters: tuple[ParameterReport, ...]
-    culprit: Culprit | None
-    message: str
-    remedy: str
-
-    def to_dict(self) -> dict[str, Any]:
-        """As strict JSON allows it: NaN and infinities become the strings "NaN", "Infinity" and "-Infinity".
-
-        `float()` reads them back.
-        """
-        return {key: _jsonable(value) for key, value in asdict(self).items()}
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, Action):
-        return value.value
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
-    return value
 
 
 @dataclass(frozen=True)

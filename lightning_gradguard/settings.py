@@ -9,7 +9,7 @@ from typing import TypeVar
 
 from lightning_gradguard.clippers import ClipNorm, Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
-from lightning_gradguard.name_filter import NameFilter
+from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.policy import Action, ActionName, require_int, to_action
 from lightning_gradguard.record import Record
 from lightning_gradguard.sinks import Sink

@@ -9,8 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.distributed import Ranks
 from lightning_gradguard.layout import clean_name
+from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.policy import require_float, require_int
 
 FaultName = Literal["nan", "inf", "explosion"]

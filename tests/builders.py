@@ -13,10 +13,11 @@ from hypothesis import settings
 from torch import Tensor, nn
 
 from lightning_gradguard import Detector, Measurement, Verdict
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.measurement import measure
-from lightning_gradguard.record import Damage, ParameterReport
+from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.measurement import measure
+from lightning_gradguard.record import Damage
 
 examples = settings(deadline=None, derandomize=True, max_examples=25)
 """For every property test: seeded, and no clock, since several workers share the cores."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 # Doctests are looked for in every module, and several folders have a conftest: one name, so pytest would refuse the second.
-collect_ignore_glob = ["conftest.py", "*/conftest.py"]
+collect_ignore_glob = ["conftest.py", "*/conftest.py", "*/*/conftest.py"]
 
 
 @pytest.fixture(autouse=True)

@@ -19,45 +19,44 @@ SOURCES = {
 # Loaded only when a name is used; imports nothing when it is imported itself.
 SOURCES.pop(NAME)
 
-BOTTOM = ("errors", "policy", "layout", "record")
-"""May import each other and nothing else of the package."""
+LAYERS = (
+    # plain words, without torch
+    *("policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
+    # gradients -> measure -> judge -> act -> report
+    *("measure", "statistics", "detectors", "judge", "clippers", "act", "report", "sinks"),
+    # looking into a bad step, and going back
+    *("forensics", "recovery"),
+    # the pipeline, and Lightning around it
+    *("settings", "guard", "trainer", "callback"),
+    # tools
+    *("testing", "cli"),
+)
+"""The package from the bottom up: each may import those before it. `docs/architecture.md` draws the same list."""
 
-WITHOUT_TORCH = (*BOTTOM, "tensorboard_plugin")
+WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "tensorboard_plugin")
 """Are loaded where torch is not wanted, or not there."""
 
-FORBIDDEN = {
-    "detectors": ("guard", "callback", "trainer", "sinks", "clippers", "gradients", "measurement", "settings"),
-    "clippers": ("guard", "callback", "trainer", "sinks", "detectors", "settings"),
+NEVER = {
+    "detectors": ("measure",),
+    "judge": ("measure",),
+    "report": ("measure", "statistics", "detectors", "clippers", "act"),
     "sinks": (
-        *("guard", "callback", "trainer", "detectors", "clippers", "measurement", "settings"),
+        *("measure", "statistics", "detectors", "judge", "clippers", "act"),
         *(f"tensorboard_plugin.{name}" for name in ("data", "plugin", "tree", "views")),
     ),
-    "tensorboard_plugin": (
-        "guard",
-        "callback",
-        "trainer",
-        "sinks",
-        "detectors",
-        "clippers",
-        "measurement",
-        "settings",
-        "record",
-    ),
-    "gradients": ("guard", "callback", "trainer", "sinks", "detectors", "clippers", "measurement", "record"),
-    "measurement": ("guard", "callback", "trainer", "sinks", "detectors", "clippers"),
-    "decision": ("guard", "callback", "trainer", "sinks", "detectors", "clippers", "measurement"),
-    "guard": ("callback", "trainer"),
-    "settings": ("guard", "callback", "trainer"),
+    "clippers": ("detectors", "judge"),
+    "tensorboard_plugin": ("alert", "record", "errors"),
+    "forensics": ("detectors", "judge", "clippers", "act", "report", "sinks"),
 }
-"""What a module or sub-package must not import."""
+"""What a layer must not import although it stands below: between measuring and acting there are plain numbers only."""
 
 ALONE = {
     "lightning": ("callback", "trainer"),
     "pytorch_lightning": ("callback", "trainer"),
     "tensorboard": ("sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
     "torch.utils.tensorboard": ("sinks.tensorboard",),
-    "typer": ("commands",),
-    "rich": ("commands",),
+    "typer": ("cli",),
+    "rich": ("cli",),
 }
 """Who alone imports a foreign package."""
 
@@ -87,6 +86,11 @@ def inside(module, place):
     return module == f"{NAME}.{place}" or module.startswith(f"{NAME}.{place}.")
 
 
+def layer_of(module):
+    """Where in `LAYERS` a module stands."""
+    return LAYERS.index(module.split(".")[1])
+
+
 def own_imports(sources):
     """The modules of the package that each of them imports."""
     return {module: {name for name in imports(text) if name in sources} - {module} for module, text in sources.items()}
@@ -101,11 +105,10 @@ def violations(sources):
             for foreign, places in ALONE.items():
                 if f"{imported}.".startswith(f"{foreign}.") and not any(inside(module, place) for place in places):
                     found.append(f"{module} imports {imported}")
-            for place, forbidden in FORBIDDEN.items():
+            for place, forbidden in NEVER.items():
                 if inside(module, place) and any(inside(imported, other) for other in forbidden):
                     found.append(f"{module} imports {imported}")
-            at_bottom = any(inside(module, place) for place in BOTTOM)
-            if at_bottom and top == NAME and imported != NAME and not any(inside(imported, place) for place in BOTTOM):
+            if top == NAME and imported in SOURCES and layer_of(imported) > layer_of(module):
                 found.append(f"{module} imports {imported}")
             if top == "torch" and any(inside(module, place) for place in WITHOUT_TORCH):
                 found.append(f"{module} imports {imported}")
@@ -115,6 +118,11 @@ def violations(sources):
 def test_imports_of_the_package_go_one_way():
     """No module imports what stands above it."""
     assert violations(SOURCES) == []
+
+
+def test_layers_are_the_whole_package():
+    """Whoever adds a file or folder says where it stands."""
+    assert {module.split(".")[1] for module in SOURCES} == set(LAYERS)
 
 
 def test_imports_of_the_package_have_no_cycle():
@@ -134,7 +142,7 @@ def test_imports_of_the_package_have_no_cycle():
         ("sinks.tags", "from torch.utils.tensorboard import SummaryWriter"),
         ("tensorboard_plugin.data", "from lightning_gradguard.sinks import Sink"),
         ("tensorboard_plugin.views", "import torch"),
-        ("policy", "from lightning_gradguard.measurement import Gradients"),
+        ("policy", "from lightning_gradguard.measure.measurement import Gradients"),
         ("record", "import torch"),
     ],
 )

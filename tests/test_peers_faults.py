@@ -13,9 +13,9 @@ from torch.optim import SGD, Adam
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard import ClipNorm, ClipValue, Explosion, Guard
-from lightning_gradguard.gradients import Gradients
-from lightning_gradguard.histogram import HistogramMeter
 from lightning_gradguard.layout import Layout
+from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.histogram import HistogramMeter
 from lightning_gradguard.sinks import TensorBoardSink
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")

@@ -13,7 +13,7 @@ from builders import measurement
 from raw_loop import records
 
 from lightning_gradguard import Culprit
-from lightning_gradguard.record import ParameterReport
+from lightning_gradguard.alert import ParameterReport
 
 
 def test_report_reads_like_a_mapping():

@@ -17,8 +17,9 @@ import torch
 
 from benchmarks.detection.trainings import KINDS, STEPS, Kind, Training
 from lightning_gradguard import Guard, NonFinite, UpdateRatio
+from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.record import Damage, Measurement, ParameterReport
+from lightning_gradguard.record import Damage, Measurement
 
 CACHE = Path(__file__).parents[2] / ".cache" / "detection"
 

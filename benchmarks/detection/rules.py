@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.detection.recording import Recording
 from lightning_gradguard import Action, Explosion, NonFinite, UpdateRatio, Vanishing
 from lightning_gradguard.detectors import Detector, Overflow
-from lightning_gradguard.judge import Judge
+from lightning_gradguard.judge.judge import Judge
 from lightning_gradguard.layout import Partition, module_of
 
 Fired = list[frozenset[str]]

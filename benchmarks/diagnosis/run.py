@@ -13,13 +13,13 @@ from benchmarks.detection.trainings import KINDS, Kind, Training
 from benchmarks.diagnosis.labels import TUNED_ON
 from benchmarks.diagnosis.trainings import CHECKED
 from lightning_gradguard import Explosion, Guard, NonFinite
-from lightning_gradguard.forensics.evidence import Cause, Evidence
-from lightning_gradguard.forensics.exploded import exploded
-from lightning_gradguard.forensics.flow import Flow, FlowMeter
-from lightning_gradguard.forensics.motion import Motion, WeightWatch
-from lightning_gradguard.forensics.samples import Batch
+from lightning_gradguard.forensics.flow.evidence import Cause, Evidence
+from lightning_gradguard.forensics.flow.exploded import exploded
+from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
+from lightning_gradguard.forensics.flow.vanished import vanished
+from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth, WeightWatch
+from lightning_gradguard.forensics.nonfinite.samples import Batch
 from lightning_gradguard.forensics.state import unchanged
-from lightning_gradguard.forensics.vanished import vanished
 
 STEPS = 260
 WITHOUT_ALERT = 40
@@ -90,8 +90,8 @@ def _train(training: Training, kind: Kind, label: str, seed: int) -> Outcome:
         alerted = any(alert.kind == symptom for alert in record.alerts)
         overdue = step == kind.onset + WITHOUT_ALERT or not math.isfinite(record.measurement.global_norm)
         if (alerted or overdue) and step >= kind.onset - 1 and (alerted or found is None):
-            motions = watch.motions(optimizer, last)
-            evidence = collect(training, step, (batch, healthy), grads, motions)
+            weight_growths = watch.weight_growths(optimizer, last)
+            evidence = collect(training, step, (batch, healthy), grads, weight_growths)
             causes = (vanished if symptom == "vanishing" else exploded)(evidence)
             found = Outcome(kind.name, seed, label, causes, alerted, step, evidence)
         if alerted and found is not None:
@@ -105,7 +105,9 @@ def _train(training: Training, kind: Kind, label: str, seed: int) -> Outcome:
     return found
 
 
-def collect(training: Training, step: int, batches: tuple[Any, Any], grads: Any, motions: tuple[Motion, ...]) -> Evidence:
+def collect(
+    training: Training, step: int, batches: tuple[Any, Any], grads: Any, weight_growths: tuple[WeightGrowth, ...]
+) -> Evidence:
     """Replay the batch, and the healthy one."""
     batch, healthy = batches
     flow, norm, again = replay(training, batch)
@@ -116,7 +118,7 @@ def collect(training: Training, step: int, batches: tuple[Any, Any], grads: Any,
     total = math.sqrt(sum(float(grad.norm()) ** 2 for grad in grads.values()))
     error = math.sqrt(sum(value**2 for value in difference.values())) / total if total else 0.0
     worst = max(difference, key=lambda key: difference[key], default="")
-    return Evidence(step, flow, norm, there, there_norm, motions, error, worst)
+    return Evidence(step, flow, norm, there, there_norm, weight_growths, error, worst)
 
 
 def replay(training: Training, batch: Any) -> tuple[Flow, float, dict[str, torch.Tensor]]:

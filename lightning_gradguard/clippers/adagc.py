@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.baseline import NamedBaselines
 from lightning_gradguard.clippers.base import Clipped, Clipper, clip_each_
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.policy import require_decay, require_float, require_int
+from lightning_gradguard.statistics.baseline import NamedBaselines
 
 
 class AdaGC(Clipper):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipped, Clipper, clipped_to
-from lightning_gradguard.distributed import local_weight, sum_pieces_
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.distributed import local_weight, sum_pieces_
+from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.policy import require_float
 
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_gradguard.baseline import QuantileBaseline
 from lightning_gradguard.clippers.base import FactorClipper
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.policy import require_float, require_int
+from lightning_gradguard.statistics.baseline import QuantileBaseline
 
 
 class AutoClip(FactorClipper):

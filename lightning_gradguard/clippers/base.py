@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients
 
 
 @dataclass(frozen=True)

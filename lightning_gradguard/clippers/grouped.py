@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_gradguard.clippers.base import Clipped, Clipper, clipped_to
 from lightning_gradguard.clippers.norm import ClipNorm
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.gradients import Gradients, total
+from lightning_gradguard.measure.gradients import Gradients, total
 
 
 class Grouped(Clipper):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import FactorClipper
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.policy import require_float
 
 # torch adds it to the norm (torch/nn/utils/clip_grad.py); the same value keeps the results equal.

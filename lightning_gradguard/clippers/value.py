@@ -7,7 +7,7 @@ import math
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipped, Clipper
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.policy import require_float
 
 

@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from lightning_gradguard.baseline import ExponentialBaseline
 from lightning_gradguard.clippers.base import FactorClipper
-from lightning_gradguard.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.policy import require_decay, require_float, require_int
+from lightning_gradguard.statistics.baseline import ExponentialBaseline
 
 
 class ZClip(FactorClipper):

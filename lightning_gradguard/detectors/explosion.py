@@ -7,12 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from lightning_gradguard.baseline import LogBaseline
-from lightning_gradguard.baselines import LogBaselines
+from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
-from lightning_gradguard.record import Measurement, ParameterReport, Verdict
-from lightning_gradguard.trend import Trend
+from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.statistics.baseline import LogBaseline
+from lightning_gradguard.statistics.baselines import LogBaselines
+from lightning_gradguard.statistics.trend import Trend
 
 _RECENT = 16
 _LATEST = 5

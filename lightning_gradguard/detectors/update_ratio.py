@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.detectors.base import Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
-from lightning_gradguard.record import Measurement, ParameterReport, Verdict
+from lightning_gradguard.record import Measurement, Verdict
 
 _EARLY = 10
 

@@ -13,10 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.forensics.motion import Motion
+from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth
 
 FORMAT = 1
 SUFFIX = ".bundle.pt"
+
+_IN_FILE = {"weight_growths": "motions"}
+"""Attributes that the file has under another name, which is older."""
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Bundle:
         healthy: the batch of the last healthy step; None if there was none, or it did not fit.
         model: the module's state before the step; None if it did not fit.
         optimizer: the optimizer's state before the step; None if it did not fit.
-        motions: how the weights had moved.
+        weight_growths: how the weights had moved.
         left_out: what is not in here, and why.
     """
 
@@ -42,7 +45,7 @@ class Bundle:
     healthy: Any = None
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
-    motions: list[dict[str, Any]] = field(default_factory=list)
+    weight_growths: list[dict[str, Any]] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
 
     def take(self, name: str, value: Any, room: int) -> int:
@@ -63,16 +66,17 @@ class Bundle:
         setattr(self, name, plain_tree(value, self.left_out, name))
         return room - size
 
-    def weights_have_moved(self) -> tuple[Motion, ...]:
-        """`motions` as objects."""
-        return tuple(Motion(**motion) for motion in self.motions)
+    def weights_have_moved(self) -> tuple[WeightGrowth, ...]:
+        """`weight_growths` as objects."""
+        return tuple(WeightGrowth(**growth) for growth in self.weight_growths)
 
     def save(self, path: Path) -> None:
         """Write the file whole, or not at all. Its folder is made."""
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            torch.save(plain_tree({"gradguard_bundle": FORMAT, **vars(self)}, []), draft)
+            content = {_IN_FILE.get(name, name): value for name, value in vars(self).items()}
+            torch.save(plain_tree({"gradguard_bundle": FORMAT, **content}, []), draft)
             os.replace(draft, path)  # noqa: PTH105 - atomic, whether the target exists or not
         finally:
             draft.unlink(missing_ok=True)
@@ -87,7 +91,8 @@ class Bundle:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict) or content.pop("gradguard_bundle", None) != FORMAT:
             raise ValueError(f"`{path}` is not a bundle of format {FORMAT}. Bundles lie in `<log_dir>/gradguard/*{SUFFIX}`.")
-        return cls(**content)
+        names = {key: name for name, key in _IN_FILE.items()}
+        return cls(**{names.get(str(key), str(key)): value for key, value in content.items()})
 
 
 def versions() -> dict[str, str]:
@@ -150,6 +155,6 @@ def num_bytes(value: Any) -> int:
     return 0
 
 
-def as_plain(motions: tuple[Motion, ...]) -> list[dict[str, Any]]:
-    """For `Bundle.motions`."""
-    return [asdict(motion) for motion in motions]
+def as_plain(weight_growths: tuple[WeightGrowth, ...]) -> list[dict[str, Any]]:
+    """For `Bundle.weight_growths`."""
+    return [asdict(growth) for growth in weight_growths]

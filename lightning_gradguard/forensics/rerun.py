@@ -12,18 +12,18 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from lightning_gradguard.forensics.blame import find_culprit
+from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.bundle import Bundle
-from lightning_gradguard.forensics.damage import Damage
-from lightning_gradguard.forensics.evidence import Evidence
-from lightning_gradguard.forensics.exploded import exploded
-from lightning_gradguard.forensics.factors import culprit_of as culprit_of_cause
-from lightning_gradguard.forensics.flow import Flow, FlowMeter
-from lightning_gradguard.forensics.report import culprit_of
-from lightning_gradguard.forensics.samples import Batch, leaves_of
+from lightning_gradguard.forensics.flow.evidence import Evidence
+from lightning_gradguard.forensics.flow.exploded import exploded
+from lightning_gradguard.forensics.flow.factors import culprit_of as culprit_of_cause
+from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
+from lightning_gradguard.forensics.flow.vanished import vanished
+from lightning_gradguard.forensics.nonfinite.blame import find_culprit
+from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.report import culprit_of
+from lightning_gradguard.forensics.nonfinite.samples import Batch, leaves_of
 from lightning_gradguard.forensics.state import unchanged
-from lightning_gradguard.forensics.vanished import vanished
-from lightning_gradguard.record import Culprit
 
 
 class Trainable(Protocol):
@@ -95,7 +95,7 @@ def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
         with damage.watch():
             yield
         grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        damaged = [taint for grad in grads if (taint := damage.taint_of(grad)) is not None]
+        damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
         blame = find_culprit(damage.losses, damaged, batch)
         if blame is not None:
             found.append(culprit_of(blame))

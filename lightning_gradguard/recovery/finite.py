@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lightning_gradguard.distributed import local_part
+from lightning_gradguard.measure.distributed import local_part
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from lightning_gradguard.alert import Alert
 from lightning_gradguard.layout import Floats
-from lightning_gradguard.record import Alert, Record
+from lightning_gradguard.record import Record
 from lightning_gradguard.sinks.tags import scalars, tag_prefix
 
 

@@ -9,7 +9,8 @@ import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gradguard.record import Alert, Histograms, Record
+from lightning_gradguard.alert import Alert
+from lightning_gradguard.record import Histograms, Record
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import description, scalars, tag_prefix

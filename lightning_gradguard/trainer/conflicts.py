@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lightning_gradguard.trainer.order import callbacks_of
+from lightning_gradguard.trainer.callback_order import callbacks_of
 
 _LIGHTNING = ("lightning.", "pytorch_lightning.")
 

@@ -1,4 +1,4 @@
-"""What a replay measures by depth: factors of the chain rule, units, recurrences, motion of weights."""
+"""What a replay measures by depth: factors of the chain rule, units, recurrences, growth of weights."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.forensics.factors import table_of
-from lightning_gradguard.forensics.flow import FlowMeter
-from lightning_gradguard.forensics.motion import INTERVAL, WeightWatch
-from lightning_gradguard.forensics.recurrence import recurrences
+from lightning_gradguard.forensics.flow.factors import table_of
+from lightning_gradguard.forensics.flow.flow import FlowMeter
+from lightning_gradguard.forensics.flow.recurrence import recurrences
+from lightning_gradguard.forensics.flow.weight_growth import INTERVAL, WeightWatch
 
 
 def measured(network, x):
@@ -163,9 +163,9 @@ def test_update_is_that_which_the_optimizer_made(make):
         norms = {name: float(parameter.grad.norm()) for name, parameter in layer.named_parameters()}
         optimizer.step()
         watch.note()
-    motion = next(motion for motion in watch.motions(optimizer, norms) if motion.name == "weight")
-    assert motion.update == pytest.approx(float((layer.weight - before).detach().norm()), rel=1e-3)
-    assert motion.rate == pytest.approx(motion.update / float(layer.weight.detach().norm()), rel=1e-3)
+    growth = next(growth for growth in watch.weight_growths(optimizer, norms) if growth.name == "weight")
+    assert growth.update == pytest.approx(float((layer.weight - before).detach().norm()), rel=1e-3)
+    assert growth.rate == pytest.approx(growth.update / float(layer.weight.detach().norm()), rel=1e-3)
 
 
 def test_jump_is_what_updates_do_not_explain():
@@ -176,7 +176,7 @@ def test_jump_is_what_updates_do_not_explain():
     for _ in range(INTERVAL + 2):
         watch.note()
     layer.weight.data *= 10.0
-    weight, bias = watch.motions(optimizer, {})
+    weight, bias = watch.weight_growths(optimizer, {})
     assert weight.jump == pytest.approx(10.0)
     assert bias.jump == pytest.approx(1.0)
     assert weight.num_steps == INTERVAL + 2

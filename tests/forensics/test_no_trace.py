@@ -15,8 +15,8 @@ from torch.nn.modules import module as hooks
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_gradguard import GradGuard
-from lightning_gradguard.trainer.investigation import _Search
-from lightning_gradguard.trainer.replay import compare
+from lightning_gradguard.trainer.replay.investigation import _Search
+from lightning_gradguard.trainer.replay.replay import compare
 
 NUM_BATCHES = 9
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.forensics.report import rows_in_words
-from lightning_gradguard.forensics.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.nonfinite.report import rows_in_words
+from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leaves_of, refill
 from lightning_gradguard.forensics.state import unchanged
 from lightning_gradguard.forensics.tensors import describe, flaw_of, range_of
 

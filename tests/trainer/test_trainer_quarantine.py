@@ -15,8 +15,8 @@ from toys import Net, fit, make_batches, make_trainer
 
 from lightning_gradguard import GradGuard, Rollback
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.trainer import quarantine
 from lightning_gradguard.trainer.conflicts import ConflictError
+from lightning_gradguard.trainer.recovery import quarantine
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore::lightning_gradguard.GradientWarning", "ignore:The '.*_dataloader' does not have many workers"

@@ -18,7 +18,7 @@ from toys import Batches, Net, ResumableBatches, fit, make_batches, make_trainer
 
 from lightning_gradguard import Detector, GradGuard, GradientWarning, GuardWarning, Rollback, Verdict
 from lightning_gradguard.trainer.conflicts import ConflictError
-from lightning_gradguard.trainer.run_state import RunState
+from lightning_gradguard.trainer.recovery.run_state import RunState
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 

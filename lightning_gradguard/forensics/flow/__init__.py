@@ -1,0 +1,1 @@
+"""Why gradients vanish or explode: norms followed from layer to layer."""

@@ -1,0 +1,1 @@
+"""Who made the NaN or Inf: damage followed from operator to operator."""

@@ -1,0 +1,171 @@
+"""From the damage that counts back to the operator, batch or weight that it comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.nonfinite.samples import Batch
+
+Phase = Literal["data", "weights", "forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Blame:
+    """Who made the damage.
+
+    Attributes:
+        phase: what kind of thing it is.
+        provenance: the damaged tensor.
+        samples: bad rows of the batch; None if it is not single ones, or can't be told from the tensors.
+        is_widespread: whether most samples are bad, but not all, so that nothing is to be gained by taking some out.
+    """
+
+    phase: Phase
+    provenance: Provenance
+    samples: tuple[int, ...] | None
+    is_widespread: bool = False
+
+    @property
+    def is_state(self) -> bool:
+        """Whether it is a tensor that the failing step may have damaged itself, before it was replayed."""
+        return self.provenance.origin == "state"
+
+
+def find_culprit(losses: Sequence[Provenance], gradients: Sequence[Provenance], batch: Batch) -> Blame | None:
+    """Walk back from what is really damaged; None if nothing is.
+
+    The first damaged tensor of a step is often innocent (a mask, a masked branch), so only what the loss or the gradients
+    descend from counts. A loss that is damaged is looked at before the gradients: these follow from it.
+
+    Args:
+        losses: the damaged ones, in order.
+        gradients: of parameters, the damaged ones.
+        batch: whose rows are samples.
+    """
+    roots = losses[:1] or gradients
+    if not roots:
+        return None
+    reached = _ancestry(roots)
+    outside = [
+        provenance for provenance in reached if provenance.origin in ("data", "weights") and not provenance.is_sentinel
+    ]
+    for origin in ("data", "weights"):
+        used = [provenance for provenance in outside if provenance.origin == origin]
+        if used:
+            return _blame(min(used, key=lambda provenance: _first_use(provenance, reached)), reached, batch)
+    culprit = _born(reached) if losses else _entered(reached)
+    if culprit is None:
+        states = [provenance for provenance in reached if provenance.origin == "state" and not provenance.is_sentinel]
+        culprit = min(states, key=lambda provenance: _first_use(provenance, reached)) if states else _turned(reached, batch)
+    return _blame(culprit, reached, batch)
+
+
+def _ancestry(roots: Iterable[Provenance]) -> list[Provenance]:
+    """All damaged tensors that these descend from, and they themselves, oldest first."""
+    seen: dict[int, Provenance] = {}
+    open_ = list(roots)
+    while open_:
+        provenance = open_.pop()
+        if id(provenance) not in seen:
+            seen[id(provenance)] = provenance
+            open_.extend(provenance.parents)
+    return sorted(seen.values(), key=lambda provenance: provenance.order)
+
+
+def _first_use(source: Provenance, reached: Sequence[Provenance]) -> int:
+    return min((provenance.order for provenance in reached if source in provenance.parents), default=source.order)
+
+
+def _born(reached: Sequence[Provenance]) -> Provenance | None:
+    """The first operator that made damage out of healthy inputs."""
+    births = [
+        provenance
+        for provenance in reached
+        if not provenance.parents and not provenance.origin and not provenance.is_sentinel
+    ]
+    # Minus infinities that depend on no parameter, and of which fewer rows came to harm, are a mask.
+    masks = {id(birth): _harmed_fewer(birth, reached) for birth in births if birth.flaw.is_negative and not birth.needs_grad}
+    return next((masks.get(id(birth)) or birth for birth in births), None)
+
+
+def _harmed_fewer(source: Provenance, reached: Sequence[Provenance]) -> Provenance | None:
+    """The operator that made NaN of only some of the rows with infinities; None if it took all, or none is known."""
+    turned = next((provenance for provenance in reached if _turns(provenance) and _descends(provenance, source)), None)
+    if turned is None or turned.rows is None or source.rows is None:
+        return None
+    return turned if set(turned.rows) < set(source.rows) else None
+
+
+def _turns(provenance: Provenance) -> bool:
+    return (
+        provenance.flaw.has_nan
+        and bool(provenance.parents)
+        and not any(parent.flaw.has_nan for parent in provenance.parents)
+    )
+
+
+def _takes_nan(provenance: Provenance) -> bool:
+    """Whether it is the first to work with a constant of NaN."""
+    is_first = all(parent.origin == "constant" for parent in provenance.parents)
+    return provenance.flaw.has_nan and not provenance.origin and is_first
+
+
+def _descends(provenance: Provenance, source: Provenance) -> bool:
+    return any(ancestor is source for ancestor in _ancestry([provenance]))
+
+
+def _entered(reached: Sequence[Provenance]) -> Provenance | None:
+    """The first operator of the backward pass at which damage came into the gradients.
+
+    What went in may be damaged, in a branch that the forward pass masked: zero times infinity is NaN.
+    """
+    entries = [
+        provenance
+        for provenance in reached
+        if provenance.is_backward and not any(parent.is_backward for parent in provenance.parents)
+    ]
+    own = [provenance for provenance in entries if not _comes_from_state(provenance)]
+    return own[0] if own else None
+
+
+def _comes_from_state(provenance: Provenance) -> bool:
+    return any(source.origin == "state" and not source.is_sentinel for source in _ancestry([provenance]))
+
+
+def _turned(reached: Sequence[Provenance], batch: Batch) -> Provenance:
+    """What made damage of infinities that somebody has put there on purpose, or of a constant."""
+    turned = next((provenance for provenance in reached if _turns(provenance) or _takes_nan(provenance)), None)
+    data = next((provenance for provenance in reached if provenance.origin == "data"), None)
+    if data is not None and (turned is None or not set(turned.rows or ()) < set(data.rows or range(batch.size))):
+        return data
+    if turned is not None:
+        return turned
+    made = [provenance for provenance in reached if provenance.op and provenance.origin in ("", "constant")]
+    own = [provenance for provenance in made if not provenance.origin]
+    # Infinity that never became NaN: where it was no longer one element among many.
+    reduced = next((provenance for provenance in own if provenance.shrinks), None)
+    return reduced or (own or made or list(reached))[0]
+
+
+def _blame(culprit: Provenance, reached: Sequence[Provenance], batch: Batch) -> Blame:
+    phase: Phase = "backward" if culprit.is_backward else "forward"
+    if culprit.origin in ("data", "weights", "state"):
+        phase = "data" if culprit.origin == "data" else "weights"
+    if phase in ("data", "weights"):
+        return Blame(phase, culprit, _rows(culprit, reached, batch) if phase == "data" else None)
+    rows = _rows(culprit, reached, batch)
+    is_widespread = rows is not None and 2 * len(rows) > max(batch.size, 2)
+    return Blame(phase, culprit, None if is_widespread else rows, is_widespread)
+
+
+def _rows(culprit: Provenance, reached: Sequence[Provenance], batch: Batch) -> tuple[int, ...] | None:
+    """Bad rows of the first tensor on the way that has rows."""
+    if culprit.rows is not None:
+        return culprit.rows if batch.is_some(culprit.rows) else None
+    for provenance in reached:
+        if provenance.order > culprit.order and provenance.rows is not None and _descends(provenance, culprit):
+            return provenance.rows if batch.is_some(provenance.rows) else None
+    return None

@@ -1,0 +1,63 @@
+"""A damaged tensor, and how it got its damage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
+from lightning_gradguard.forensics.tensors import Flaw, Range
+
+Origin = Literal["", "data", "weights", "state", "constant", "garbage"]
+"""Where damage came in that no operator made: a batch, a parameter or buffer, a tensor that a module keeps for itself, a
+constant, memory that nobody has written to."""
+
+
+@dataclass(eq=False)
+class Provenance:
+    """A tensor with NaN or infinity in it, and how it got them.
+
+    Attributes:
+        order: number of the operator, ascending in time.
+        flaw: what is wrong with the tensor.
+        origin: where damage came in that no operator made; "" for an operator's result.
+        op: aten operator; for another origin, what its name is there.
+        node: autograd node that ran it in the backward pass, "" in the forward pass.
+        is_custom: whether that is a user's own `Function`.
+        is_hook: whether it is user code that autograd ran beside a node, as a hook on a tensor.
+        location: module and line.
+        parents: damaged tensors that went in.
+        rows: bad samples, if the tensor has a row for each; None: it has not, or they were not looked for.
+        is_sentinel: whether it is, or comes from nothing but, infinities that somebody has put there on purpose.
+        inputs: what went in, in words; looked at where damage is born or changes its kind.
+        at_fault: range of each input at the elements that are damaged; None where inputs and result don't correspond.
+        dtype: of the tensor.
+        before: the operators before it, in words.
+        needs_grad: whether an input depends on parameters.
+        shrinks: whether it, or one that it comes from, has fewer elements than what went in.
+    """
+
+    order: int
+    flaw: Flaw
+    origin: Origin = ""
+    op: str = ""
+    node: str = ""
+    is_custom: bool = False
+    is_hook: bool = False
+    location: SourceLocation = field(default_factory=SourceLocation)
+    parents: tuple[Provenance, ...] = ()
+    rows: tuple[int, ...] | None = None
+    is_sentinel: bool = False
+    inputs: tuple[str, ...] = ()
+    at_fault: tuple[Range | None, ...] = ()
+    dtype: torch.dtype | None = None
+    before: tuple[str, ...] = ()
+    needs_grad: bool = True
+    shrinks: bool = False
+
+    @property
+    def is_backward(self) -> bool:
+        """Whether it was made in the backward pass."""
+        return bool(self.node)

@@ -1,0 +1,87 @@
+"""From blame to what people read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite.blame import Blame
+from lightning_gradguard.forensics.nonfinite.known_failures import fault_of, known_failure_of
+from lightning_gradguard.forensics.tensors import Range
+
+_NUM_ROWS_SHOWN = 5
+_DATA_REMEDY = (
+    "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
+    "by index: a mask does not keep NaN out of gradients."
+)
+_WEIGHTS_REMEDY = (
+    "It was damaged before this step: an earlier update, a checkpoint, or its initialisation. Go back to the last "
+    "checkpoint where it is finite."
+)
+
+
+def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: float | None = None) -> Culprit:
+    """Put a finding into words.
+
+    Args:
+        blame: what was found.
+        rank: the process that it was found on.
+        reproduced: whether the replay gave the same gradients.
+        error: relative error of the replayed gradients.
+    """
+    provenance = blame.provenance
+    rows = rows_in_words(blame.samples)
+    found = Culprit(phase=blame.phase, samples=blame.samples, rank=rank, reproduced=reproduced, error=error)
+    if blame.phase == "data":
+        what = "NaN" if provenance.flaw.has_nan else "Inf"
+        return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
+    if blame.phase == "weights":
+        what = "NaN" if provenance.flaw.has_nan else "Inf"
+        return replace(
+            found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=_WEIGHTS_REMEDY
+        )
+    known_failure = known_failure_of(provenance)
+    op = provenance.op if provenance.is_hook else provenance.node or provenance.op
+    line = provenance.location.line
+    where = f"in `{provenance.location.module}`" if provenance.location.module else "in `training_step`"
+    place = f"{where}, {line}," if line is not None else where
+    span = fault_of(provenance)
+    happened = known_failure.happened.format(
+        value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
+    )
+    message = f"`{op}` {place} {happened}{rows}"
+    if provenance.is_custom:
+        message = f"`{op}` {place} gave a damaged gradient{rows}"
+    return replace(
+        found,
+        module=provenance.location.module,
+        op=op,
+        file=None if line is None else line.file,
+        line=None if line is None else line.number,
+        source=None if line is None else line.source,
+        message=message,
+        remedy=known_failure.remedy,
+        inputs=provenance.inputs,
+        before=provenance.before,
+    )
+
+
+def _value(span: Range | None) -> str:
+    return "a value outside its domain" if span is None else str(span)
+
+
+def rows_in_words(rows: Sequence[int] | None) -> str:
+    """As it ends a sentence.
+
+    >>> rows_in_words((3,)), rows_in_words((3, 7)), rows_in_words(None)
+    (' in row 3', ' in rows 3 and 7', '')
+    """
+    if not rows:
+        return ""
+    if len(rows) == 1:
+        return f" in row {rows[0]}"
+    shown = [str(row) for row in rows[:_NUM_ROWS_SHOWN]]
+    if len(rows) > _NUM_ROWS_SHOWN:
+        return f" in rows {', '.join(shown)} and {len(rows) - _NUM_ROWS_SHOWN} more"
+    return f" in rows {', '.join(shown[:-1])} and {shown[-1]}"

@@ -1,0 +1,119 @@
+"""Where in the user's code something happens: module and line."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from lightning_gradguard.layout import clean_name
+
+_PACKAGES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
+_OWN = str(Path(__file__).parents[2]) + "/"
+_STDLIB = sysconfig.get_path("stdlib") + "/"
+_ENGINE = "_engine_run_backward"
+"""The function of `torch.autograd.graph` below which, on the stack, is whoever called `backward()`."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of code."""
+
+    file: str
+    number: int
+
+    @property
+    def source(self) -> str:
+        """Its text."""
+        return linecache.getline(self.file, self.number).strip()
+
+    def __str__(self) -> str:
+        return f"{Path(self.file).name}:{self.number}"
+
+
+@dataclass(frozen=True)
+class SourceLocation:
+    """A module's path, and a line where one is known."""
+
+    module: str = ""
+    line: Line | None = None
+
+
+_is_foreign: dict[CodeType, bool] = {}
+
+
+def current_line() -> Line | None:
+    """The innermost line outside torch, lightning, the standard library and this package; None where there is none.
+
+    In a backward pass only what the engine itself runs: `Function.backward`, hooks, recomputation.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        foreign = _is_foreign.get(code)
+        if foreign is None:
+            foreign = _is_foreign[code] = _belongs_to_a_package(code.co_filename)
+        if not foreign:
+            return Line(code.co_filename, frame.f_lineno)
+        if code.co_name == _ENGINE:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def _belongs_to_a_package(file: str) -> bool:
+    if file.startswith(("<frozen", _OWN)):
+        return True
+    parts = file.replace("\\", "/").split("/")
+    if "site-packages" in parts:
+        return parts[len(parts) - parts[::-1].index("site-packages")] in _PACKAGES
+    return file.startswith((_STDLIB, str(Path(torch.__file__).parent)))
+
+
+class ModuleStack:
+    """Which module is running; two global hooks, for as long as it is watched."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._paths = {id(module): clean_name(path) for path, module in root.named_modules()}
+        self._stack: list[str] = []
+
+    @property
+    def current(self) -> str:
+        """Path of the innermost module that runs, "" for the root's own code."""
+        return self._stack[-1] if self._stack else ""
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether a module is being called at all."""
+        return bool(self._stack)
+
+    @contextmanager
+    def watch(self) -> Iterator[None]:
+        """Follow the calls of modules."""
+        before = register_module_forward_pre_hook(self._enter)
+        # Also where forward ends by an exception, as recomputation does once it has what it needs.
+        after = register_module_forward_hook(self._leave, always_call=True)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+            self._stack.clear()
+
+    def _enter(self, module: nn.Module, args: Any) -> None:  # noqa: ARG002 - torch's signature
+        # A module that was made on the way, and is no part of the root, counts as its caller's code.
+        self._stack.append(self._paths.get(id(module), self.current))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:  # noqa: ARG002 - torch's signature
+        if self._stack:
+            self._stack.pop()

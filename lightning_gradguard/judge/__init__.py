@@ -1,0 +1,1 @@
+"""Verdicts to a decision: patience, cooldown, streaks. Pure, without torch."""

@@ -1,0 +1,225 @@
+"""The gradients of one optimizer's parameters: read, measured and changed in place. The only reader of `.grad`.
+
+Nothing here waits for the device; it all runs on `device="meta"` too, which proves that.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_gradguard.layout import Bools, Layout
+from lightning_gradguard.measure.distributed import Ranks, local_shard_
+
+_WIDE = (torch.float64, torch.complex128)
+
+
+class Gradients:
+    """The gradients of some parameters, as dense tensors that can be measured and changed in place.
+
+    A sparse gradient is coalesced (and stored back), then stands for its values; a DTensor stands for its local shard.
+    Nothing is cloned.
+
+    Args:
+        parameters: tensors with a `.grad` or None there.
+        sharded: whether there are DTensors among them.
+        is_uniform: whether all are known to share device and dtype, which saves a look at each.
+        names: one per parameter; empty: they go by their position.
+        others: gradients of the same optimizer that are not measured, but must be finite, too.
+
+    Attributes:
+        present: which parameters have a gradient, bool [num_parameters].
+        tensors: their gradients' values on this rank.
+        shares: which share of each counts here in a sum over ranks, [num_tensors]; None where nothing is sharded.
+        measured: 2-norm of each over all ranks, [num_tensors]; None where they were not measured, or changed since.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        *,
+        sharded: bool = False,
+        is_uniform: bool = False,
+        names: Sequence[str] = (),
+        others: Gradients | None = None,
+    ) -> None:
+        self.ranks = Ranks.current()
+        self.others = others
+        self.measured: Tensor | None = None
+        self._parameters = parameters
+        self._names = names
+        self._is_uniform = is_uniform
+        grads = [parameter.grad for parameter in parameters]
+        shares = None
+        if sharded:
+            shards = [local_shard_(parameter, self.ranks) for parameter in parameters]
+            grads = [shard for shard, _ in shards]
+            shares = [share for shard, share in shards if shard is not None]
+        self.tensors = [grad for grad in grads if grad is not None]
+        if True in [grad.is_sparse for grad in self.tensors]:
+            grads = [_coalesce_(parameter) for parameter in parameters]
+            self.tensors = [grad for grad in grads if grad is not None]
+        self.present: Bools = np.ones(len(grads), dtype=np.bool_)
+        if len(self.tensors) < len(grads):
+            self.present[:] = [grad is not None for grad in grads]
+        # Also where there is no gradient at all, the ranks have to sum on a device that their backend knows.
+        some = self.tensors or parameters
+        elsewhere = torch.device("cpu") if others is None else others.device
+        self.device: torch.device = some[0].device if some else elsewhere
+        self.shares = None if shares is None else torch.tensor(shares).to(self.device, non_blocking=True)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters that have a gradient, [num_tensors]."""
+        names = self._names or [str(index) for index in range(len(self.present))]
+        return [name for name, is_here in zip(names, self.present.tolist(), strict=True) if is_here]
+
+    @property
+    def layout(self) -> Layout:
+        """Names and sizes of all parameters."""
+        names = self._names or [str(index) for index in range(len(self.present))]
+        return Layout.of(names, (tuple(parameter.shape) for parameter in self._parameters))
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        """Those that have a gradient, as the user passed them, [num_tensors]."""
+        return [it for it, is_here in zip(self._parameters, self.present.tolist(), strict=True) if is_here]
+
+    def select(self, indices: Sequence[int]) -> Gradients:
+        """Some of them, by their index in `tensors`, ascending; they share memory with these. No sync."""
+        part = copy.copy(self)
+        part.tensors = [self.tensors[index] for index in indices]
+        part.present = np.zeros_like(self.present)
+        part.present[np.flatnonzero(self.present)[list(indices)]] = True
+        rows = torch.tensor(indices, dtype=torch.long)
+        part.shares = None if self.shares is None else self.shares[to_device(rows, self.shares.device)]
+        part.measured = None if self.measured is None else self.measured[to_device(rows, self.measured.device)]
+        return part
+
+    def tensor_norms(self, norm_type: float = 2.0) -> Tensor:
+        """Norm of each gradient over all ranks, float32 or wider, [num_tensors].
+
+        No sync; a pass over the gradients, and a collective where they are sharded, unless it has just been measured.
+        """
+        if norm_type == 2.0 and self.measured is not None:
+            return self.measured
+        norms = self.norms(norm_type)
+        if self.shares is None:
+            return norms
+        # Over all parameters, also those without a gradient here, so that all ranks reduce vectors of one length.
+        present = torch.from_numpy(np.flatnonzero(self.present)).to(norms.device, non_blocking=True)
+        rows = norms.new_zeros(len(self.present))
+        if norm_type == math.inf:
+            return self.ranks.max_(rows.index_copy_(0, present, norms)).index_select(0, present)
+        rows.index_copy_(0, present, norms**norm_type * self.shares)
+        return self.ranks.sum_(rows).index_select(0, present) ** (1.0 / norm_type)
+
+    def norms(self, norm_type: float = 2.0, *, wide: bool = False) -> Tensor:
+        """Norm of what this rank holds of each gradient, on one device, [num_tensors]. No sync.
+
+        In float32 or wider; with `wide` in float64, which also holds norms whose squares float32 can't hold.
+        """
+        if not self.tensors:
+            return torch.zeros(0, device=self.device)
+        groups = self._by_kind()
+        if len(groups) == 1:
+            (members,) = groups.values()
+            return torch.stack(_norms(members, norm_type, wide=wide))
+        dtype = torch.float64 if wide or any(dtype in _WIDE for _, dtype in groups) else torch.float32
+        found = {
+            id(tensor): norm
+            for members in groups.values()
+            for tensor, norm in zip(members, _norms(members, norm_type, wide=wide), strict=True)
+        }
+        return torch.stack([to_device(found[id(tensor)], self.device, dtype) for tensor in self.tensors])
+
+    def total_norm(self, norm_type: float = 2.0, *, wide: bool = False) -> Tensor:
+        """Norm over all gradients and ranks, scalar. No sync; a collective where gradients are sharded."""
+        norms = self.norms(norm_type, wide=wide)
+        if self.shares is None:
+            return total(norms, norm_type)
+        if norm_type == math.inf:
+            return self.ranks.max_(total(norms, norm_type))
+        return self.ranks.sum_((norms**norm_type * self.shares).sum()) ** (1.0 / norm_type)
+
+    def local_total_norm(self) -> Tensor:
+        """2-norm over what this rank holds, scalar; not finite exactly if something here isn't. No sync."""
+        norm = total(self.norms(), 2.0)
+        if self.others is None:
+            return norm
+        return norm + to_device(self.others.local_damage(), norm.device, norm.dtype)
+
+    def local_damage(self) -> Tensor:
+        """0 if everything that this rank holds is finite, else NaN, scalar. No sync."""
+        return 0.0 * total(self.norms(math.inf), math.inf)
+
+    def damage(self) -> Tensor:
+        """The same over all ranks; a collective where gradients are sharded. No sync."""
+        # A sum, since the largest of a NaN and a number is either, depending on the backend.
+        return self.local_damage() if self.shares is None else self.ranks.sum_(self.local_damage())
+
+    def scale_(self, coef: Tensor | float) -> None:
+        """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
+        self.measured = None
+        for (device, _), members in self._by_kind().items():
+            factor = to_device(coef, device) if isinstance(coef, Tensor) else coef
+            torch._foreach_mul_(members, factor)
+
+    def scale_each_(self, coefs: Sequence[float]) -> None:
+        """Multiply each gradient by a factor of its own, in place; those with a factor of 1 are not touched. No sync."""
+        self.measured = None
+        scaled = [(tensor, coef) for tensor, coef in zip(self.tensors, coefs, strict=True) if coef != 1.0]
+        if scaled:
+            torch._foreach_mul_([tensor for tensor, _ in scaled], [coef for _, coef in scaled])
+
+    def clamp_(self, limit: float) -> None:
+        """Clamp every element to [-limit, limit], in place; real and imaginary part apart. NaN stays. No sync."""
+        self.measured = None
+        for members in self._by_kind().values():
+            reals = [torch.view_as_real(member) if member.is_complex() else member for member in members]
+            torch._foreach_clamp_min_(reals, -limit)
+            torch._foreach_clamp_max_(reals, limit)
+
+    def _by_kind(self) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
+        if self._is_uniform and self.tensors:
+            return {(self.device, self.tensors[0].dtype): self.tensors}
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for tensor in self.tensors:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        return groups
+
+
+def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Move a tensor; towards a GPU without waiting, towards the CPU only once it is there to be read."""
+    return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
+
+
+def _coalesce_(parameter: Tensor) -> Tensor | None:
+    grad = parameter.grad
+    if grad is None or not grad.is_sparse:
+        return grad
+    parameter.grad = grad.coalesce()
+    return parameter.grad._values()
+
+
+def _norms(tensors: list[Tensor], norm_type: float, *, wide: bool = False) -> list[Tensor]:
+    dtype = tensors[0].dtype
+    if dtype.itemsize == 1:  # float8 has no arithmetic of its own
+        tensors, dtype = [tensor.float() for tensor in tensors], torch.float32
+    if norm_type == math.inf:  # an empty tensor has no largest element
+        tensors = [tensor if tensor.numel() else tensor.new_zeros(1) for tensor in tensors]
+    if wide and dtype not in _WIDE:
+        tensors = [tensor.to(torch.promote_types(dtype, torch.float64)) for tensor in tensors]
+    elif dtype in (torch.float16, torch.bfloat16):
+        return list(torch._foreach_norm(tensors, norm_type, dtype=torch.float32))
+    return list(torch._foreach_norm(tensors, norm_type))
+
+
+def total(norms: Tensor, norm_type: float) -> Tensor:
+    """Norm over all from the norms of each, as `torch.nn.utils.get_total_norm` computes it. No sync."""
+    return torch.linalg.vector_norm(norms, norm_type) if norms.numel() else norms.new_zeros(())

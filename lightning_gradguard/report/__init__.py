@@ -1,0 +1,1 @@
+"""A decision to the alerts that people read, and a run to its totals."""

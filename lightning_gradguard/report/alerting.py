@@ -1,0 +1,110 @@
+"""From verdicts and a decision to the alerts that people read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.policy import Action
+from lightning_gradguard.record import Decision, Position, Verdict
+
+_DONE = {
+    Action.LOG: "Logged only.",
+    Action.WARN: "The step is applied.",
+    Action.SKIP: "The step is skipped.",
+    Action.ROLLBACK: "The step is skipped and training goes back to the last good state.",
+    Action.STOP: "The step is skipped and training stops.",
+    Action.RAISE: "The step is skipped and training ends with an error.",
+}
+
+
+INVESTIGATED = ("nonfinite", "explosion", "vanishing")
+"""Kinds of findings that have a culprit."""
+
+
+def alerts_of(
+    position: Position, verdicts: Sequence[Verdict], decision: Decision, culprit: Culprit | None = None
+) -> tuple[Alert, ...]:
+    """The verdicts that are reported, in their order.
+
+    Args:
+        position: where in the training.
+        verdicts: what was found.
+        decision: what is done about it.
+        culprit: who made the damage; None if that is not known.
+    """
+    reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
+    return tuple(_alert(position, verdict, action, decision, culprit) for verdict, action, alerting in reported if alerting)
+
+
+def notice(position: Position, kind: str, action: Action, message: str, remedy: str, *, value: float = 0.0) -> Alert:
+    """An alert about something else than a step's gradients: a rollback, a snapshot, a checkpoint.
+
+    Args:
+        position: of the last step.
+        kind: "rollback", "snapshot" or "checkpoint".
+        action: what was done.
+        message: whole sentences.
+        remedy: what to try.
+        value: a number that says how much.
+    """
+    return Alert(
+        time=time.time(),
+        step=position.step,
+        epoch=position.epoch,
+        batch_idx=position.batch_idx,
+        micro_batch=0,
+        optimizer=position.optimizer,
+        rank=position.rank,
+        kind=kind,
+        action=action,
+        value=value,
+        limit=0.0,
+        parameters=(),
+        culprit=None,
+        message=message,
+        remedy=remedy,
+    )
+
+
+def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision, culprit: Culprit | None) -> Alert:
+    found = culprit if verdict.kind in INVESTIGATED else None
+    named = f"; {_named(found)}" if found is not None else ""
+    # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
+    done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
+    return Alert(
+        time=time.time(),
+        step=position.step,
+        epoch=position.epoch,
+        batch_idx=position.batch_of(verdict.micro_batch),
+        micro_batch=verdict.micro_batch,
+        optimizer=position.optimizer,
+        rank=position.rank if verdict.rank is None else verdict.rank,
+        kind=verdict.kind,
+        action=action,
+        value=verdict.value,
+        limit=verdict.limit,
+        parameters=verdict.parameters,
+        culprit=found,
+        message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}{named}. {done}",
+        remedy=found.remedy if found is not None and found.remedy else verdict.remedy,
+    )
+
+
+def _named(culprit: Culprit) -> str:
+    if culprit.cause:
+        return f"cause: {culprit.cause}; {culprit.message}"
+    source = f" (`{culprit.source}`)" if culprit.source else ""
+    return f"culprit: {culprit.message}{source}"
+
+
+def _where(position: Position, verdict: Verdict) -> str:
+    where = f"step {position.step}"
+    if position.epoch is not None:
+        where += f" (epoch {position.epoch}, batch {position.batch_of(verdict.micro_batch)})"
+    if verdict.micro_batch:
+        where += f", micro-batch {verdict.micro_batch}"
+    if position.num_optimizers > 1:
+        where += f", optimizer {position.optimizer}"
+    return where

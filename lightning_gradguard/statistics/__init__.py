@@ -1,0 +1,1 @@
+"""Robust running statistics; the only place that decides which values enter a baseline."""

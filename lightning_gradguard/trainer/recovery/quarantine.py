@@ -1,0 +1,168 @@
+"""Which samples a Trainer's batches hold, and the list of those that have done damage."""
+
+from __future__ import annotations
+
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Trainer
+from torch import distributed as dist
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.record import Record
+from lightning_gradguard.recovery.quarantine import Incident, QuarantineFile, WatchedSampler
+from lightning_gradguard.trainer.conflicts import ConflictError
+
+_MAX_BATCHES = 4096
+"""Batches whose samples are remembered: more than an accumulation window, and than a verdict may come late."""
+
+
+class Quarantine:
+    """Lists batches that caused a skip or a rollback, and keeps their samples out of later ones.
+
+    Args:
+        mode: "list", or "skip" to leave the samples out as well.
+        trainer: whose batches.
+    """
+
+    def __init__(self, mode: Literal["list", "skip"], trainer: Trainer) -> None:
+        self._mode = mode
+        self._trainer = trainer
+        self._file: QuarantineFile | None = None
+        self._sampler: WatchedSampler | None = None
+        self._samples: OrderedDict[int, tuple[int, ...] | None] = OrderedDict()
+        self._incidents: list[Incident] = []
+        self._num_ready: int | None = None
+        self._is_due = False
+        self._has_failed = False
+        self.left_out: set[int] = set()
+        """Samples that are kept out, or would be."""
+
+    def attach(self) -> None:
+        """Before there is a loader: read what an earlier part of the run has listed, and have a look at the loader.
+
+        It is the strategy that has the last word on what training gets.
+        """
+        strategy = self._trainer.strategy
+        process = strategy.process_dataloader
+
+        def process_and_watch(dataloader: object) -> object:
+            processed = process(dataloader)
+            if self._trainer.training:
+                self._watch(processed)
+            return processed
+
+        strategy.process_dataloader = process_and_watch  # type: ignore[method-assign]
+        log_dir = self._trainer.log_dir
+        if log_dir is not None and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
+            self._file = QuarantineFile(Path(log_dir) / "gradguard" / "quarantine.jsonl")
+            listed = self._listed(self._file) if self._trainer.is_global_zero else set()
+            self.left_out |= self._trainer.strategy.broadcast(listed)
+
+    def detach(self) -> None:
+        """Leave nothing on the strategy."""
+        vars(self._trainer.strategy).pop("process_dataloader", None)
+
+    def start(self) -> None:
+        """Before the first batch: several loaders at once show nothing that could be told apart."""
+        loader = self._trainer.fit_loop._combined_loader
+        if loader is not None and len(loader.flattened) > 1:
+            self._sampler = None
+            self._refuse(f"{len(loader.flattened)} loaders at once")
+
+    def begin_batch(self, batch_idx: int) -> None:
+        """A batch begins."""
+        # Batches that were passed over, and those that are None, count as ready too, but no hook is called for them.
+        ready = self._trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        since = 0 if self._num_ready is None or ready <= self._num_ready else self._num_ready
+        num_drawn = 1 if self._num_ready is None else ready - since
+        self._num_ready = ready
+        drawn = [self._sampler.take() for _ in range(num_drawn)] if self._sampler is not None else [None]
+        self._samples[batch_idx] = drawn[-1]
+        self._samples.move_to_end(batch_idx)
+        if len(self._samples) > _MAX_BATCHES:
+            self._samples.popitem(last=False)
+
+    def note(self, record: Record) -> None:
+        """A step was decided: note the batches that are to blame for it if it was skipped."""
+        if not record.decision.skip or record.measurement.is_scaler_overflow:
+            return
+        position = record.position
+        to_blame: dict[int | None, str] = {}
+        for verdict, action in zip(record.verdicts, record.decision.actions, strict=True):
+            # A NaN shows in one micro-batch; a norm is that of all of them.
+            is_one = record.measurement.damage is not None or not position.batches
+            batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
+            if action.skips and verdict.rank in (None, position.rank):
+                to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
+        self._incidents.extend(
+            Incident(
+                position.epoch or 0, batch_idx or 0, position.step, position.rank, kind, self._samples.get(batch_idx or 0)
+            )
+            for batch_idx, kind in to_blame.items()
+        )
+        self._is_due = True
+
+    def after_batch(self) -> None:
+        """List what was noted. Where something was, it is a collective; all ranks have noted at the same steps."""
+        if not self._is_due:
+            return
+        incidents, self._incidents, self._is_due = _of_all_ranks(self._incidents), [], False
+        self.left_out.update(sample for incident in incidents for sample in incident.samples or ())
+        if self._file is None or not self._trainer.is_global_zero:
+            return
+        try:
+            self._file.append(incidents)
+        except OSError as error:
+            self._fail(error)
+
+    def _listed(self, file: QuarantineFile) -> set[int]:
+        try:
+            return file.samples()
+        except OSError as error:
+            self._fail(error)
+            return set()
+
+    def _fail(self, error: OSError) -> None:
+        if not self._has_failed:
+            self._has_failed = True
+            warnings.warn(
+                f"The list of quarantined batches can't be used ({error}). Training goes on; batches may be missing there. "
+                "Further failures of it are not shown.",
+                GuardWarning,
+                stacklevel=2,
+            )
+
+    def _watch(self, loader: object) -> None:
+        self._sampler = None
+        if not isinstance(loader, DataLoader):
+            self._refuse(f"a {type(loader).__name__}")
+        elif isinstance(loader.dataset, IterableDataset):
+            self._refuse(f"the iterable data set {type(loader.dataset).__name__}")
+        else:
+            # A DataLoader refuses to have its sampler set; lists are made anew from it at the beginning of each epoch.
+            name = "sampler" if loader.batch_sampler is None else "batch_sampler"
+            inner = vars(loader)[name]
+            inner = inner.inner if isinstance(inner, WatchedSampler) else inner
+            self._sampler = WatchedSampler(inner, self.left_out if self._mode == "skip" else ())
+            vars(loader)[name] = self._sampler
+
+    def _refuse(self, what: str) -> None:
+        if self._mode == "skip":
+            raise ConflictError(
+                f"`quarantine='skip'` needs one torch DataLoader over a map-style data set, whose sampler shows which "
+                f"samples a batch has, got {what}. Use `quarantine='list'`, which then lists batches without their samples."
+            )
+
+
+def _of_all_ranks(incidents: list[Incident]) -> list[Incident]:
+    ranks = Ranks.current()
+    if ranks.size == 1:
+        return incidents
+    found: list[Any] = [None] * ranks.size
+    dist.all_gather_object(found, incidents)
+    return [incident for of_rank in found for incident in of_rank]

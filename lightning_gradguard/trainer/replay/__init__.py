@@ -1,0 +1,1 @@
+"""Running a step of a Trainer again, and what is learnt from it."""

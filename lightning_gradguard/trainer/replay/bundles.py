@@ -1,0 +1,99 @@
+"""Writes bad steps as bundles into the run's folder."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from lightning.pytorch import LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lightning_gradguard.alert import Alert
+from lightning_gradguard.errors import SinkWarning
+from lightning_gradguard.forensics.bundle import SUFFIX, Bundle, as_plain, versions
+from lightning_gradguard.measure.distributed import is_sharded
+from lightning_gradguard.report.alerting import INVESTIGATED
+from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
+from lightning_gradguard.trainer.replay.window import Window
+
+MAX_BUNDLES = 3
+"""Kept in a folder at most: the first ones, since what comes later mostly follows from them."""
+
+
+class Bundles:
+    """Writes up to three bundles a run. A failure is a warning; training goes on.
+
+    Must be made on all ranks, since the Trainer agrees on its folder between them. One rank writes it: the one to
+    blame, else the first.
+
+    Args:
+        trainer: the Trainer.
+        module: the one that is trained.
+        window: the running micro-batches.
+        max_mib: size of a bundle at most, in MiB.
+        guard: the guard's configuration, in words.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, window: Window, *, max_mib: float, guard: dict[str, str]
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._window = window
+        self._room = int(max_mib * 2**20)
+        self._guard = guard
+        log_dir = trainer.log_dir
+        wants_none = log_dir is None or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        self._folder = None if wants_none else Path(str(log_dir)) / "gradguard"
+        self._has_failed = False
+
+    def write(self, alerts: tuple[Alert, ...], optimizer: Optimizer, diagnosis: Diagnosis) -> None:
+        """Write the step of these alerts, before the optimizer applies it."""
+        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
+        if alert is None or self._folder is None or _writer(alert) != self._trainer.global_rank:
+            return
+        if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
+            return
+        try:
+            bundle = self._collect(alert, optimizer, diagnosis)
+            rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
+            bundle.save(self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}")
+        except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training goes on
+            if not self._has_failed:
+                self._has_failed = True
+                warnings.warn(
+                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on. "
+                    "`max_bundle_mib=None` turns bundles off.",
+                    SinkWarning,
+                    stacklevel=2,
+                )
+
+    def _collect(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> Bundle:
+        bundle = Bundle(alert.to_dict(), self._guard, versions())
+        batches = [
+            {"batch": it.batch, "batch_idx": it.batch_idx, "rng": it.rng, "cuda_rng": it.cuda_rng}
+            for it in self._window.of(optimizer, alert.step)
+        ]
+        if self._window.is_held(alert.step) and not alert.action.skips:
+            bundle.left_out.append(
+                "weights from before the step: the device had applied it before the host knew; these are later"
+            )
+        # What counts most comes first.
+        room = bundle.take("batches", batches, self._room)
+        healthy = diagnosis.healthy_batch(optimizer)
+        room = room if healthy is None else bundle.take("healthy", healthy, room)
+        if is_sharded([*self._module.parameters()]):
+            bundle.left_out.append("model, optimizer: sharded over the ranks")
+            return bundle
+        room = bundle.take("model", self._module.state_dict(), room)
+        bundle.take("optimizer", optimizer.state_dict(), room)
+        bundle.weight_growths = as_plain(diagnosis.weight_growths(optimizer))
+        return bundle
+
+
+def _writer(alert: Alert) -> int:
+    """The rank whose batch it is; the same answer on all of them."""
+    if alert.culprit is not None:
+        return alert.culprit.rank
+    # Of finite gradients each rank says that it was first.
+    return alert.rank if alert.kind == "nonfinite" else 0

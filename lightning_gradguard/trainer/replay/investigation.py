@@ -1,0 +1,232 @@
+"""Names the culprit of a step that is damaged, vanishes or explodes, by replaying it."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, distributed
+from torch.optim import Optimizer
+
+from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.alert import Culprit
+from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
+from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.report import culprit_of
+from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.state import State
+from lightning_gradguard.forensics.tensors import plain
+from lightning_gradguard.measure.distributed import Ranks, is_sharded
+from lightning_gradguard.record import Measurement, Position, Record
+from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
+from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
+from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+_MAX_BISECTION_RUNS = 24
+_MAX_BISECTION_SECONDS = 20.0
+
+
+class Investigation:
+    """Replays bad steps, up to a number of times in a run, and says who is to blame.
+
+    Args:
+        trainer: the Trainer.
+        module: the one that is trained.
+        window: the running micro-batches.
+        buffers: their values from before the step.
+        max_replays: steps that are looked into, >= 0.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair, max_replays: int
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._window = window
+        self._replay = Replay(trainer, module, window, buffers)
+        self._max_replays = max_replays
+        self.num_done = 0
+        """Steps looked into so far."""
+        self._ranks = Ranks.current()
+        self._is_sharded = is_sharded([*module.parameters()])
+        self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
+
+    def note(self, optimizer: Optimizer, record: Record | None) -> None:
+        """A step is done."""
+        self.diagnosis.note(optimizer, record)
+
+    def clear(self) -> None:
+        """Let go of all batches."""
+        self.diagnosis.clear()
+
+    def __call__(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
+        """Who is to blame for a step; None if it can't be told. Its gradients should still be there, to compare with.
+
+        Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
+        those of the module itself, and one gather tells whose part it was.
+        """
+        if self.num_done >= self._max_replays or not can_replay(self._trainer, self._module):
+            return None
+        self.num_done += 1
+        optimizer = self._trainer.optimizers[position.optimizer]
+        if kind != "nonfinite":
+            return None if self._is_sharded else self._diagnose(optimizer, position, kind)
+        looked, failure = _Look(), None
+        try:
+            looked = self._look(optimizer, position)
+        except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
+            failure = _warn(error)
+        if self._ranks.size == 1:
+            return looked.culprit
+        return self._agree(looked, failure, optimizer, measurement)
+
+    def _diagnose(self, optimizer: Optimizer, position: Position, kind: str) -> Culprit | None:
+        """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
+        found: tuple[Culprit | None, float] = (None, 0.0)
+        try:
+            found = self.diagnosis.look(optimizer, position, kind)
+        except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
+            _warn(error)
+        everyone = [found] * self._ranks.size
+        if self._ranks.size > 1:
+            distributed.all_gather_object(everyone, found)
+        return max((pair for pair in everyone if pair[0] is not None), key=lambda pair: pair[1], default=found)[0]
+
+    def _agree(self, looked: _Look, failure: str | None, optimizer: Optimizer, measurement: Measurement) -> Culprit | None:
+        """One verdict on all ranks: that of the rank which was first to see damage, else of the first that found any."""
+        everyone: list[tuple[Culprit | None, str | None]] = [(None, None)] * self._ranks.size
+        distributed.all_gather_object(everyone, (looked.culprit, failure))
+        first = None if measurement.damage is None else measurement.damage.rank
+        found = [culprit for culprit, _ in everyone if culprit is not None]
+        chosen = next((culprit for culprit in found if culprit.rank == first), found[0] if found else None)
+        if chosen is None or self._is_sharded or looked.is_late or any(reason for _, reason in everyone):
+            return chosen
+        parameters = _trained_by(optimizer)
+        average_over_ranks_(looked.replayed, parameters, self._ranks)
+        reproduced, error = compare(looked.replayed, parameters)
+        return replace(chosen, reproduced=reproduced, error=error)
+
+    def _look(self, optimizer: Optimizer, position: Position) -> _Look:
+        held = position.step if self._window.is_held(position.step) else None
+        search = _Search(self._module)
+        begin = time.perf_counter()
+        replayed = self._replay.run(optimizer, step=held, observe=search.observe, passed=search.forget)
+        seconds = time.perf_counter() - begin
+        looked = _Look(replayed, is_late=held is not None)
+        reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
+        blame = search.blame
+        # What one rank replays alone may wait for the others.
+        is_alone = self._ranks.size == 1
+        if blame is not None and blame.is_state and is_alone:
+            # The failing step may have poisoned what the module keeps. Once more, with that made finite.
+            again = _Search(self._module)
+            self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=_make_finite)
+            if again.blame is not None:
+                blame, reproduced, error = again.blame, False, None
+        if blame is None:
+            return looked
+        is_open = blame.samples is None and blame.phase in ("forward", "backward") and not blame.is_widespread
+        if is_open and len(search.sizes) == 1 and is_alone:
+            blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
+        looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+        return looked
+
+    def _bisect(self, optimizer: Optimizer, held: int | None, size: int, seconds: float) -> tuple[int, ...] | None:
+        """The samples without which the step is in order."""
+        if size < 2:
+            return None
+
+        def is_bad(keep: Sequence[int]) -> bool:
+            outcome = self._replay.run(optimizer, step=held, change=lambda batch: refill(batch, keep, size))
+            return not outcome.is_finite()
+
+        runs = min(_MAX_BISECTION_RUNS, int(_MAX_BISECTION_SECONDS / max(seconds, 1e-3)))
+        try:
+            return bisect(is_bad, size, runs)
+        except Exception:  # noqa: BLE001 - a batch that can't be refilled has no single culprits
+            return None
+
+
+@dataclass
+class _Look:
+    """What one rank has found.
+
+    Attributes:
+        replayed: what the replay gave.
+        culprit: who made the damage, in this rank's part.
+        is_late: whether the step's own gradients are gone, so that there is nothing to compare with.
+    """
+
+    replayed: Replayed = field(default_factory=Replayed)
+    culprit: Culprit | None = None
+    is_late: bool = False
+
+
+def _warn(error: Exception) -> str:
+    failure = f"{type(error).__name__}: {error}"
+    warnings.warn(
+        f"The step could not be replayed ({failure}), so who is to blame is not known. Training goes on. "
+        "`max_replays=0` turns replays off.",
+        GuardWarning,
+        stacklevel=2,
+    )
+    return failure
+
+
+def _trained_by(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+class _Search:
+    """Follows the damage through the micro-batches of one replay; the first that shows any is blamed."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._module = module
+        self.blame: Blame | None = None
+        self.sizes: list[int] = []
+        """Samples in each micro-batch."""
+        self._damage: Damage | None = None
+
+    def forget(self) -> None:
+        """Another optimizer has stepped: its loss is no concern of this one."""
+        if self._damage is not None:
+            self._damage.losses.clear()
+
+    @contextmanager
+    def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
+        """Watch one micro-batch."""
+        batch = Batch.of(micro_batch.batch)
+        self.sizes.append(batch.size)
+        if self.blame is not None:
+            yield
+            return
+        self._damage = damage = Damage(self._module, batch)
+        damage.label(leaves_of(micro_batch.batch), "data")
+        damage.label(self._module.named_parameters(), "weights")
+        damage.label(self._module.named_buffers(), "state")
+        damage.label(state.tensors, "state")
+        with damage.watch():
+            yield
+        grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
+        damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
+        self.blame = find_culprit(damage.losses, damaged, batch)
+
+
+@torch.no_grad()
+def _make_finite(state: State) -> None:
+    """Make finite what a module keeps besides its weights."""
+    for tensor in state.kept:
+        _fill(tensor)
+
+
+def _fill(tensor: Tensor) -> None:
+    values = plain(tensor)
+    if values is not None and not bool(values.isfinite().all()):
+        # Not 0: a divisor or variance would make damage of its own.
+        tensor.data.masked_fill_(~tensor.data.isfinite() & (tensor.data != -torch.inf), 1.0)

@@ -1,0 +1,153 @@
+"""The three ways to apply a decision: at once, queued before the host knows, and left to the device."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adagrad, AdamW
+
+from lightning_gradguard import ClipNorm, Detector, Explosion, Guard, Verdict
+from lightning_gradguard.act import gate
+from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.judge.judge import SkipThreshold
+from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.measurement import MicroBatch, measure
+from lightning_gradguard.measure.parameters import WatchedParameters
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+
+FUSED = {
+    "sgd": lambda parameters: SGD(parameters, lr=1e-3, momentum=0.9, fused=True),
+    "adamw": lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
+    "adagrad": lambda parameters: Adagrad(parameters, lr=1e-3, fused=True),
+}
+SETTINGS = {
+    "defaults": dict,
+    "clip": lambda: {"clip": 0.5},
+    "skip": lambda: {"clip": 1.0, "explosion": "skip"},
+    "patience": lambda: {"explosion": Explosion("skip", patience=2)},
+    "max_norm": lambda: {"explosion": Explosion("skip", max_norm=50.0), "nonfinite": "warn"},
+    "stop": lambda: {"explosion": "stop"},
+}
+FAULTS = {20: "batch", 30: "loss", 31: "loss", 40: "gradient"}
+STEPS = 50
+
+
+def run(optimizer_of, settings, devices, monkeypatch):
+    """Train with faults; what was decided at each step, and the weights."""
+    monkeypatch.setattr(gate, "DEFERRING_DEVICES", devices)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    optimizer = optimizer_of(model.parameters())
+    records = []
+    guard = Guard(
+        model.named_parameters(), optimizer, named_buffers=model.named_buffers(), sinks=[records.append], **settings
+    )
+    for step in range(STEPS):
+        inputs = torch.randn(16, 8)
+        if FAULTS.get(step) == "batch":
+            inputs[3, 2] = math.nan
+        optimizer.zero_grad()
+        loss = model(inputs).square().mean() * (1e3 if FAULTS.get(step) == "loss" else 1.0)
+        guard.before_backward(loss)
+        loss.backward()
+        if FAULTS.get(step) == "gradient":
+            model[0].weight.grad[0, 0] = math.inf
+        guard.step()
+        optimizer.step()
+        if guard.stopped_by:
+            break
+    guard.flush()
+    decided = [(record.position.step, record.decision, record.totals, len(record.alerts)) for record in records]
+    figures = [(record.measurement.global_norm, record.clip_coef, record.clipped_norm) for record in records]
+    return decided, torch.tensor(figures), torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+@pytest.mark.parametrize("kind", FUSED)
+def test_deferred_decisions_equal_immediate_ones_at_every_step(kind, settings, monkeypatch):
+    """A fused optimizer that the device makes skip and clip ends where the host's own decisions lead."""
+    decided, figures, weights = run(FUSED[kind], settings(), set(), monkeypatch)
+    deferred, deferred_figures, deferred_weights = run(FUSED[kind], settings(), {"cpu"}, monkeypatch)
+    assert deferred == decided
+    torch.testing.assert_close(deferred_figures, figures, equal_nan=True, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(deferred_weights, weights, equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_queued_decisions_equal_immediate_ones_at_every_step(settings, monkeypatch):
+    """Clipping before the host knows changes nothing, to the last bit."""
+    foreach = lambda parameters: AdamW(parameters, lr=1e-3, foreach=True)  # noqa: E731
+    decided, figures, weights = run(foreach, settings(), set(), monkeypatch)
+    queued, queued_figures, queued_weights = run(foreach, settings(), {"cpu"}, monkeypatch)
+    assert queued == decided
+    torch.testing.assert_close(queued_figures, figures, equal_nan=True, rtol=1e-6, atol=0.0)
+    assert torch.equal(queued_weights, weights) or weights.isnan().any()
+
+
+def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
+    """The device can't know the norm of such gradients; the host clips them once it does."""
+    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"cpu"})
+    parameter = nn.Parameter(torch.zeros(4))
+    guard = Guard([("p", parameter)], SGD([parameter], lr=0.1), clip=1.0, explosion=None)
+    parameter.grad = torch.full((4,), 1e25)
+    record = guard.step()
+    assert record.measurement.overflowed
+    torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
+
+
+class Always(Detector):
+    """Skips every step, by its own reasons."""
+
+    name = "always"
+
+    def observe(self, measurement):
+        """A hit whatever comes."""
+        return Verdict(self.name, 1.0, 0.0, "as always", "none")
+
+
+def test_detector_with_reasons_of_its_own_is_asked_before_the_step(monkeypatch):
+    """What the device can't judge is never left to it."""
+    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"cpu"})
+    parameter = nn.Parameter(torch.zeros(4))
+    optimizer = AdamW([parameter], fused=True)
+    guard = Guard([("p", parameter)], optimizer, detectors=[Always("skip")])
+    for _ in range(3):
+        parameter.grad = torch.ones(4)
+        assert guard.step().decision.skip
+        optimizer.step()
+    assert torch.equal(parameter.detach(), torch.zeros(4))
+
+
+def meta_gate(optimizer_of, clipper):
+    """A gate over a model without memory: whoever reads a value there gets an error."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).to("meta")
+    optimizer = optimizer_of(model.parameters())
+    for parameter in model.parameters():
+        parameter.grad = torch.empty_like(parameter)
+    watched = WatchedParameters(model.named_parameters(), optimizer)
+    gradients = Gradients(watched.tensors, is_uniform=watched.is_uniform)
+    facts = measure(gradients, [MicroBatch(torch.empty((), device="meta"))])
+    return gate.Gate(watched, clipper, BufferRepair(model.named_buffers()), uses_scaler=False), gradients, facts
+
+
+@pytest.mark.parametrize("clipper", [None, ClipNorm(1.0), ClipNorm(1.0, norm_type=1.0)])
+def test_deferring_on_meta_reads_nothing(clipper, monkeypatch):
+    """A healthy step of a fused optimizer has no sync: skip, clip and copy of the facts are queued."""
+    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"meta"})
+    over, gradients, facts = meta_gate(FUSED["adamw"], clipper)
+    assert over.can_defer(gradients)
+    over.defer_(gradients, facts, SkipThreshold(max_norm=10.0, must_be_finite=True))
+    assert facts.pack().device.type == "meta"
+
+
+@pytest.mark.parametrize("clipper", [None, ClipNorm(1.0)])
+def test_queueing_on_meta_reads_nothing(clipper, monkeypatch):
+    """Any other optimizer: everything is queued before the one sync."""
+    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"meta"})
+    over, gradients, facts = meta_gate(lambda parameters: AdamW(parameters, foreach=True), clipper)
+    assert not over.can_defer(gradients)
+    assert over.queue_clip_(gradients, facts) is not None

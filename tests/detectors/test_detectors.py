@@ -1,0 +1,294 @@
+"""What each built-in detector finds, and what it doesn't."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import numpy as np
+import pytest
+from builders import examples, judge, layers, measurement, no_gradients
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lightning_gradguard import Action, Explosion, Measurement, NonFinite, Vanishing
+from lightning_gradguard.detectors.overflow import Overflow
+from lightning_gradguard.judge.decision import Streak
+from lightning_gradguard.layout import Layout
+
+
+def hits(detector, steps):
+    """On which steps it fires."""
+    return [index for index, step in enumerate(steps) if judge(detector, step) is not None]
+
+
+def scalar(norms):
+    """Steps of a model with one module."""
+    return [measurement([float(norm)], loss=1.0) for norm in norms]
+
+
+def test_nonfinite_default_is_to_skip_and_stop_after_five():
+    """One bad batch is passed over; five in a row are no accident."""
+    policy = NonFinite().policy
+    assert (policy.action, policy.patience, policy.cooldown, policy.stop_after) == (Action.SKIP, 1, 0, 5)
+
+
+@pytest.mark.parametrize(
+    ("norms", "text"),
+    [
+        ([1.0, math.nan], r"`layers\.1\.weight` has 1 NaN elements"),
+        ([math.inf, 1.0], r"`layers\.0\.weight` has 1 infinite elements"),
+        ([math.nan, math.inf, 1.0], "and 1 more of 3 gradients are damaged"),
+    ],
+)
+def test_nonfinite_message_names_the_worst_parameter(norms, text):
+    """With its count, and how many others are damaged."""
+    verdict = NonFinite().observe(measurement(norms))
+    assert verdict.limit == math.inf
+    assert re.search(text, verdict.message)
+
+
+def test_nonfinite_overflowed_norm_is_no_hit():
+    """Finite gradients whose norm float32 can't hold are Explosion's."""
+    step = measurement([1e30], overflowed=True)
+    assert NonFinite().observe(step) is None
+    assert Explosion().observe(step) is not None
+
+
+def test_overflow_while_the_scale_is_found_is_no_hit():
+    """Ten in a row are calibration; the eleventh is not."""
+    bad = measurement([math.inf], loss=1.0, loss_scale=2.0**20)
+    assert hits(Overflow(), [bad] * 12) == [10, 11]
+    assert hits(Overflow(), ([bad] * 10 + scalar([1.0])) * 3) == []
+    assert hits(NonFinite(), [bad] * 12) == []
+
+
+def test_overflow_with_a_collapsed_scale_is_a_hit():
+    """Below 1 nothing is left to scale."""
+    bad = measurement([math.nan], loss=1.0, loss_scale=0.5)
+    verdict = Overflow().observe(bad)
+    assert (verdict.value, verdict.limit) == (0.5, 1.0)
+
+
+def test_overflow_without_a_scaler_never_fires():
+    """NaN is then NonFinite's."""
+    assert hits(Overflow(max_in_a_row=1), [measurement([math.nan])] * 5) == []
+
+
+def test_explosion_default_warms_up_for_sixteen_steps():
+    """Before that there is no relative limit."""
+    detector = Explosion()
+    for _ in range(15):
+        judge(detector, measurement([1.0]))
+        assert detector.limit() == math.inf
+    judge(detector, measurement([1.0]))
+    assert detector.limit() == pytest.approx(5.0)
+
+
+@examples
+@given(st.floats(1e-3, 1e3), st.floats(1e-6, 1e6))
+def test_explosion_absolute_limit_is_exact(max_norm, norm):
+    """At the limit is in order, above it is not, from the first step on."""
+    found = Explosion(max_norm=max_norm, ratio=None).observe(measurement([norm]))
+    assert (found is not None) == (norm > max_norm)
+    assert Explosion(max_norm=max_norm, ratio=None).observe(measurement([max_norm])) is None
+
+
+def test_explosion_both_limits_the_smaller_counts():
+    """Its message says which it was."""
+    detector = Explosion(max_norm=3.0)
+    for step in scalar([1.0] * 20):
+        judge(detector, step)
+    assert detector.limit() == 3.0
+    assert "above max_norm=3" in detector.observe(measurement([4.0])).message
+    relative = Explosion(max_norm=1e6)
+    for step in scalar([1.0] * 20):
+        judge(relative, step)
+    assert "40 times its usual 1" in relative.observe(measurement([40.0])).message
+
+
+@examples
+@given(st.integers(0, 1000), st.integers(-8, 8))
+def test_explosion_history_times_a_constant_scales_the_limit(seed, decades):
+    """No verdict changes with the unit of the loss."""
+    norms = np.exp(np.random.default_rng(seed).normal(0, 0.5, 40))
+    plain, scaled = Explosion(), Explosion()
+    for norm in norms:
+        judge(plain, measurement([norm]))
+        judge(scaled, measurement([norm * 10.0**decades]))
+    assert scaled.limit() == pytest.approx(plain.limit() * 10.0**decades, rel=1e-9)
+
+
+@examples
+@given(st.integers(0, 1000))
+def test_explosion_limit_equals_an_independent_formula(seed):
+    """Median * max(ratio, exp(z * 1.4826 * MAD)), by numpy over the last 64."""
+    norms = np.exp(np.random.default_rng(seed).normal(0, 0.2, 80))
+    detector = Explosion()
+    for norm in norms:
+        detector.learn(measurement([norm]))
+    logs = np.log(norms[-64:])
+    mad = max(np.median(np.abs(logs - np.median(logs))), 0.1)
+    center = max(np.median(logs), np.median(logs[-16:]))
+    assert detector.limit() == pytest.approx(np.exp(center) * max(5.0, np.exp(8 * 1.4826 * mad)), rel=1e-9)
+
+
+def test_explosion_flagged_steps_do_not_raise_the_limit():
+    """What was found to be wrong is no part of the history."""
+    detector = Explosion()
+    for step in scalar([1.0] * 30):
+        judge(detector, step)
+    before = detector.limit()
+    assert judge(detector, measurement([1e6])) is not None
+    assert detector.limit() == before
+
+
+def test_explosion_norm_near_the_end_of_float64_keeps_a_finite_limit():
+    """Exp would overflow."""
+    detector = Explosion()
+    for _ in range(20):
+        detector.learn(measurement([1e308]))
+    assert math.isfinite(detector.limit())
+
+
+def test_explosion_beyond_float32_within_its_limit_says_so():
+    """The norm overflowed though nothing forbids it."""
+    assert "beyond what float32" in Explosion().observe(measurement([1e20], overflowed=True)).message
+
+
+def fading(decades_per_module, count=8, size=1.0):
+    """Norms that grow towards the output."""
+    return [size * 10.0 ** (decades_per_module * (index - count + 1)) for index in range(count)]
+
+
+def test_vanishing_fading_network_is_found_once_it_lasts():
+    """From the warm-up on, and only after twenty steps."""
+    found = hits(Vanishing(), [measurement(fading(1.0), loss=1.0)] * 60)
+    assert found == list(range(30, 60))
+    assert hits(Vanishing(warmup_steps=0), [measurement(fading(1.0), loss=1.0)] * 60)[0] == 19
+
+
+def test_vanishing_message_names_where_the_gradient_is_lost():
+    """Seen from the output."""
+    detector = Vanishing(warmup_steps=0, persistence=1)
+    verdict = detector.observe(measurement(fading(1.0), loss=1.0))
+    assert "it is lost at `layers.3`" in verdict.message
+    assert "1 decades a module" in verdict.message
+    assert verdict.parameters[0].name == "layers.0.weight"
+    assert verdict.value == pytest.approx(1e-7)
+
+
+@pytest.mark.parametrize(
+    "norms",
+    [fading(0.1), fading(0.0), fading(-1.0), [1e-8] * 8, fading(3.0, count=3)],
+    ids=["mild", "even", "towards-the-input", "converged", "shallow"],
+)
+def test_vanishing_healthy_depth_profiles_are_no_hit(norms):
+    """Small everywhere is converged; three modules are no depth; growing towards the input is another matter."""
+    assert hits(Vanishing(), [measurement(norms, loss=1.0)] * 100) == []
+
+
+def test_vanishing_symptom_with_a_break_starts_again():
+    """It must last without one."""
+    steps = ([measurement(fading(1.0), loss=1.0)] * 19 + [measurement(fading(0.0), loss=1.0)]) * 5
+    assert hits(Vanishing(), steps) == []
+
+
+def test_vanishing_dead_module_is_named():
+    """Exactly zero while others are not; those before it are counted."""
+    detector = Vanishing(warmup_steps=0, persistence=2)
+    step = measurement([0.0, 0.0, 1.0, 1.0], loss=1.0)
+    assert detector.observe(step) is None
+    message = detector.observe(step).message
+    assert "`layers.1` and 1 modules before it has been exactly zero for 2 steps" in message
+
+
+def test_vanishing_frozen_module_is_no_hit():
+    """No gradient at all is not a gradient of zero."""
+    has_grad = np.array([False, True, True, True])
+    step = Measurement(layers(4), np.array([0.0, 1.0, 1.0, 1.0]), has_grad, math.sqrt(3))
+    assert hits(Vanishing(), [step] * 100) == []
+
+
+@pytest.mark.parametrize(("loss", "fires"), [(1.0, True), (None, True), (0.0, False)])
+def test_vanishing_floor_fires_unless_the_loss_is_zero(loss, fires):
+    """A loss of zero has no gradient by right."""
+    detector = Vanishing(warmup_steps=0, persistence=1)
+    verdict = detector.observe(measurement([1e-14, 1e-14], loss=loss))
+    assert (verdict is not None) == fires
+    if fires:
+        assert "has been below 1e-12 for 1 steps" in verdict.message
+
+
+def test_vanishing_biases_and_gains_do_not_count():
+    """Only matrices and kernels are compared by depth."""
+    names = [f"layers.{index}.{kind}" for index in range(6) for kind in ("weight", "bias")]
+    layout = Layout.of(names, [(8, 8), (8,)] * 6)
+    norms = np.array([value for index in range(6) for value in (1.0, 10.0 ** (index - 6))])
+    step = Measurement(layout, norms, np.ones(12, dtype=np.bool_), float(np.linalg.norm(norms)))
+    assert hits(Vanishing(), [step] * 100) == []
+
+
+@examples
+@given(st.integers(-8, 8), st.sampled_from([0.1, 0.35, 1.0]))
+def test_vanishing_loss_times_a_constant_changes_no_verdict(exponent, slope):
+    """The comparison is between modules."""
+    sizes = (1.0, 10.0**exponent)
+    found = [hits(Vanishing(), [measurement(fading(slope, size=size), loss=1.0)] * 40) for size in sizes]
+    if min(sizes) * 1e-9 > 1e-12 or slope == 0.1:
+        assert found[0] == found[1]
+
+
+def test_vanishing_steps_without_gradients_count_for_nothing():
+    """Neither as a symptom nor as a break."""
+    fade = [measurement(fading(1.0), loss=1.0)]
+    steps = fade * 25 + [no_gradients()] * 10 + fade * 10
+    assert hits(Vanishing(), steps) == [40, 41, 42, 43, 44]
+
+
+def test_explosion_spike_of_one_parameter_warns_whatever_the_action():
+    """The global norm hides it: fifty times the usual of one, less than double of all."""
+    detector = Explosion("skip")
+    noise = np.exp(np.random.default_rng(0).normal(0.0, 0.1, (60, 3))) * (1.0, 1.0, 0.02)
+    assert hits(detector, [measurement(row.tolist()) for row in noise]) == []
+    spiked = measurement([1.0, 1.0, 1.0])
+    assert spiked.global_norm < detector.limit()
+    verdict = detector.observe(spiked)
+    assert verdict.is_advisory
+    assert verdict.parameters[0].name == "layers.2.weight"
+    assert "times its usual 0.02" in verdict.message
+    assert Explosion("skip", min_share=None).observe(spiked) is None
+
+
+def test_explosion_parameter_with_a_small_share_is_no_hit():
+    """What carries one percent of the norm harms nobody."""
+    detector = Explosion()
+    assert hits(detector, [measurement([1.0, 1e-4])] * 60 + [measurement([1.0, 0.01])]) == []
+
+
+def test_explosion_parameter_at_a_new_level_is_learned():
+    """After twenty hits it is taken for normal; later spikes are found again."""
+    before, after = [1.0, 1.0, 0.02], [1.0, 1.0, 0.5]
+    found = hits(Explosion(), [measurement(before)] * 60 + [measurement(after)] * 100 + [measurement([1.0, 1.0, 3.0])])
+    assert found == [*range(60, 80), 160]
+
+
+def test_explosion_growth_of_one_parameter_is_found_within_fifteen_steps():
+    """A third more at each step."""
+    grown = [measurement([1.0, 1.0, 0.3 * 1.33 ** max(step - 60, 0)]) for step in range(80)]
+    assert 60 < hits(Explosion(), grown)[0] <= 75
+
+
+def test_verdict_that_is_advisory_neither_skips_nor_stops():
+    """Nor does it where it is the last of many in a row."""
+    streak = Streak(hits=4)
+    _, action, _ = streak.hit(9, Explosion("raise", stop_after=5).policy, is_advisory=True)
+    assert action is Action.WARN
+
+
+def test_explosion_parameter_that_rises_with_all_others_is_no_hit():
+    """A network that starts to learn late: every norm climbs thirtyfold, one of them twice as far."""
+    climb = [1.12 ** min(step, 30) for step in range(60)]
+    steps = [measurement([1.0, 1.0, 0.3])] * 60 + [measurement([size, size, 0.3 * size**1.2]) for size in climb]
+    assert max(climb) > 25.0
+    assert hits(Explosion(), steps) == []

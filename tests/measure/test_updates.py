@@ -1,0 +1,172 @@
+"""How far a step moves the weights, and what is said about it."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from builders import measurement, mlp, through_checkpoint
+
+from lightning_gradguard import Guard, UpdateRatio
+from lightning_gradguard.measure.updates import UpdateMeter
+
+
+def made(optimizer_of=torch.optim.SGD, rate=0.01, detector=None, **settings):
+    """A model of two layers, its optimizer and a guard that measures updates."""
+    torch.manual_seed(0)
+    model = mlp(3, 4, 2)
+    optimizer = optimizer_of(model.parameters(), lr=rate, **settings)
+    detectors = [detector or UpdateRatio(every_n_steps=1)]
+    return model, optimizer, Guard(model.named_parameters(), optimizer=optimizer, detectors=detectors, explosion=None)
+
+
+def trained(model, guard, optimizer, *, times=1.0):
+    """One step, and the weights from before it."""
+    optimizer.zero_grad()
+    before = copy.deepcopy(list(model.parameters()))
+    (times * model(torch.ones(4, 3)).square().sum()).backward()
+    record = guard.step()
+    optimizer.step()
+    return record, before
+
+
+def expected(before, after):
+    """The ratio of a matrix, by its definition."""
+    before, after = before.detach(), after.detach()
+    return float((after - before).norm() / max(float(before.norm()), math.sqrt(len(before) / 3)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"fused": True}, {"foreach": True}])
+def test_update_ratio_measured_equals_its_definition(settings):
+    """Of the step before; vectors have none."""
+    model, optimizer, guard = made(**settings)
+    first, before = trained(model, guard, optimizer)
+    assert first.measurement.update_ratios is None
+    after = copy.deepcopy(list(model.parameters()))
+    found = trained(model, guard, optimizer)[0].measurement.update_ratios
+    assert found[[0, 2]] == pytest.approx([expected(before[index], after[index]) for index in (0, 2)], rel=1e-5)
+    assert all(math.isnan(found[index]) for index in (1, 3))
+
+
+def test_update_of_weights_that_begin_at_zero_is_measured_by_the_default_size():
+    """The last layer of a residual branch: its first step would be infinitely large."""
+    model, optimizer, guard = made(torch.optim.Adam, rate=1e-3)
+    torch.nn.init.zeros_(model[2].weight)
+    trained(model, guard, optimizer)
+    found = trained(model, guard, optimizer)[0].measurement.update_ratios
+    assert found[2] == pytest.approx(1e-3 * math.sqrt(8) / math.sqrt(2 / 3), rel=1e-3)
+
+
+def test_update_of_a_skipped_step_is_not_measured():
+    """The weights are where they were."""
+    model, optimizer, guard = made()
+    trained(model, guard, optimizer)
+    with pytest.warns(UserWarning, match="Nonfinite"):
+        trained(model, guard, optimizer, times=math.nan)
+    assert trained(model, guard, optimizer)[0].measurement.update_ratios is None
+
+
+def test_update_that_is_too_large_warns_at_the_next_step():
+    """A rate of a thousand."""
+    model, optimizer, guard = made(rate=1e3)
+    trained(model, guard, optimizer)
+    with pytest.warns(UserWarning, match=r"the step before has moved `\d\.weight` by .* times its size"):
+        record, _ = trained(model, guard, optimizer)
+    assert [verdict.kind for verdict in record.verdicts] == ["update_ratio"]
+    assert record.alerts[0].parameters
+
+
+def test_updates_are_measured_early_at_each_turn_and_after_a_finding():
+    """In between nothing is copied."""
+    model, optimizer, guard = made(detector=UpdateRatio(every_n_steps=7))
+    measured = [step for step in range(40) if trained(model, guard, optimizer)[0].measurement.update_ratios is not None]
+    assert measured == [*range(1, 10), 14, 21, 28, 35]
+    detector = UpdateRatio()
+    for _ in range(13):
+        detector.observe(measurement([1.0]))
+    assert not detector.needs_update()
+    detector.observe(replace(measurement([1.0]), update_ratios=torch.tensor([0.5]).numpy()))
+    assert detector.needs_update()
+
+
+def judged(detector, ratios):
+    """The steps with a hit."""
+    steps = [replace(measurement([1.0, 1.0]), update_ratios=torch.tensor([math.nan, ratio]).numpy()) for ratio in ratios]
+    return [index for index, step in enumerate(steps) if detector.observe(step)]
+
+
+def test_update_ratio_in_a_row_is_a_hit():
+    """Three of 0.5, or one of 1.5; a step that was not applied is neither a hit nor a break."""
+    assert judged(UpdateRatio(), [0.5, 0.5, 0.1, 0.5, 0.5, 0.0, 0.5, 0.5, 0.1]) == [6, 7]
+    assert judged(UpdateRatio(), [0.1, 1.5, 0.1]) == [1]
+
+
+def test_update_ratio_too_small_in_a_row_is_a_hit_if_asked_for():
+    """A rate of almost zero."""
+    assert judged(UpdateRatio(min_ratio=1e-6), [1e-3, 1e-8, 1e-8, 1e-8, 1e-3]) == [3]
+    assert judged(UpdateRatio(), [1e-8] * 10) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"max_ratio": 0.0}, "`max_ratio` must be"),
+        ({"lasting_ratio": 2.0}, "`lasting_ratio` must be"),
+        ({"min_ratio": -1.0}, "`min_ratio` must be"),
+        ({"persistence": 0}, "`persistence` must be an integer >= 1"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be an integer >= 1"),
+    ],
+)
+def test_update_ratio_bad_values_are_refused(settings, match):
+    """With the constraint."""
+    with pytest.raises(ValueError, match=match):
+        UpdateRatio(**settings)
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_update_of_a_resumed_run_is_that_of_one_that_ran_through(at):
+    """The update between the last step and the checkpoint is in the checkpoint."""
+    runs = []
+    for is_resumed in (False, True):
+        model, optimizer, guard = made(torch.optim.Adam, rate=0.05, detector=UpdateRatio(every_n_steps=2))
+        ratios = []
+        for step in range(20):
+            if is_resumed and step == at:
+                state = through_checkpoint(guard.state_dict())
+                guard = Guard(
+                    model.named_parameters(),
+                    optimizer=optimizer,
+                    detectors=[UpdateRatio(every_n_steps=2)],
+                    explosion=None,
+                )
+                guard.load_state_dict(state)
+            ratios.append(str(trained(model, guard, optimizer)[0].measurement.update_ratios))
+        runs.append(ratios)
+    assert runs[0] == runs[1]
+
+
+def test_update_meter_with_other_parameters_by_now_knows_nothing():
+    """A callback has added some; also after a checkpoint."""
+    few, many = [torch.ones(2, 2)], [torch.ones(2, 2), torch.ones(2, 2)]
+    meter = UpdateMeter()
+    meter.start_(few)
+    assert meter.read_(many) is None
+    meter.start_(few)
+    state = meter.state_dict(few)
+    assert state["ratios"] == [0.0]
+    meter.load_state_dict(state)
+    assert meter.read_(many) is None
+    assert meter.read_(few) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64])
+def test_update_meter_takes_every_dtype(dtype):
+    """A tenth of the weight."""
+    weight = torch.full((4, 4), 2.0).to(dtype)
+    meter = UpdateMeter()
+    meter.start_([weight])
+    weight += 0.25
+    assert float(meter.read_([weight])) == pytest.approx(0.125)

@@ -12,6 +12,7 @@ TUNING = frozenset({
     "mlp_adam", "conv_sgd", "transformer_warmup", "autoencoder", "finetune_frozen", "large_batch", "summed_loss",
     "heavy_tail", "label_noise", "lr_restarts", "deep_tanh", "multi_task", "converged", "late_start",
     "late_relu", "zero_branches", "zero_kernels",
+    "late_bert", "late_vit", "late_deep_relu", "late_deep_tanh", "late_linear", "late_generalisation",
     # explosions
     "lr_jump", "bad_batch", "data_scale_shift", "one_layer_spike", "slow_divergence", "slow_layer_growth", "rate_too_high",
     "bad_init_large", "range_test_adam", "range_test_sgd", "range_test_transformer", "inverted_decay",

@@ -49,7 +49,8 @@ class Bundles:
 
     def write(self, alerts: tuple[Alert, ...], optimizer: Optimizer, diagnosis: Diagnosis) -> None:
         """Write the step of these alerts, before the optimizer applies it."""
-        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
+        # Only findings have a limit above 0; that one is over is no reason to keep a step.
+        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED and alert.limit > 0.0), None)
         if alert is None or self._folder is None or _writer(alert) != self._trainer.global_rank:
             return
         if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:

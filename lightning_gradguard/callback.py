@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,8 +23,12 @@ from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse
 from lightning_gradguard.trainer.fit import Fit
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options, armed_among
+from lightning_gradguard.trainer.packages import Callback
 from lightning_gradguard.trainer.recovery.snapshot_storage import random_states_in
 from lightning_gradguard.trainer.strategies import refuse_strategy
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class GradGuard(Callback):

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -24,6 +22,7 @@ from lightning_gradguard.report.summary import summarize
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options
+from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
 from lightning_gradguard.trainer.recovery.quarantine import Quarantine
@@ -34,6 +33,9 @@ from lightning_gradguard.trainer.replay.bundles import Bundles
 from lightning_gradguard.trainer.replay.investigation import Investigation
 from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.sinks import all_sinks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class Fit:

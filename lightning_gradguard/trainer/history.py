@@ -5,12 +5,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
-
-from lightning.pytorch import LightningModule
+from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.record import Record, Totals
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 @dataclass

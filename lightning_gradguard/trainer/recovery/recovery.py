@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
 from lightning_gradguard.errors import GuardWarning
@@ -19,6 +17,9 @@ from lightning_gradguard.trainer.history import RollbackProgress
 from lightning_gradguard.trainer.recovery.run_state import RunState
 from lightning_gradguard.trainer.recovery.skipping_batches import skip_batches
 from lightning_gradguard.trainer.recovery.snapshot_storage import InMemory, OnDisk, SnapshotStorage
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _DAMAGING = (NonFinite.name, Explosion.name)
 """Findings after which weights may be damaged, whatever is done about them."""

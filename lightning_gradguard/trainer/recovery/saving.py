@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
-
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.recovery.finite import find_nonfinite
 from lightning_gradguard.trainer.callback_order import callbacks_of
+from lightning_gradguard.trainer.packages import is_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 _HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end", "on_exception")
 _MAX_NAMES = 3
@@ -77,7 +78,7 @@ class SaveGate:
         self._state = RunState(trainer, module, [])
         self._was_refused = False
         self._is_in_hook = False
-        self._callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, Checkpoint)]
+        self._callbacks = [callback for callback in callbacks_of(trainer) if is_checkpoint(callback)]
         self._save: _InPlaceOf | None = None
         self._hooks: list[_InPlaceOf] = []
         self._ends_with: Callback | None = None

@@ -6,9 +6,14 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, StochasticWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning_package import (
+    BaseFinetuning,
+    Callback,
+    EMAWeightAveraging,
+    LightningModule,
+    MixedPrecision,
+    StochasticWeightAveraging,
+)
 from toys import FEATURES, Net, Snapshots, fit, make_batches, same, weights_of
 
 from lightning_gradguard import GradGuard, GradientWarning, Overflow

@@ -9,9 +9,7 @@ import shutil
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning_package import Callback, Checkpoint, EMAWeightAveraging, LightningModule, MixedPrecision
 from torch import nn
 from torchmetrics import MeanMetric
 from toys import Batches, Net, ResumableBatches, fit, make_batches, make_trainer, same, weights_of

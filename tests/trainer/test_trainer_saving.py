@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_package import Callback, ModelCheckpoint
 from toys import Net, ResumableBatches, fit, make_batches, make_trainer, same, weights_of
 
 from lightning_gradguard import GradGuard

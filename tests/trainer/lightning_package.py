@@ -11,6 +11,9 @@ import logging
 import os
 from typing import Any
 
+# At its import `lightning.pytorch.cli` uses parts of jsonargparse that are on their way out.
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+
 NAME = os.environ.get("GRADGUARD_TEST_PACKAGE", "lightning.pytorch")
 
 _PLACES = (
@@ -42,8 +45,5 @@ def logs() -> list[logging.Logger]:
 
 
 def has(name: str) -> bool:
-    """Whether this version of Lightning has something."""
-    try:
-        return __getattr__(name) is not None
-    except AttributeError:
-        return False
+    """Whether this version of Lightning has a callback."""
+    return hasattr(importlib.import_module(f"{NAME}.callbacks"), name)

@@ -69,9 +69,8 @@ def _run(root, *arguments, clip="0.5", nonfinite="warn"):
 
 
 @pytest.fixture(autouse=True)
-def _quiet_cli(monkeypatch):
-    """Lightning uses parts of jsonargparse that are on their way out, and `seed_everything` prints what it does."""
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+def _quiet_cli():
+    """`seed_everything` prints what it does."""
     before = [(log, log.level) for log in logs()]
     for log, _ in before:
         log.setLevel(logging.WARNING)

@@ -23,7 +23,7 @@ LAYERS = (
     # plain words, without torch
     *("policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
     # gradients -> measure -> judge -> act -> report
-    *("measure", "statistics", "detectors", "judge", "clippers", "act", "report", "sinks"),
+    *("measure", "statistics", "detectors", "judge", "clippers", "act", "sinks", "report"),
     # looking into a bad step, and going back
     *("forensics", "recovery"),
     # the pipeline, and Lightning around it
@@ -39,14 +39,14 @@ WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "tensorboard_p
 NEVER = {
     "detectors": ("measure",),
     "judge": ("measure",),
-    "report": ("measure", "statistics", "detectors", "clippers", "act"),
+    "report": ("measure", "statistics", "clippers", "act"),
     "sinks": (
         *("measure", "statistics", "detectors", "judge", "clippers", "act"),
         *(f"tensorboard_plugin.{name}" for name in ("data", "plugin", "tree", "views")),
     ),
     "clippers": ("detectors", "judge"),
     "tensorboard_plugin": ("alert", "record", "errors"),
-    "forensics": ("detectors", "judge", "clippers", "act", "report", "sinks"),
+    "forensics": ("detectors", "judge", "clippers", "act", "sinks", "report"),
 }
 """What a layer must not import although it stands below: between measuring and acting there are plain numbers only."""
 

@@ -21,6 +21,7 @@ from lightning_gradguard.trainer.packages import is_lightning_module
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda package: package.__name__)
 
 FIT = """
+import tempfile
 import warnings
 import torch
 from torch.utils.data import DataLoader
@@ -38,7 +39,8 @@ class Model(pl.LightningModule):
 warnings.simplefilter("ignore")
 guard = GradGuard()
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[guard], **quiet).fit(Model(), DataLoader(torch.ones(6, 4)))
+where = dict(accelerator="cpu", default_root_dir=tempfile.mkdtemp())
+pl.Trainer(max_epochs=1, callbacks=[guard], **quiet, **where).fit(Model(), DataLoader(torch.ones(6, 4)))
 print(guard.num_steps, guard.num_skipped, isinstance(guard, pl.Callback))
 """
 

@@ -1,10 +1,16 @@
-"""Tests with other versions of Python, torch, Lightning, TensorBoard and NumPy.
+"""Tests with other versions of Python, torch, Lightning, TensorBoard and NumPy; and of the package as it is published.
 
 `nox` runs the matrix, and writes its rows of docs/versions.md. `nox -s smoke` is its short form. A Python that is not on the
 machine is left out, and nox says so. `uv` makes the environments, since it can take the lowest versions that are allowed.
+`nox -s build wheel` makes sdist and wheel in `dist/`, and tries the wheel.
 """
 
 from __future__ import annotations
+
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
 
 import nox
 
@@ -26,7 +32,12 @@ ENVIRONMENTS = [
 ]
 """Python, the package that brings Lightning, and which of the allowed versions are taken. `lightning` brings both."""
 
-FOR_OLD_TENSORBOARD = "setuptools<81"
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+IN_BOTH = ("/LICENSE", "/py.typed", "/static/index.js", "/__init__.py")
+"""Ends of the names of files without which a wheel or an sdist is not right."""
+
+FOR_OLD_TENSORBOARD = "setuptools>=80,<81"
 """TensorBoard before 2.21 imports `pkg_resources`, which was taken out of setuptools."""
 
 WITH_EITHER_PACKAGE = ("tests/trainer", "tests/cli", "tests/sinks", "tests/test_guard.py")
@@ -50,6 +61,31 @@ def smoke(session: nox.Session, package: str, resolution: str) -> None:
     """Each feature, with the oldest versions and with the newest."""
     _install(session, package, resolution)
     _test(session, package, *WITH_EITHER_PACKAGE, *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The sdist, the wheel built from it, and what has to be in them."""
+    session.install("build", "twine")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(DIST))
+    session.run("twine", "check", "--strict", *(str(path) for path in DIST.iterdir()))
+    (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as opened, tarfile.open(sdist) as unpacked:
+        names = {"wheel": opened.namelist(), "sdist": unpacked.getnames()}
+    for kind, found in names.items():
+        missing = [name for name in IN_BOTH if not any(path.endswith(name) for path in found)]
+        if missing:
+            session.error(f"the {kind} lacks {', '.join(missing)}")
+
+
+@nox.session(venv_backend="venv")
+def wheel(session: nox.Session) -> None:
+    """The quickstart with the wheel in an empty environment, as a user begins. pip, since most do."""
+    (built,) = DIST.glob("*.whl")
+    session.install("-q", "-c", "constraints.txt", f"{built}[lightning]")
+    session.chdir(session.create_tmp())  # away from the sources, which would be imported instead
+    session.run("python", str(ROOT / "examples" / "quickstart.py"))
 
 
 def _install(session: nox.Session, package: str, resolution: str) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
@@ -17,6 +16,8 @@ import torch
 from lightning_gradguard import ClipNorm, GradGuard
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import is_lightning_module
+
+lightning = pytest.importorskip("lightning", reason="says what happens with both installed")
 
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda package: package.__name__)
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_package import LightningModule, MisconfigurationException
 from toys import Net, fit, same, seeded, weights_of
 
 from lightning_gradguard import ClipNorm, ClipValue, GradGuard

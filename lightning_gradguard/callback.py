@@ -20,7 +20,6 @@ from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.guard import Guard
-from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Rollback
@@ -41,7 +40,7 @@ from lightning_gradguard.trainer.replay.bundles import Bundles
 from lightning_gradguard.trainer.replay.investigation import Investigation
 from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.sinks import all_sinks
-from lightning_gradguard.trainer.strategies import refuse_strategy
+from lightning_gradguard.trainer.strategies import engine_of
 
 
 class GradGuard(Callback):
@@ -198,7 +197,7 @@ class GradGuard(Callback):
         if stage != "fit":
             return
         self._restored = []  # what `test` or `validate` read from a checkpoint is not for this fit
-        refuse_strategy(trainer)
+        engine_of(trainer)  # refuses those that can't be guarded
         if self._settings.clipper is not None:
             refuse_second_clipping(trainer, pl_module)
         move_behind(trainer, self)
@@ -226,13 +225,20 @@ class GradGuard(Callback):
         goes_on = trainer.global_step > 0 and not self._restored  # a second `fit` of the same Trainer
         before = list(self._guards.values()) if goes_on else []
         states = [guard.state_dict() for guard in before] or self._restored
+        engine = engine_of(trainer)
+        engine.refuse(trainer.optimizers, rolls_back=self._rollback is not None)
         settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
         interval = log_interval(trainer) if self._log_every_n_steps is None else self._log_every_n_steps
         buffers = BufferRepair(pl_module.named_buffers())
         self._window = Window()
         self._num_replays = self._num_replays_done
         self._investigation = None
-        if self._max_replays:
+        if self._max_replays and engine.no_replay is not None:
+            rank_zero_info(
+                f"GradGuard names no culprits under {type(trainer.strategy).__name__} and writes no bundles, since "
+                f"{engine.no_replay}, so that a bad step can't be replayed. Alerts name parameters, micro-batch and rank."
+            )
+        elif self._max_replays:
             left = self._max_replays - self._num_replays
             self._investigation = Investigation(trainer, pl_module, self._window, buffers, left)
         self._bundles = None
@@ -243,7 +249,7 @@ class GradGuard(Callback):
         self._guards = {
             id(optimizer): Guard.from_settings(
                 settings.fresh(),
-                WatchedParameters(pl_module.named_parameters(), optimizer, settings.only),
+                engine.watch(pl_module, optimizer, settings.only),
                 log_every_n_steps=interval,
                 buffers=buffers,
                 scaler=scaler_of(trainer),

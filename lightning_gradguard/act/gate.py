@@ -15,13 +15,14 @@ from lightning_gradguard.judge.judge import SkipThreshold
 from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.measure.measurement import Facts
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.record import Measurement
 
 DEFERRING_DEVICES = {"cuda"}
 """Where the host runs ahead of the device, so that waiting for a fact costs time."""
 
 
-def skip_(parameters: Iterable[Tensor]) -> None:
+def skip_(parameters: Iterable[Parameter]) -> None:
     """Take the gradients away, so that the optimizer passes the parameters over.
 
     Every torch optimizer leaves a parameter without a gradient alone: its value, its state, its step counter and its

@@ -1,0 +1,34 @@
+"""FSDP2 and tensor parallelism: gradients are DTensors, which say by themselves what a rank holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_gradguard.measure.name_filter import NameFilter
+from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.shards import Parameter
+
+
+class DTensors:
+    """Gradients are where torch leaves them, each rank's part of them."""
+
+    no_replay: str | None = None
+    saves_folders = True
+
+    def refuse(self, optimizers: Sequence[Optimizer], *, rolls_back: bool) -> None:
+        """Everything goes."""
+
+    def named_parameters(self, module: nn.Module) -> Iterable[tuple[str, Parameter]]:
+        """The module's own."""
+        return module.named_parameters()
+
+    def watch(self, module: nn.Module, optimizer: Optimizer, only: NameFilter) -> WatchedParameters:
+        """Those of the optimizer."""
+        return WatchedParameters(self.named_parameters(module), optimizer, only)
+
+    def is_step(self) -> bool:
+        """The Trainer calls only where it steps."""
+        return True

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.strategies.base import Engine
 from lightning_gradguard.trainer.strategies.dtensor import DTensors
 from lightning_gradguard.trainer.strategies.plain import Plain
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+__all__ = ["ENGINES", "Engine", "engine_of"]
 
 
 def _fsdp1(trainer: Trainer) -> Engine:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.shards import Parameter
+from lightning_gradguard.settings import Settings
 
 
 class Engine(Protocol):
@@ -29,11 +30,12 @@ class Engine(Protocol):
     def saves_folders(self) -> bool:
         """Whether a checkpoint is a folder into which each rank writes its part."""
 
-    def refuse(self, optimizers: Sequence[Optimizer], *, rolls_back: bool) -> None:
+    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings, *, rolls_back: bool) -> None:
         """Raise a `ConflictError` for what would go wrong under this engine, once there are optimizers.
 
         Args:
             optimizers: the Trainer's.
+            settings: the guard's.
             rolls_back: whether the guard keeps snapshots.
         """
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.shards import Parameter
+from lightning_gradguard.settings import Settings
 
 
 class DTensors:
@@ -18,7 +19,7 @@ class DTensors:
     no_replay: str | None = None
     saves_folders = True
 
-    def refuse(self, optimizers: Sequence[Optimizer], *, rolls_back: bool) -> None:
+    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings, *, rolls_back: bool) -> None:
         """Everything goes."""
 
     def named_parameters(self, module: nn.Module) -> Iterable[tuple[str, Parameter]]:

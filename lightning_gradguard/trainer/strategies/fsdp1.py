@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
@@ -17,7 +16,11 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.measure.parameters import WatchedParameters, is_cut_up
 from lightning_gradguard.measure.shards import FlatShard, Parameter
+from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.conflicts import ConflictError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 class FSDP1:
@@ -41,7 +44,7 @@ class FSDP1:
         # Private, and found nowhere else.
         return self._trainer.strategy._state_dict_type == "sharded"  # type: ignore[attr-defined,no-any-return]
 
-    def refuse(self, optimizers: Sequence[Optimizer], *, rolls_back: bool) -> None:  # noqa: ARG002 - of the protocol
+    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings, *, rolls_back: bool) -> None:  # noqa: ARG002 - of the protocol
         """LBFGS does not know what other ranks hold."""
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
             raise ConflictError(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.strategies.base import Engine
+from lightning_gradguard.trainer.strategies.deepspeed import DeepSpeed
 from lightning_gradguard.trainer.strategies.dtensor import DTensors
 from lightning_gradguard.trainer.strategies.plain import Plain
 
@@ -28,6 +29,7 @@ ENGINES: dict[str, Callable[[Trainer], Engine]] = {
     "DDPStrategy": lambda trainer: Plain(),  # noqa: ARG005
     "ModelParallelStrategy": lambda trainer: DTensors(),  # noqa: ARG005
     "FSDPStrategy": _fsdp1,
+    "DeepSpeedStrategy": DeepSpeed,
 }
 """By the name of the strategy, since `lightning` and `pytorch_lightning` have distinct classes."""
 

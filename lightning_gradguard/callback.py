@@ -25,7 +25,6 @@ from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options, armed_among
 from lightning_gradguard.trainer.packages import Callback
 from lightning_gradguard.trainer.recovery.snapshot_storage import random_states_in
-from lightning_gradguard.trainer.strategies import refuse_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -160,7 +159,6 @@ class GradGuard(Callback):
         if stage != "fit":
             return
         self._end()  # an earlier fit that was left without a word
-        refuse_strategy(trainer)
         if self._settings.clipper is not None:
             refuse_second_clipping(trainer, pl_module)
         move_behind(trainer, self)

@@ -21,7 +21,7 @@ SOURCES.pop(NAME)
 
 LAYERS = (
     # plain words, without torch
-    *("policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
+    *("json_lines", "policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
     # gradients -> measure -> judge -> act -> report
     *("measure", "statistics", "detectors", "judge", "clippers", "act", "report", "sinks"),
     # looking into a bad step, and going back
@@ -33,7 +33,7 @@ LAYERS = (
 )
 """The package from the bottom up: each may import those before it. `docs/architecture.md` draws the same list."""
 
-WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "tensorboard_plugin")
+WITHOUT_TORCH = ("json_lines", "policy", "layout", "alert", "record", "errors", "tensorboard_plugin")
 """Are loaded where torch is not wanted, or not there."""
 
 NEVER = {
@@ -53,8 +53,8 @@ NEVER = {
 ALONE = {
     "lightning": ("callback", "trainer"),
     "pytorch_lightning": ("callback", "trainer"),
-    "tensorboard": ("sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
-    "torch.utils.tensorboard": ("sinks.tensorboard",),
+    "tensorboard": ("sinks.event_files", "sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
+    "torch.utils.tensorboard": ("sinks.event_files", "sinks.tensorboard"),
     "typer": ("cli",),
     "rich": ("cli",),
 }

@@ -25,7 +25,7 @@ LAYERS = (
     # gradients -> measure -> judge -> act -> report
     *("measure", "statistics", "detectors", "judge", "clippers", "act", "report", "sinks"),
     # looking into a bad step, and going back
-    *("forensics", "recovery"),
+    *("torch_files", "forensics", "recovery"),
     # the pipeline, and Lightning around it
     *("settings", "guard", "trainer", "callback"),
     # tools

@@ -138,7 +138,8 @@ def _build(path: str) -> nn.Module:
 @app.command()
 def doctor(checkpoint: _Checkpoint, trust: _Trust = False) -> None:  # noqa: FBT002 - typer's way to a flag
     """Say whether a checkpoint is healthy; the exit code is 1 if not, 2 if it can't be read."""
-    from lightning_gradguard.cli.health import UnreadableError, examine, read  # noqa: PLC0415 - torch takes seconds
+    from lightning_gradguard.cli.health import examine, read  # noqa: PLC0415 - torch takes seconds
+    from lightning_gradguard.torch_files import UnreadableError  # noqa: PLC0415
 
     console = Console()
     try:

@@ -1,13 +1,13 @@
 """Event files that outlive a full disk.
 
-TensorBoard's writer has a thread that writes what was queued. It dies at the first error, prints a traceback, and raises that
-error from whatever is logged next, by whomever: a disk that is full for a moment while the guard writes would end the
+TensorBoard's writer has a thread that writes what was queued. It dies at the first error, prints a traceback, and raises
+that error from whatever is logged next, by whomever: a disk that is full for a moment while the guard writes would end the
 training later on, in the user's own `self.log`.
 
-A writer of the guard's own would keep the two apart, but TensorBoard reads the event files of a folder one after another, and
-passes over what is added to an earlier one; in a folder of its own the guard would be another run. So both share the logger's
-writer, and what is put into it here is beneath the thread: where a record can't be written, the thread goes on, and later
-records go into a new file beside the first one.
+A writer of the guard's own would keep the two apart, but TensorBoard reads the event files of a folder one after another,
+and passes over what is added to an earlier one; in a folder of its own the guard would be another run. So both share the
+logger's writer, and what is put into it here is beneath the thread: where a record can't be written, the thread goes on,
+and later records go into a new file beside the first one.
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ class Alert:
 
         `float()` reads them back.
         """
-        return {key: _jsonable(value) for key, value in asdict(self).items()}
+        return {key: jsonable(value) for key, value in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Alert:
@@ -154,7 +154,7 @@ _NOT_KNOWN: Mapping[str, Any] = {
 def _fields_of(cls: type, content: Any, *, required: tuple[str, ...]) -> dict[str, Any]:
     """The values of those fields of a dataclass that a dictionary has."""
     if not isinstance(content, Mapping):
-        raise ValueError
+        raise ValueError("it has no fields")
     values = {}
     for entry in fields(cls):
         if entry.name not in content:
@@ -221,13 +221,14 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
 """What is made of a value, by the annotation of its field."""
 
 
-def _jsonable(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
+    """A tree as strict JSON allows it; see `Alert.to_dict`."""
     if isinstance(value, Action):
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
+        return {key: jsonable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     return value

@@ -82,7 +82,7 @@ def _in_other_words(path: Path, error: Exception) -> UnreadableError:
         return UnreadableError(f"{path} holds {name}, which is neither a tensor nor a plain type.", name)
     if isinstance(error, MemoryError) or "allocate memory" in text:
         return UnreadableError(f"{path} claims to hold more than there is memory for.")
-    return UnreadableError(f"{path} is no file of torch.save, or damaged ({type(error).__name__}).")
+    return UnreadableError(f"{path} is not for torch.load: damaged, or no file of torch.save ({type(error).__name__}).")
 
 
 def _check_archive(path: Path, num_bytes: int) -> None:

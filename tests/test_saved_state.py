@@ -14,11 +14,11 @@ from builders import examples, mlp, through_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard import AGC, AdaGC, AutoClip, Detector, Explosion, GradGuard, Guard, UpdateRatio, ZClip
+from lightning_gradguard import AGC, AdaGC, Alert, AutoClip, Detector, Explosion, GradGuard, Guard, UpdateRatio, ZClip
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.bundle import Bundle
+from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.recovery.quarantine import QuarantineFile
-from lightning_gradguard.sinks.jsonl import alert_reader
 from lightning_gradguard.torch_files import load_plain
 from lightning_gradguard.trainer.history import History
 
@@ -88,7 +88,7 @@ def test_state_of_a_release_loads_and_decides_alike(release, name):
 def test_files_of_a_release_are_read(release):
     """Alerts, quarantine, bundle and snapshot."""
     folder = STATES / release
-    reader = alert_reader(folder / "alerts.jsonl")
+    reader = Reader(folder / "alerts.jsonl", Alert.from_dict)
     (alert,) = reader.read()
     assert (alert.kind, alert.culprit.op, reader.left_out.count) == ("nonfinite", "mul", 0)
     samples, left_out = QuarantineFile(folder / "quarantine.jsonl").read()

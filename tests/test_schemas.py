@@ -14,9 +14,9 @@ from raw_loop import records
 import lightning_gradguard
 from lightning_gradguard import Action, Alert, Culprit
 from lightning_gradguard.alert import ParameterReport
+from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.recovery.quarantine import _MAX_SAMPLES, Incident, QuarantineFile
 from lightning_gradguard.sinks import JsonlSink
-from lightning_gradguard.sinks.jsonl import alert_reader
 
 CULPRIT = Culprit("forward", "net.0", "div", "net.py", 3, "x / y", (1, 2), 0, True, 0.0, "`div` by 0", "Add eps.", ("a",))
 
@@ -120,7 +120,7 @@ def test_lines_of_an_earlier_version_are_read(tmp_path):
     """They had no `version`."""
     path = tmp_path / "alerts.jsonl"
     path.write_text(json.dumps(alert().to_dict()) + '\n{"step": 1}\n', encoding="utf-8")
-    reader = alert_reader(path)
+    reader = Reader(path, Alert.from_dict)
     (found,) = reader.read()
     assert found.culprit == CULPRIT
     assert str(reader.left_out) == "1 line left out, the first is line 2: `kind` is missing (1)"

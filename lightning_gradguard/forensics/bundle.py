@@ -104,11 +104,12 @@ class Bundle:
                 f"`{path}` is not a bundle of format {FORMAT}. Bundles lie in `<log_dir>/gradguard/*{SUFFIX}`."
             )
         parts = {entry.name: content.get(_IN_FILE.get(entry.name, entry.name)) for entry in fields(cls)}
-        bundle = cls(**{name: value for name, value in parts.items() if value is not None})
         try:
+            bundle = cls(**{name: value for name, value in parts.items() if value is not None})
+            bundle.alert = {"step": 0, "parameters": [], **bundle.alert}
             Alert.from_dict(bundle.alert)
             wrong = next((name for name, is_well in _checks(bundle) if not is_well), None)
-        except (AttributeError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise UnreadableError(f"{path} is a bundle whose alert is damaged: {error}.") from error
         if wrong is not None:
             raise UnreadableError(f"{path} is a bundle whose `{wrong}` is damaged.")
@@ -137,7 +138,12 @@ def _is_micro_batch(value: Any) -> bool:
 
 
 def _is_growth(value: Any) -> bool:
-    return isinstance(value, dict) and value.keys() == {entry.name for entry in fields(WeightGrowth)}
+    try:
+        growth = WeightGrowth(**value)
+    except TypeError:
+        return False
+    numbers = (growth.norm, growth.num_steps, growth.update, 0 if growth.before is None else growth.before)
+    return isinstance(growth.name, str) and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def versions() -> dict[str, str]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_gradguard.alert import Alert
-from lightning_gradguard.json_lines import Reader, Writer
+from lightning_gradguard.json_lines import Writer
 from lightning_gradguard.record import Record
 
 VERSION = 1
@@ -40,8 +39,3 @@ class JsonlSink:
 
     def __repr__(self) -> str:
         return f"JsonlSink({str(self._writer.path)!r})"
-
-
-def alert_reader(path: Path) -> Reader[Alert]:
-    """Reads what `JsonlSink` has written, in this version or an earlier one."""
-    return Reader(path, Alert.from_dict)

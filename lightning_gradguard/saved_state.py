@@ -130,9 +130,10 @@ def mended_guard_state(state: Any, detectors: Sequence[Detector], clipper: Clipp
     return mended
 
 
-def mended_alerts(entries: Sequence[Any]) -> list[Alert]:
-    """The alerts of a saved state; what is none is passed over."""
-    return [alert for entry in entries if (alert := _alert_in(entry)) is not None]
+def mended_alerts(entries: Any) -> list[Alert]:
+    """The alerts of a checkpoint; what is none is passed over."""
+    found = entries if isinstance(entries, (list, tuple)) else ()
+    return [alert for entry in found if (alert := _alert_in(entry)) is not None]
 
 
 def _alert_in(entry: Any) -> Alert | None:

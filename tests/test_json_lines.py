@@ -6,14 +6,13 @@ import errno
 import json
 import os
 import resource
-import signal
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from builders import examples
+from disk_faults import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,19 +50,6 @@ def read(path):
     """All numbers, and what was left out."""
     reader = Reader(path, number_in)
     return list(reader.read()), reader.left_out
-
-
-@contextmanager
-def file_size_limit(num_bytes):
-    """No file of this process may grow beyond it, as with a quota; root is not exempt."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("odd", ODD_LINES.values(), ids=ODD_LINES)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.record import Record, Totals
-from lightning_gradguard.saved_state import VERSION, Mending, is_count, mended_alerts
+from lightning_gradguard.saved_state import VERSION, Mending, is_count
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -29,9 +29,6 @@ class RollbackProgress:
 
 
 _OF_ROLLBACKS = tuple(entry.name for entry in fields(RollbackProgress))
-
-_MAX_SAVED_ALERTS = 100
-"""Alerts in a checkpoint at most, the last ones; all of them are in `alerts.jsonl`."""
 
 
 @dataclass
@@ -64,9 +61,7 @@ class History:
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> History:
         """Read what a checkpoint holds; what is damaged in it starts afresh, with a warning."""
-        mending = Mending(
-            state, "the state of GradGuard", known=("guards", "num_replays", "recovery", "quarantine", "alerts")
-        )
+        mending = Mending(state, "the state of GradGuard", known=("guards", "num_replays", "recovery", "quarantine"))
         rollbacks = Mending(
             mending.part("recovery", _is_mapping, {}, may_be_missing=True), "the counts of rollbacks", known=_OF_ROLLBACKS
         )
@@ -75,7 +70,6 @@ class History:
             num_replays=mending.part("num_replays", is_count, 0, may_be_missing=True),
             rollbacks=RollbackProgress(*(rollbacks.part(name, is_count, 0, may_be_missing=True) for name in _OF_ROLLBACKS)),
             left_out=set(mending.part("quarantine", _is_list_of_counts, [], may_be_missing=True)),
-            alerts=mended_alerts(mending.part("alerts", _is_list, [], may_be_missing=True)),
         )
         mending.warn()
         rollbacks.warn()
@@ -84,7 +78,6 @@ class History:
     def to_state(self, *, with_rollbacks: bool, with_quarantine: bool) -> dict[str, Any]:
         """For a checkpoint, in plain types."""
         state: dict[str, Any] = {"version": VERSION, "guards": self.guards, "num_replays": self.num_replays}
-        state["alerts"] = [alert.to_dict() for alert in self.alerts[-_MAX_SAVED_ALERTS:]]
         if with_rollbacks:
             state["recovery"] = asdict(self.rollbacks)
         if with_quarantine:

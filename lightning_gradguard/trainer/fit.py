@@ -187,14 +187,15 @@ class Fit:
             return
         index = self.guards.index_of(optimizer)
         guard = self.guards[index]
-        num_alerts = len(guard.alerts)
+        num_alerts = guard.totals.num_alerts
         self._window_begins = True
         try:
             guard.decide(self._position(index, self.guards))
         finally:
             self._batches.clear()
             self.last = guard.last
-            self._look_back(optimizer, guard, tuple(guard.alerts[num_alerts:]))
+            num_new = guard.totals.num_alerts - num_alerts
+            self._look_back(optimizer, guard, tuple(guard.alerts[len(guard.alerts) - num_new :]))
         if guard.stopped_by is not None:
             self._stop()
         guard.leave()

@@ -55,9 +55,9 @@ class Bundles:
         alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
         if alert is None or self._folder is None or _writer(alert) != self._trainer.global_rank:
             return
-        if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
-            return
         try:
+            if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
+                return
             bundle = self._collect(alert, optimizer, diagnosis)
             rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
             bundle.save(self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}")
@@ -65,8 +65,8 @@ class Bundles:
             if not self._has_failed:
                 self._has_failed = True
                 warnings.warn(
-                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on. "
-                    "`max_bundle_mib=None` turns bundles off.",
+                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on without "
+                    "it. Later ones are tried, and further failures are not shown. `max_bundle_mib=None` turns bundles off.",
                     SinkWarning,
                     stacklevel=2,
                 )

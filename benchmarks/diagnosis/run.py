@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.detection.trainings import KINDS, Kind, Training
 from benchmarks.diagnosis.labels import TUNED_ON
-from benchmarks.diagnosis.trainings import CHECKED
+from benchmarks.diagnosis.trainings import CHECKED, MISTAKEN, NO_CAUSE
 from lightning_gradguard import Explosion, Guard, NonFinite
 from lightning_gradguard.forensics.flow.evidence import Cause, Evidence
 from lightning_gradguard.forensics.flow.exploded import exploded
@@ -24,6 +24,9 @@ from lightning_gradguard.forensics.state import unchanged
 STEPS = 260
 WITHOUT_ALERT = 40
 """Steps after the onset at which a training is looked at that raised no alert."""
+FORCED_AT = 120
+"""Step of the alert that is forced on a healthy training."""
+SYMPTOMS = ("vanishing", "explosion")
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Outcome:
     """What came out.
 
     Attributes:
-        label: the cause.
+        symptom: "vanishing" or "explosion".
+        label: the cause; "" where nothing is wrong.
         causes: those named, first the surest.
         alerted: whether the guard's own detectors raised the alert.
         step: that was looked at.
@@ -39,6 +43,7 @@ class Outcome:
 
     name: str
     seed: int
+    symptom: str
     label: str
     causes: tuple[Cause, ...]
     alerted: bool
@@ -46,24 +51,41 @@ class Outcome:
     evidence: Evidence
 
     @property
+    def named(self) -> str:
+        """The cause that was named first; "" if none was."""
+        return self.causes[0].name if self.causes else NO_CAUSE
+
+    @property
     def is_right(self) -> bool:
-        """Whether the labelled cause was named first."""
-        return bool(self.causes) and self.causes[0].name == self.label
+        """Whether the labelled cause was named first, or none where there is none."""
+        return self.named == self.label
+
+    @property
+    def is_false(self) -> bool:
+        """Whether a cause was named first that is not the labelled one: worse than none."""
+        return self.named not in (self.label, NO_CAUSE)
 
 
 def diagnose(name: str, seed: int = 0) -> Outcome:
     """Train until the alert of the labelled kind, and say why."""
-    kind = KINDS[name] if name in TUNED_ON else CHECKED[name]
-    label = TUNED_ON.get(name, kind.fault)
+    kind = KINDS[name] if name in TUNED_ON else {**CHECKED, **MISTAKEN}[name]
+    return _built(kind, kind.must_find[0], TUNED_ON.get(name, kind.fault), seed)
+
+
+def diagnose_healthy(name: str, symptom: str, seed: int = 0) -> Outcome:
+    """Ask why a healthy training should vanish or explode."""
+    return _built(KINDS[name], symptom, NO_CAUSE, seed)
+
+
+def _built(kind: Kind, symptom: str, label: str, seed: int) -> Outcome:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(seed)
         training = kind.build()
-        return _train(training, kind, label, seed)
+        return _train(training, kind, symptom, label, seed)
 
 
-def _train(training: Training, kind: Kind, label: str, seed: int) -> Outcome:
-    symptom = kind.must_find[0]
+def _train(training: Training, kind: Kind, symptom: str, label: str, seed: int) -> Outcome:
     network, optimizer = training.network, training.optimizer
     guard = Guard(
         network.named_parameters(),
@@ -87,13 +109,13 @@ def _train(training: Training, kind: Kind, label: str, seed: int) -> Outcome:
         training.after(step)
         grads = {key: value.grad.clone() for key, value in network.named_parameters() if value.grad is not None}
         record = guard.step()
-        alerted = any(alert.kind == symptom for alert in record.alerts)
+        alerted = any(alert.kind == symptom for alert in record.alerts) if label else step == FORCED_AT
         overdue = step == kind.onset + WITHOUT_ALERT or not math.isfinite(record.measurement.global_norm)
         if (alerted or overdue) and step >= kind.onset - 1 and (alerted or found is None):
             weight_growths = watch.weight_growths(optimizer, last)
             evidence = collect(training, step, (batch, healthy), grads, weight_growths)
             causes = (vanished if symptom == "vanishing" else exploded)(evidence)
-            found = Outcome(kind.name, seed, label, causes, alerted, step, evidence)
+            found = Outcome(kind.name, seed, symptom, label, causes, alerted, step, evidence)
         if alerted and found is not None:
             return found
         if not record.verdicts:

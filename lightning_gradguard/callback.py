@@ -392,7 +392,7 @@ class GradGuard(Callback):
         if isinstance(optimizer, torch.optim.LBFGS):
             self._window.reopen()
         if self._investigation is not None:
-            self._investigation.note(optimizer, guard.last)
+            self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 
     def _finish(self) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth
+from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
 
 FORMAT = 1
 SUFFIX = ".bundle.pt"
@@ -35,6 +35,8 @@ class Bundle:
         model: the module's state before the step; None if it did not fit.
         optimizer: the optimizer's state before the step; None if it did not fit.
         weight_growths: how the weights had moved.
+        healthy_norms: global gradient norms of the healthy steps before, oldest first.
+        is_from_start: whether `weight_growths` goes back to before the first step.
         left_out: what is not in here, and why.
     """
 
@@ -46,6 +48,8 @@ class Bundle:
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     weight_growths: list[dict[str, Any]] = field(default_factory=list)
+    healthy_norms: list[float] = field(default_factory=list)
+    is_from_start: bool = False
     left_out: list[str] = field(default_factory=list)
 
     def take(self, name: str, value: Any, room: int) -> int:

@@ -88,6 +88,8 @@ class Bundles:
         room = bundle.take("model", self._module.state_dict(), room)
         bundle.take("optimizer", optimizer.state_dict(), room)
         bundle.weight_growths = as_plain(diagnosis.weight_growths(optimizer))
+        bundle.healthy_norms = diagnosis.healthy_norms(optimizer)
+        bundle.is_from_start = diagnosis.is_from_start
         return bundle
 
 

@@ -57,9 +57,9 @@ class Investigation:
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
-    def note(self, optimizer: Optimizer, record: Record | None) -> None:
-        """A step is done."""
-        self.diagnosis.note(optimizer, record)
+    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
+        """A step has been decided; where `is_pending`, the record is of the one before."""
+        self.diagnosis.note(optimizer, record, is_pending=is_pending)
 
     def clear(self) -> None:
         """Let go of all batches."""
@@ -76,7 +76,7 @@ class Investigation:
         self.num_done += 1
         optimizer = self._trainer.optimizers[position.optimizer]
         if kind != "nonfinite":
-            return None if self._is_sharded else self._diagnose(optimizer, position, kind)
+            return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
         try:
             looked = self._look(optimizer, position)
@@ -86,11 +86,11 @@ class Investigation:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
 
-    def _diagnose(self, optimizer: Optimizer, position: Position, kind: str) -> Culprit | None:
+    def _diagnose(self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
         found: tuple[Culprit | None, float] = (None, 0.0)
         try:
-            found = self.diagnosis.look(optimizer, position, kind)
+            found = self.diagnosis.look(optimizer, position, measurement, kind)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             _warn(error)
         everyone = [found] * self._ranks.size

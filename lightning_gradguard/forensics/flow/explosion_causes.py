@@ -63,8 +63,8 @@ def _changed(evidence: Evidence) -> Cause | None:
 
 def _data(evidence: Evidence) -> Cause | None:
     """The step's batch gives a large gradient where another gives an ordinary one on the same weights."""
-    before, norm = evidence.healthy_norm, evidence.norm
-    if before is None or not norm > _BY_DATA * before:
+    before, norm, usual = evidence.healthy_norm, evidence.norm, evidence.usual
+    if not before or not norm > _BY_DATA * before or (usual is not None and usual.has_had(norm)):
         return None
     rise = evidence.rise_of_weights
     if rise is not None and rise > 1.0 and norm / before < rise:

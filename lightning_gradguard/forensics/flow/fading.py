@@ -22,17 +22,24 @@ RANDOM_START = "Start from random weights: `torch.nn.init.kaiming_normal_` for R
 def fading_by_depth(evidence: Evidence) -> Cause | None:
     """A fade from layer to layer, all figures along one path."""
     path = deepest_path(evidence.flow)
-    if path is None or not _fades(evidence.flow, path):
+    if path is None:
         return None
     by_units, by_weights = losses_of(path)
     lost_units, lost_weights = (-sum(decades for _, decades in part) for part in (by_units, by_weights))
     saturated = [it for it, _ in by_units if it.units is not None and it.units.saturated >= _SATURATED]
     lost_saturated = -sum(decades for it, decades in by_units if it in saturated)
-    if saturated and lost_saturated >= max(lost_units / 2, lost_weights):
+    if saturated and lost_saturated >= max(lost_units / 2, lost_weights, _at_least(path)):
         return _saturated(path, saturated, lost_saturated)
+    if not _fades(evidence.flow, path):
+        return None
     if lost_units > lost_weights:
         return _activation(evidence, path, by_units)
     return _weak_weights(evidence, path, by_weights) if by_weights else None
+
+
+def _at_least(path: Path) -> float:
+    """Powers of ten that saturated functions must take for it to matter; other layers may make up for a part of it."""
+    return _DECADES / 2 if path.decades <= -_DECADES / 2 else _DECADES if path.decades < 0.0 else math.inf
 
 
 def _fades(flow: Flow, path: Path) -> bool:

@@ -35,10 +35,13 @@ class Usual:
     num_steps: int
     outlying: tuple[str, ...] = ()
 
+    def has_had(self, norm: float) -> bool:
+        """Whether a healthy step had a gradient as large; False where too few are known."""
+        return self.num_steps >= _MIN_STEPS and norm <= _ABOVE_ALL * self.largest
+
     def holds(self, norm: float) -> bool:
         """Whether a norm is one that healthy steps had too; False where too few are known."""
-        is_within = norm <= _ABOVE_ALL * self.largest and norm < _STANDS_OUT * self.norm
-        return self.num_steps >= _MIN_STEPS and is_within and not self.outlying
+        return self.has_had(norm) and norm < _STANDS_OUT * self.norm and not self.outlying
 
 
 class NormHistory:

@@ -63,10 +63,10 @@ def _of(layer: Layer, norms: Sequence[float]) -> Recurrence | None:
     present = [index for index, norm in enumerate(norms) if 0.0 < norm < math.inf]
     if len(norms) < _MIN_STEPS or len(present) < 2:
         return None
-    early, peak = present[0], max(present, key=lambda index: norms[index])
+    first, last, peak = present[0], present[-1], max(present, key=lambda index: norms[index])
     if layer.is_bidirectional:  # it comes in from both ends
-        early = min(present, key=lambda index: norms[index])
-    late = peak if peak != early else present[-1]
-    if late == early:
-        return None
-    return Recurrence(layer, len(norms), early, late, norms[early], norms[late])
+        first = min(present, key=lambda index: norms[index])
+    # It fades from its peak on the way back to the first step, or grows from the last step to its peak.
+    pairs = [(first, peak), *([] if layer.is_bidirectional else [(peak, last)])]
+    found = [Recurrence(layer, len(norms), early, late, norms[early], norms[late]) for early, late in pairs if early != late]
+    return max(found, key=lambda one: abs(one.decades), default=None)

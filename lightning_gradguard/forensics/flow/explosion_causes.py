@@ -82,22 +82,24 @@ def _data(evidence: Evidence) -> Cause | None:
 
 
 def _sample(evidence: Evidence, same: str) -> Cause | None:
-    """One row without which the batch is in order."""
+    """One row without whose part the batch is in order."""
     found, rest, before = top_row(evidence.flow), evidence.norm_without_row, evidence.healthy_norm
-    if found is None or rest is None or before is None or rest > _BY_DATA * before:
+    if found is None or before is None:
         return None
     row, share, size = found
-    return Cause(
-        "sample",
-        "data",
-        f"{same}, and {rest:.3g} with row {row} replaced by another; this row alone makes {share:.0%} of it ({1 / size:.0%} "
-        "would be its part)",
+    if evidence.norm * math.sqrt(max(1.0 - share, 0.0)) > _BY_DATA * before:
+        return None
+    alone = f"{same}, and row {row} alone makes {share:.0%} of it ({1 / size:.0%} would be its part)"
+    remedy = (
         "Look at this sample: a wrong label, another unit, a broken file. A robust loss (Huber) or clipping bounds what one "
-        "sample can do.",
-        "batch",
-        (row,),
-        test="without this sample the batch is in order",
+        "sample can do."
     )
+    if rest is not None and rest <= _BY_DATA * before:
+        alone += f"; with another row in its place the norm is {rest:.3g}"
+    elif rest is not None:
+        alone += f"; another row in its place gives {rest:.3g}, so it is how the step treats this row"
+        remedy = f"Look at what the step does with row {row}: a weight, a mask, a target that is made there."
+    return Cause("sample", "data", alone, remedy, "batch", (row,), test="without this row the batch is in order")
 
 
 def top_row(flow: Flow) -> tuple[int, float, int] | None:

@@ -62,7 +62,7 @@ def _usual(layer: Layer) -> float:
 
 def _fall(path: Path) -> str:
     first, last = path.layers[0], path.layers[-1]
-    return f"from {last.name} to {first.name} the gradient's norm falls from {last.grad_norm:.2g} to {first.grad_norm:.2g}"
+    return f"from {last.name} to {first.name} its norm falls from {last.grad_norm:.2g} to {first.grad_norm:.2g}"
 
 
 def _place(evidence: Evidence, path: Path) -> str:
@@ -79,13 +79,12 @@ def _saturated(path: Path, found: Sequence[Layer], lost: float) -> Cause:
     assert worst.units is not None
     source = source_of(worst)
     others = f", as in {len(found) - 1} more" if len(found) > 1 else ""
-    fall = _fall(path)
     return Cause(
         "saturation",
         "forward",
         f"{worst.units.saturated:.0%} of the {worst.op} outputs behind {source.name} lie where the slope is below a tenth "
-        f"of its best{others}; its inputs have an rms of {worst.input_rms:.3g}. {fall[0].upper()}{fall[1:]}, by "
-        f"10^{-lost:.1f} at such functions",
+        f"of its best{others}; its inputs have an rms of {worst.input_rms:.3g}. Such functions multiply the gradient by "
+        f"10^{-lost:.1f} over all; {_fall(path)}",
         "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, "
         "start from smaller weights, lower the learning rate.",
         source.module,
@@ -97,15 +96,14 @@ def _activation(evidence: Evidence, path: Path, by_units: Sequence[tuple[Layer, 
     ops = {layer.op for layer, _ in by_units}
     what = f"{ops.pop()}s" if len(ops) == 1 else "activation functions"
     slopes = [layer.units.slope for layer, _ in by_units if layer.units is not None]
-    slope = f" (a slope of {median(slopes):.2g} at most places)" if slopes else ""
+    slope = f", since its slope is {median(slopes):.2g}" if slopes else ""
     raw = path.of("activation")
     units, weights = sum(decades for _, decades in raw), sum(decades for _, decades in path.of("weights"))
     return Cause(
         "activation",
         "backward",
-        f"{_fall(path)}: each of {len(raw)} {what} on the way multiplies it by about "
-        f"{10 ** median([decades for _, decades in raw]):.2g}{slope}, 10^{units:.1f} over all, and the weights between "
-        f"them by 10^{weights:.1f}",
+        f"each of {len(raw)} {what} multiplies the gradient by about {10 ** median([it for _, it in raw]):.2g}{slope}: "
+        f"10^{units:.1f} over all, against 10^{weights:.1f} by the weights between them; {_fall(path)}",
         "Use ReLU, GELU or SiLU instead, residual connections, or normalisation before the activation.",
         _place(evidence, path),
         test="with ReLU in its place the gradient is larger",
@@ -117,9 +115,9 @@ def _weak_weights(evidence: Evidence, path: Path, by_weights: Sequence[tuple[Lay
     raw = [decades for _, decades in path.of("weights")]
     gain = median([layer.gain for layer in layers if layer.gain is not None] or [math.nan])
     small = (
-        f"{_fall(path)}: each of {len(raw)} layers of weights on the way multiplies it by about {10 ** median(raw):.2g}, "
-        f"10^{sum(raw):.1f} over all. The standard deviation of the weights is {gain:.2g} / sqrt(inputs), where 1 (tanh) to "
-        "1.41 (ReLU) keeps a signal's size"
+        f"the weights are too small: each of {len(raw)} layers multiplies the gradient by about {10 ** median(raw):.2g}, "
+        f"10^{sum(raw):.1f} over all; {_fall(path)}. The standard deviation of the weights is {gain:.2g} / sqrt(inputs), "
+        "where 1 (tanh) to 1.41 (ReLU) keeps a signal's size"
     )
     place = _place(evidence, path)
     growths = [growth for layer in layers if (growth := evidence.growth_of(layer.weight)) is not None]

@@ -6,9 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -25,6 +24,9 @@ from lightning_gradguard.forensics.state import State
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.replay import TOLERANCE, Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 _SAME_LOSS = 1e-4
 """Relative difference up to which two losses count as the same."""

@@ -156,13 +156,12 @@ class Fit:
         if not self._has_backward and skips_without_backward(self._trainer, self._module):
             return
         guard = self._guards[id(optimizer)]
-        num_alerts = len(guard.alerts)
         try:
             guard.step(self._position(optimizer))
         finally:
             self._batches.clear()
             self.last = guard.last
-            self._look_back(optimizer, guard, tuple(guard.alerts[num_alerts:]))
+            self._look_back(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop()
 
@@ -238,6 +237,7 @@ class Fit:
             scaler_of(trainer),
             listener=self._note,
             investigate=self._investigation,
+            archive=self._archive,
         )
         for index, optimizer in enumerate(trainer.optimizers):
             parameters = WatchedParameters(module.named_parameters(), optimizer, settings.only)
@@ -253,11 +253,16 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard, alerts: tuple[Alert, ...]) -> None:
-        """After a step: write it down if there were alerts, and note what a later replay needs."""
+    def _archive(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
+        """Write a bad step down; its alerts say where."""
+        if self._bundles is None or self._investigation is None:
+            return alerts
+        optimizer = self._trainer.optimizers[alerts[0].optimizer]
+        return self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
+
+    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
+        """After a step: note what a later replay needs."""
         if self._investigation is not None:
-            if self._bundles is not None:
-                self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
             self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)

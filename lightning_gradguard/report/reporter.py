@@ -48,6 +48,7 @@ class Reporter:
         scalar_interval: every how many steps scalars are due, >= 0; 0: never.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
+        clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Reporter:
         scalar_interval: int,
         listener: Callable[[Record], None] | None = None,
         archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None,
+        clips_later: bool = False,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
         self._listener = listener
         self._archive = archive
+        self._clips_later = clips_later
         self._notices: list[Alert] = []
         self.totals = Totals()
         """Counts so far."""
@@ -94,8 +97,8 @@ class Reporter:
             step.measurement,
             judgement.verdicts,
             judgement.decision,
-            step.clip_coef,
-            step.clipped_norm,
+            None if self._clips_later else step.clip_coef,
+            None if self._clips_later else step.clipped_norm,
             judgement.limit,
             alerts,
             self.totals,

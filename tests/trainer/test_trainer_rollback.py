@@ -334,7 +334,7 @@ def test_replay_from_a_snapshot_is_the_first_pass_bit_for_bit(precision, tmp_pat
         seen: list = []  # noqa: RUF012
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            state = RunState(trainer, pl_module, guard._fit.guards)
+            state = RunState(trainer, pl_module, list(guard._fit.guards))
             if batch_idx == 2:
                 self.kept = state.take()
             if batch_idx in (7, 12):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
@@ -48,7 +48,7 @@ class Investigation:
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair, max_replays: int
+        self, trainer: Trainer, module: LightningModule, window: Window, buffers: Buffers, max_replays: int
     ) -> None:
         self._trainer = trainer
         self._module = module

@@ -34,8 +34,13 @@ def alerts_of(
         decision: what is done about it.
         culprit: who made the damage; None if that is not known.
     """
-    reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
-    return tuple(_alert(position, verdict, action, decision, culprit) for verdict, action, alerting in reported if alerting)
+    every = zip(verdicts, decision.actions, decision.alerting, strict=True)
+    reported = [(verdict, action) for verdict, action, alerting in every if alerting]
+    # It was looked for on behalf of the first one: why a gradient explodes is not why another vanishes.
+    blamed = next((verdict for verdict, _ in reported if verdict.kind in INVESTIGATED), None)
+    return tuple(
+        _alert(position, verdict, action, decision, culprit if verdict is blamed else None) for verdict, action in reported
+    )
 
 
 def notice(position: Position, kind: str, action: Action, message: str, remedy: str, *, value: float = 0.0) -> Alert:
@@ -69,8 +74,7 @@ def notice(position: Position, kind: str, action: Action, message: str, remedy: 
 
 
 def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision, culprit: Culprit | None) -> Alert:
-    found = culprit if verdict.kind in INVESTIGATED else None
-    named = f"; {_named(found)}" if found is not None else ""
+    named = f"; {_named(culprit)}" if culprit is not None else ""
     # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
     done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
     return Alert(
@@ -86,9 +90,9 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         value=verdict.value,
         limit=verdict.limit,
         parameters=verdict.parameters,
-        culprit=found,
+        culprit=culprit,
         message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}{named}. {done}",
-        remedy=found.remedy if found is not None and found.remedy else verdict.remedy,
+        remedy=culprit.remedy if culprit is not None and culprit.remedy else verdict.remedy,
     )
 
 

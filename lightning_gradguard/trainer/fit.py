@@ -187,15 +187,13 @@ class Fit:
             return
         index = self.guards.index_of(optimizer)
         guard = self.guards[index]
-        num_alerts = guard.totals.num_alerts
         self._window_begins = True
         try:
             guard.decide(self._position(index, self.guards))
         finally:
             self._batches.clear()
             self.last = guard.last
-            num_new = guard.totals.num_alerts - num_alerts
-            self._look_back(optimizer, guard, tuple(guard.alerts[len(guard.alerts) - num_new :]))
+            self._look_back(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop()
         guard.leave()
@@ -272,6 +270,7 @@ class Fit:
             listener=self._note,
             clips_later=clips_later(self._trainer, self._module),
             investigate=self._investigation,
+            archive=self._archive,
         )
 
     def _watch(self, optimizer: Optimizer) -> WatchedParameters:
@@ -283,14 +282,19 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard, alerts: tuple[Alert, ...]) -> None:
-        """After a step: write it down if there were alerts, and note what a later replay needs."""
+    def _archive(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
+        """Write a bad step down; its alerts say where."""
+        if self._bundles is None or self._investigation is None or not self._knows_batches:
+            return alerts
+        optimizer = self._trainer.optimizers[alerts[0].optimizer]
+        return self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
+
+    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
+        """After a step: note what a later replay needs."""
         if self._investigation is not None:
-            if self._bundles is not None and self._knows_batches:
-                self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
-            self._investigation.note(optimizer, guard.last)
+            self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 
     def _position(self, index: int, guards: Guards) -> Position:

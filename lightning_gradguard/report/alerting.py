@@ -34,8 +34,13 @@ def alerts_of(
         decision: what is done about it.
         culprit: who made the damage; None if that is not known.
     """
-    reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
-    begun = [_alert(position, verdict, action, decision, culprit) for verdict, action, alerting in reported if alerting]
+    every = zip(verdicts, decision.actions, decision.alerting, strict=True)
+    reported = [(verdict, action) for verdict, action, alerting in every if alerting]
+    # It was looked for on behalf of the first one: why a gradient explodes is not why another vanishes.
+    blamed = next((verdict for verdict, _ in reported if verdict.kind in INVESTIGATED), None)
+    begun = [
+        _alert(position, verdict, action, decision, culprit if verdict is blamed else None) for verdict, action in reported
+    ]
     return (*begun, *(_over(position, ended) for ended in decision.ended))
 
 
@@ -79,8 +84,7 @@ def _over(position: Position, ended: Ended) -> Alert:
 
 
 def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision, culprit: Culprit | None) -> Alert:
-    found = culprit if verdict.kind in INVESTIGATED else None
-    named = f"; {_named(found)}" if found is not None else ""
+    named = f"; {_named(culprit)}" if culprit is not None else ""
     # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
     done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
     return Alert(
@@ -96,9 +100,9 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         value=verdict.value,
         limit=verdict.limit,
         parameters=verdict.parameters,
-        culprit=found,
+        culprit=culprit,
         message=f"{verdict.kind.capitalize()} at {_where(position, verdict.micro_batch)}: {verdict.message}{named}. {done}",
-        remedy=found.remedy if found is not None and found.remedy else verdict.remedy,
+        remedy=culprit.remedy if culprit is not None and culprit.remedy else verdict.remedy,
     )
 
 
@@ -111,7 +115,9 @@ def _named(culprit: Culprit) -> str:
 
 def _where(position: Position, micro_batch: int) -> str:
     where = f"step {position.step}"
-    if position.epoch is not None:
+    if position.epoch is not None and position.batch_idx is None:
+        where += f" (epoch {position.epoch})"
+    elif position.epoch is not None:
         where += f" (epoch {position.epoch}, batch {position.batch_of(micro_batch)})"
     if micro_batch:
         where += f", micro-batch {micro_batch}"

@@ -7,8 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_package import Callback, LightningModule, ModelCheckpoint
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from toys import Net, fit, make_batches, make_trainer
@@ -236,7 +235,7 @@ def test_batches_long_ago_are_forgotten(tmp_path, monkeypatch):
 
     class Sizes(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            sizes.append(len(guard._quarantine._samples))
+            sizes.append(len(guard._fit._quarantine._samples))
 
     fit(tmp_path, Line(), Sizes(), guard, batches=loader(shuffle=False))
     assert max(sizes) == 2

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-
+from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.recovery.finite import find_nonfinite
 from lightning_gradguard.trainer.callback_order import callbacks_of
+from lightning_gradguard.trainer.packages import is_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 _HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end", "on_exception")
 _MAX_NAMES = 3
@@ -41,29 +43,40 @@ class SaveGate:
         self._state = RunState(trainer, module, [])
         self._was_refused = False
         self._is_in_hook = False
-        self._callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, Checkpoint)]
+        self._callbacks = [callback for callback in callbacks_of(trainer) if is_checkpoint(callback)]
+        self._save: StandIn | None = None
+        self._hooks: list[StandIn] = []
+        self._ends_with: Callback | None = None
         self._exempt: set[str] = set()
         self._exempt = set(self._damaged(weights_only=False))
 
     def attach(self) -> None:
         """Stand in for `trainer.save_checkpoint` and for the hooks of the callbacks that save."""
-        self._trainer.save_checkpoint = self._save  # type: ignore[method-assign]
-        for callback in self._callbacks:
-            for name in _HOOKS:
-                setattr(callback, name, partial(self._run, callback, getattr(callback, name)))
+        self._save = StandIn(self._trainer, "save_checkpoint", self._look_first)
+        self._hooks = [
+            StandIn(callback, name, partial(self._run, callback)) for callback in self._callbacks for name in _HOOKS
+        ]
 
-    def detach(self) -> None:
-        """Leave no trace."""
-        vars(self._trainer).pop("save_checkpoint", None)
-        for callback in self._callbacks:
-            for name in _HOOKS:
-                vars(callback).pop(name, None)
+    def detach(self, *, after_exception: bool = False) -> None:
+        """Leave no trace.
 
-    def _save(self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None) -> None:  # noqa: FBT001
+        Args:
+            after_exception: whether that can wait until the last of the callbacks has been told of an exception, which
+                follows at once: it may save then.
+        """
+        self._ends_with = self._callbacks[-1] if after_exception and self._callbacks else None
+        if self._ends_with is None:
+            for stand_in in (self._save, *self._hooks):
+                if stand_in is not None:
+                    stand_in.remove()
+
+    def _look_first(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        filepath = kwargs.get("filepath", args[0] if args else None)
+        weights_only = kwargs.get("weights_only", args[1] if len(args) > 1 else None)
         damaged = self._damaged(weights_only=bool(weights_only))
         if self._trainer.strategy.reduce_boolean_decision(not damaged, all=True):
             self._was_refused = False
-            type(self._trainer).save_checkpoint(self._trainer, filepath, weights_only, storage_options)
+            save(*args, **kwargs)
             return
         if not self._was_refused:
             more = f" and {len(damaged) - _MAX_NAMES} more" if len(damaged) > _MAX_NAMES else ""
@@ -73,19 +86,25 @@ class SaveGate:
         if self._is_in_hook:
             raise _RefusedError
 
-    def _run(self, callback: Callback, hook: Callable[..., Any], *args: Any) -> None:
+    def _run(self, callback: Callback, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         before = {name: _copy(value) for name, value in vars(callback).items()}
         self._is_in_hook = True
         try:
-            hook(*args)
+            hook(*args, **kwargs)
         except _RefusedError:
             vars(callback).clear()
             vars(callback).update(before)
+        except BaseException:
+            # Nobody after this one is told of the exception that it was being told of.
+            self._ends_with = callback if self._ends_with is not None else None
+            raise
         finally:
             self._is_in_hook = False
+            if callback is self._ends_with:
+                self.detach()
 
     def _damaged(self, *, weights_only: bool) -> list[str]:
-        weights = self._state.weights() if not weights_only else list(self._module.named_parameters())
+        weights = self._state.weights() if not weights_only else self._state.parameters()
         names = find_nonfinite(weights) + find_nonfinite(self._module.named_buffers(), may_be_infinite=True)
         return [name for name in names if name not in self._exempt]
 

@@ -7,20 +7,22 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.forensics.state import State, unchanged
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.trainer.packages import dummy_logger, is_lightning_module, takes_argument
 from lightning_gradguard.trainer.precision import scaler_of
+from lightning_gradguard.trainer.progress import fetches_batches
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Observer = Callable[[MicroBatch, State], AbstractContextManager[object]]
 """Called for each micro-batch; the context is entered before its forward and left after its backward pass."""
@@ -54,7 +56,7 @@ def can_replay(trainer: Trainer, module: LightningModule) -> bool:
     Not where a `training_step` fetches its own batches, which uses them up. Nor under DDP with `find_unused_parameters`: its
     reducer notes each parameter that a backward pass reaches, in the replay too, and would wait for it in the next step.
     """
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    if fetches_batches(module):
         return False
     return not getattr(trainer.strategy.model, "find_unused_parameters", False)
 
@@ -73,7 +75,7 @@ class Replay:
         buffers: their values from before the step.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, window: Window, buffers: Buffers) -> None:
         self._trainer = trainer
         self._module = module
         self._window = window
@@ -84,6 +86,7 @@ class Replay:
         optimizer: Optimizer,
         *,
         step: int | None = None,
+        batches: Sequence[MicroBatch] | None = None,
         observe: Observer | None = None,
         change: Callable[[Any], Any] = lambda batch: batch,
         prepare: Callable[[State], None] = lambda state: None,  # noqa: ARG005
@@ -94,13 +97,14 @@ class Replay:
         Args:
             optimizer: whose step it is.
             step: number of the decision; None: the running one.
+            batches: what to run; None: the micro-batches of the step.
             observe: what watches each micro-batch.
             change: what to put in the place of a batch.
             prepare: called before the first micro-batch; what it changes is put back as well.
             passed: called at each step before the one that is replayed; gradients until then were not its.
         """
         replayed = Replayed()
-        batches = self._window.of(optimizer, step)
+        batches = self._window.of(optimizer, step) if batches is None else batches
         reached = _Steps(optimizer, self._window.num_steps(optimizer), passed)
         with ExitStack() as stack:
             state = stack.enter_context(unchanged(self._module))
@@ -127,7 +131,7 @@ class Replay:
         module, trainer = self._module, self._trainer
         args = [change(micro_batch.batch)]
         # As the Trainer does: the second argument may have any name, and may be missing.
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        if takes_argument(module.training_step, "batch_idx", min_args=2):
             args.append(micro_batch.batch_idx)
         try:
             with trainer.precision_plugin.train_step_context():
@@ -160,7 +164,7 @@ class Replay:
             parameter.requires_grad_(flag)
         self._module._param_requires_grad_state = {}
         if len(self._trainer.optimizers) == 1:
-            self._buffers.rewind_()
+            self._buffers.restore_()
         else:  # an earlier optimizer of the same batch has taken them down halfway
             self._buffers.repair_()
 
@@ -169,13 +173,13 @@ class Replay:
         """Keep the replay from logging, stepping, and telling callbacks."""
         trainer, module = self._trainer, self._module
         for part in module.modules():
-            if isinstance(part, LightningModule):  # put back with the other attributes
+            if is_lightning_module(part):  # put back with the other attributes
                 for name in ("log", "log_dict", "print"):
                     vars(part)[name] = _nothing
         vars(module)["manual_backward"] = self._backward
         with ExitStack() as stack:
             loggers = trainer.loggers
-            trainer.loggers = [DummyLogger() for _ in loggers]
+            trainer.loggers = [dummy_logger(trainer) for _ in loggers]
             stack.callback(setattr, trainer, "loggers", loggers)
             wrapped = getattr(trainer.strategy, "_lightning_optimizers", [])  # what `self.optimizers()` gives
             for raw, outer in zip(trainer.optimizers, wrapped, strict=True):

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.forensics.nonfinite.blame import Blame
-from lightning_gradguard.forensics.nonfinite.known_failures import fault_of, known_failure_of
+from lightning_gradguard.forensics.nonfinite.blame import Blame, Way
+from lightning_gradguard.forensics.nonfinite.known_failures import OTHER, fault_of, known_failure_of
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
+from lightning_gradguard.forensics.nonfinite.suspects import Suspects
 from lightning_gradguard.forensics.tensors import Range
 
 _NUM_ROWS_SHOWN = 5
@@ -21,18 +24,28 @@ _WEIGHTS_REMEDY = (
 )
 
 
-def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: float | None = None) -> Culprit:
+def culprit_of(
+    blame: Blame, suspects: Suspects, *, rank: int = 0, reproduced: bool = False, error: float | None = None
+) -> Culprit:
     """Put a finding into words.
 
     Args:
         blame: what was found.
+        suspects: the samples.
         rank: the process that it was found on.
         reproduced: whether the replay gave the same gradients.
         error: relative error of the replayed gradients.
     """
     provenance = blame.provenance
-    rows = rows_in_words(blame.samples)
-    found = Culprit(phase=blame.phase, samples=blame.samples, rank=rank, reproduced=reproduced, error=error)
+    rows = rows_in_words(suspects.certain) or rows_in_words(suspects.probable, " probably")
+    found = Culprit(
+        phase=blame.phase,
+        samples=suspects.certain,
+        probable_samples=suspects.probable,
+        rank=rank,
+        reproduced=reproduced,
+        error=error,
+    )
     if blame.phase == "data":
         what = "NaN" if provenance.flaw.has_nan else "Inf"
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
@@ -44,15 +57,17 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
     known_failure = known_failure_of(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
-    where = f"in `{provenance.location.module}`" if provenance.location.module else "in `training_step`"
-    place = f"{where}, {line}," if line is not None else where
+    place = place_in_words(provenance.location)
     span = fault_of(provenance)
     happened = known_failure.happened.format(
         value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
     )
+    if known_failure is OTHER:
+        happened = _whatever_happened(provenance)
     message = f"`{op}` {place} {happened}{rows}"
     if provenance.is_custom:
         message = f"`{op}` {place} gave a damaged gradient{rows}"
+    message += way_in_words(blame.way)
     return replace(
         found,
         module=provenance.location.module,
@@ -64,24 +79,69 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         remedy=known_failure.remedy,
         inputs=provenance.inputs,
         before=provenance.before,
+        frames=provenance.location.frames,
     )
+
+
+def _whatever_happened(provenance: Provenance) -> str:
+    """Of an operator that no known failure fits: what is certain all the same."""
+    made = "NaN" if provenance.flaw.has_nan else "Inf"
+    if not provenance.parents:
+        return f"made {made} out of finite inputs"
+    taken = "NaN" if any(parent.flaw.has_nan for parent in provenance.parents) else "Inf"
+    of = " of the forward pass" if provenance.is_backward and not any(it.is_backward for it in provenance.parents) else ""
+    return f"gave {made} as it was given {taken}{of}"
+
+
+def place_in_words(location: SourceLocation) -> str:
+    """As in "in `head`, model.py:11,"."""
+    where = f"in {_caller(location)}"
+    return where if location.line is None else f"{where}, {location.line},"
+
+
+def _caller(location: SourceLocation) -> str:
+    """The module; where it is a helper's line, that too."""
+    helper = location.frames[0].function if location.frames else ""
+    name = helper.rpartition(".")[2]
+    if name.startswith("<") or name in ("", "forward", "training_step"):  # the module says as much
+        helper = ""
+    if not location.module:
+        return f"`{helper or 'training_step'}`"
+    return f"`{location.module}`" + (f" (`{helper}`)" if helper else "")
+
+
+def way_in_words(way: Way | None) -> str:
+    """How damage came into the gradients that the loss does not show; as it ends a sentence."""
+    if way is None:
+        return ""
+    entry = f"`{way.entry.node}` {place_in_words(way.entry.location)}".rstrip(",")
+    if way.drop is None:
+        return f"; the loss does not show it, but it comes into the gradients through {entry}"
+    drop = f"`{way.drop.op}` {place_in_words(way.drop.location)}"
+    left = "leaves it out of the loss" if way.drop.op in _SELECTING or way.drop.is_partial else "gives a finite result"
+    return f"; {drop} {left}, but it comes into the gradients through {entry}"
+
+
+_SELECTING = ("index", "index_select", "gather", "masked_fill", "masked_select", "nan_to_num", "where")
+"""Operators of which a finite result of damaged input means that the damage was not selected."""
 
 
 def _value(span: Range | None) -> str:
     return "a value outside its domain" if span is None else str(span)
 
 
-def rows_in_words(rows: Sequence[int] | None) -> str:
+def rows_in_words(rows: Sequence[int] | None, how: str = "") -> str:
     """As it ends a sentence.
 
-    >>> rows_in_words((3,)), rows_in_words((3, 7)), rows_in_words(None)
-    (' in row 3', ' in rows 3 and 7', '')
+    >>> rows_in_words((3,)), rows_in_words((3, 7), " probably"), rows_in_words(None)
+    (' in row 3', ', probably in rows 3 and 7', '')
     """
     if not rows:
         return ""
+    begin = f",{how} in" if how else " in"
     if len(rows) == 1:
-        return f" in row {rows[0]}"
+        return f"{begin} row {rows[0]}"
     shown = [str(row) for row in rows[:_NUM_ROWS_SHOWN]]
     if len(rows) > _NUM_ROWS_SHOWN:
-        return f" in rows {', '.join(shown)} and {len(rows) - _NUM_ROWS_SHOWN} more"
-    return f" in rows {', '.join(shown[:-1])} and {shown[-1]}"
+        return f"{begin} rows {', '.join(shown)} and {len(rows) - _NUM_ROWS_SHOWN} more"
+    return f"{begin} rows {', '.join(shown[:-1])} and {shown[-1]}"

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -32,6 +31,9 @@ from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _MAX_PROOF_RUNS = 24
 _MAX_PROOF_SECONDS = 20.0

@@ -117,7 +117,7 @@ class Fit:
         buffers = BufferRepair(module.named_buffers())
         if options.max_replays:
             left = options.max_replays - history.num_replays
-            self._investigation = Investigation(trainer, module, self._window, buffers, left)
+            self._investigation = Investigation(trainer, module, self._window, buffers, left, sample_dim=options.sample_dim)
         if options.max_bundle_mib is not None:
             self._bundles = Bundles(
                 trainer, module, self._window, max_mib=options.max_bundle_mib, guard=self._settings.in_words()

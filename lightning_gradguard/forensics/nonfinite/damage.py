@@ -203,7 +203,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         elif all(parent.rows is None for parent in parents):
             provenance.rows = self._rows(tensor, in_engine)
         if provenance.samples is None and not any(parent.samples for parent in parents):
-            provenance.samples = self._samples_at(tensor)
+            provenance.samples = self._samples_at(tensor) or self._samples_beside(inputs)
         return provenance
 
     def _rows(self, tensor: Tensor, is_backward: bool) -> tuple[int, ...] | None:  # noqa: FBT001
@@ -215,6 +215,14 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.rows is None or values is None or values.shape != tensor.shape:
             return None
         return self.rows.samples_at(tensor, ~values.isfinite() if is_bad is None else is_bad)
+
+    def _samples_beside(self, inputs: list[Tensor]) -> tuple[int, ...] | None:
+        """The samples that damaged inputs meet, if these are made of none themselves."""
+        damaged = next((it for it in inputs if self._ledger.damage_of(it) is not None), None)
+        values = None if damaged is None else plain(damaged)
+        if self.rows is None or damaged is None or values is None or values.shape != damaged.shape:
+            return None
+        return self.rows.samples_beside(damaged, ~values.isfinite(), inputs)
 
     def _here(self) -> SourceLocation:
         return SourceLocation(self.modules.current, current_line(), () if self.rows is None else current_frames())

@@ -17,6 +17,20 @@ SampleDim = int | Mapping[str, int | None] | None
 """The dimension that samples lie along: of all leaves, or by a leaf's name (None: it holds none); None: it is inferred."""
 
 
+def check_sample_dim(sample_dim: SampleDim) -> None:
+    """Refuse what is no dimension.
+
+    Raises:
+        ValueError: with what it must be.
+    """
+    dims = sample_dim.values() if isinstance(sample_dim, Mapping) else [sample_dim]
+    if any(dim is not None and (not isinstance(dim, int) or isinstance(dim, bool) or dim < 0) for dim in dims):
+        raise ValueError(
+            f"`sample_dim` must be an integer >= 0, or a mapping of names of leaves to such, got {sample_dim!r}. "
+            "To have it inferred pass None."
+        )
+
+
 def leaves_of(batch: Any, name: str = "batch", depth: int = 0) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a batch with their names, as `batch['x']`."""
     if isinstance(batch, Tensor):

@@ -105,3 +105,10 @@ class Rows:
     def samples_at(self, tensor: Tensor, is_bad: Tensor) -> tuple[int, ...] | None:
         """The samples of the marked elements of a tensor, ascending; None if it is not known of all. One sync."""
         return samples_at(self._labels.get(tensor), is_bad)
+
+    def samples_beside(self, tensor: Tensor, is_bad: Tensor, others: list[Tensor]) -> tuple[int, ...] | None:
+        """The samples whose values the marked elements of a tensor meet, one by one; None if they meet none."""
+        label = next(
+            (self._labels.get(it) for it in others if it.shape == tensor.shape and self._labels.get(it) is not None), None
+        )
+        return None if label is None else samples_at(label, is_bad) or None

@@ -101,16 +101,10 @@ class Quarantine:
             batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
             if action.skips and verdict.rank in (None, position.rank):
                 to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
-        rows = _certain_rows(record)
+        rows = _certain_rows(record) if self._mode == "skip" else None
+        epoch, step, rank = position.epoch or 0, position.step, position.rank
         self._incidents.extend(
-            Incident(
-                position.epoch or 0,
-                batch_idx or 0,
-                position.step,
-                position.rank,
-                kind,
-                self._samples_of(batch_idx or 0, rows),
-            )
+            Incident(epoch, batch_idx or 0, step, rank, kind, self._samples_of(batch_idx or 0, rows))
             for batch_idx, kind in to_blame.items()
         )
         self._is_due = True

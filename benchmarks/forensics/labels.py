@@ -31,6 +31,7 @@ class Case:
         says: parts of the message.
         never: what the message must not say, since it would not be true.
         guard: further arguments of `GradGuard`.
+        has_open_samples: whether anything may be said about samples, since the label says nothing.
     """
 
     make: type[Step]
@@ -43,6 +44,7 @@ class Case:
     says: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
     guard: dict[str, Any] = field(default_factory=dict)
+    has_open_samples: bool = False
 
     @property
     def name(self) -> str:

@@ -85,6 +85,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operators: dict[Any, Operator] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
         self._order = 0
+        self._written: dict[int, Tensor] = {}
+        """What an operator has written in place, as it was before."""
         self.drops: list[Drop] = []
         """Where damage was left behind in the forward pass, in order."""
         self.losses: list[Provenance] = []
@@ -128,6 +130,10 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled())
         # What is written in place has to be looked at before; afterwards it is the result.
         earlier = {id(tensor): self._ledger.damage_of(tensor) for tensor in operator.writes(args)}
+        if self.rows is not None:
+            self._written = {
+                id(tensor): tensor.detach().clone() for tensor in operator.writes(args) if plain(tensor) is not None
+            }
         result = func(*args, **kwargs)
         if self.rows is not None:
             is_backward = call.node is not None and not call.has_grad_mode
@@ -192,6 +198,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if all(parent.origin == "constant" for parent in parents) or changes or enters or escapes:
             provenance.location = self._location_of(call) if in_engine else self._here()
             provenance.is_hook = in_engine and not provenance.is_custom and current_line() is not None
+            inputs = [self._written.get(id(value), value) for value in inputs]
             provenance.inputs = tuple(describe(value) for value in inputs)
             provenance.at_fault = tuple(_at_fault(value, tensor) for value in inputs)
             provenance.before = tuple(str(step) for step in self._before)

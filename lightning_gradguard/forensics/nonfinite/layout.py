@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
@@ -56,7 +57,8 @@ def _entries(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     elif is_dataclass(batch):
         yield from ((f"{name}.{entry.name}", getattr(batch, entry.name)) for entry in fields(batch))
     elif callable(keys := getattr(batch, "keys", None)) and hasattr(batch, "__getitem__"):  # graphs, tokenized texts
-        yield from ((f"{name}.{key}", batch[key]) for key in keys())
+        with suppress(Exception):  # what is loaded only when it is asked for may be gone
+            yield from [(f"{name}.{key}", batch[key]) for key in keys()]
     elif hasattr(batch, "__dict__"):
         yield from ((f"{name}.{key}", value) for key, value in vars(batch).items())
 
@@ -108,7 +110,8 @@ def layout_of(batch: Any, sample_dim: SampleDim = None) -> Layout:
     for find in (_of_packed, _of_graphs, _of_lists, _of_first, _of_second):
         found = find(with_dims, batch)
         if found is not None:
-            return replace(found, leaves=leaves)
+            other = found.alternative
+            return replace(found, leaves=leaves, alternative=None if other is None else replace(other, leaves=leaves))
     return replace(_of_most(with_dims), leaves=leaves)
 
 

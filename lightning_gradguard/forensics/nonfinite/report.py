@@ -57,12 +57,12 @@ def culprit_of(
     known_failure = known_failure_of(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
-    place = place_in_words(provenance.location)
+    place = place_in_words(provenance.location, is_hook=provenance.is_hook)
     span = fault_of(provenance)
     happened = known_failure.happened.format(
         value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
     )
-    if known_failure is OTHER:
+    if known_failure is OTHER or _is_given(provenance):
         happened = _whatever_happened(provenance)
     message = f"`{op}` {place} {happened}{rows}"
     if provenance.is_custom:
@@ -76,7 +76,7 @@ def culprit_of(
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=known_failure.remedy,
+        remedy=OTHER.remedy if _is_given(provenance) else known_failure.remedy,
         inputs=provenance.inputs,
         before=provenance.before,
         frames=provenance.location.frames,
@@ -86,6 +86,8 @@ def culprit_of(
 def _whatever_happened(provenance: Provenance) -> str:
     """Of an operator that no known failure fits: what is certain all the same."""
     made = "NaN" if provenance.flaw.has_nan else "Inf"
+    if _is_given(provenance):
+        return f"was given {made} as a number"
     if not provenance.parents:
         return f"made {made} out of finite inputs"
     taken = "NaN" if any(parent.flaw.has_nan for parent in provenance.parents) else "Inf"
@@ -93,9 +95,14 @@ def _whatever_happened(provenance: Provenance) -> str:
     return f"gave {made} as it was given {taken}{of}"
 
 
-def place_in_words(location: SourceLocation) -> str:
+def _is_given(provenance: Provenance) -> bool:
+    """Whether NaN or infinity is written down as an argument."""
+    return provenance.is_sentinel and not provenance.parents and not provenance.origin
+
+
+def place_in_words(location: SourceLocation, *, is_hook: bool = False) -> str:
     """As in "in `head`, model.py:11,"."""
-    where = f"in {_caller(location)}"
+    where = f"in a hook on a tensor of `{location.module or 'training_step'}`" if is_hook else f"in {_caller(location)}"
     return where if location.line is None else f"{where}, {location.line},"
 
 

@@ -73,7 +73,8 @@ class RowLabels:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    is_known = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    # A subclass may carry attributes; one with a dispatch of its own may hold its values elsewhere.
+    is_known = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__ and tensor.layout is torch.strided
     return is_known and tensor.device.type != "meta"
 
 

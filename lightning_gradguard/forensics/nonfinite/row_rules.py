@@ -38,6 +38,7 @@ class Call:
         outputs: the tensors that came out.
         labels: of all tensors so far.
         mixes: whether values of different samples have met in it.
+        is_elementwise: whether elements at the same place meet, and no others.
     """
 
     func: Any
@@ -46,6 +47,7 @@ class Call:
     outputs: list[Tensor]
     labels: RowLabels
     mixes: bool = False
+    is_elementwise: bool = False
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -122,6 +124,7 @@ def _aligned(labels: Iterable[_Label], num_dims: int) -> list[_Label]:
 
 
 def _elementwise(call: Call) -> list[_Label]:
+    call.is_elementwise = True
     result = call.outputs[0]
     labels = [call.label(it) for it in call.inputs if it.dim() <= result.dim()]
     return [call.combine(_aligned(labels, result.dim()))] * len(call.outputs)
@@ -129,6 +132,7 @@ def _elementwise(call: Call) -> list[_Label]:
 
 def _loss(call: Call) -> list[_Label]:
     """Of predictions and targets of one shape: element by element, or all of them to one number."""
+    call.is_elementwise = True
     inputs = [call.args[name] for name in call.args if isinstance(call.args[name], Tensor)]
     num_dims = max(it.dim() for it in inputs)
     label = combined(_aligned([call.label(it) for it in inputs], num_dims))[0]

@@ -27,6 +27,7 @@ class Rows:
         self._forward: dict[int, list[tuple[torch.Size, Tensor | None]]] = {}
         self.mixes = False
         """Whether values of different samples have met, other than in a mean or the like."""
+        self._is_elementwise = False
         for name, tensor in layout.leaves:
             if (label := layout.labels.get(name)) is not None:
                 self._labels.put(tensor, label)
@@ -65,6 +66,7 @@ class Rows:
         written = operator.writes(args)
         outputs = written or [*tensors_in(result)]
         labels: list[Tensor | None] = [None] * len(outputs)
+        self._is_elementwise = False
         if has_label:
             if operator.name == "as_strided":  # told by where it lies
                 return
@@ -90,6 +92,7 @@ class Rows:
             labels = labels_of(call)
         except Exception:  # noqa: BLE001 - an operator used in a way that no rule foresees: then its rows are not known
             labels = [many(out) for out in outputs]
+        self._is_elementwise = call.is_elementwise
         return labels, call.mixes
 
     def _as_forward(self, sequence: int, tensor: Tensor, label: Tensor | None) -> Tensor | None:
@@ -107,7 +110,9 @@ class Rows:
         return samples_at(self._labels.get(tensor), is_bad)
 
     def samples_beside(self, tensor: Tensor, is_bad: Tensor, others: list[Tensor]) -> tuple[int, ...] | None:
-        """The samples whose values the marked elements of a tensor meet, one by one; None if they meet none."""
+        """The samples whose values the marked elements of a tensor meet in the last operator; None if they meet none."""
+        if not self._is_elementwise:
+            return None
         label = next(
             (self._labels.get(it) for it in others if it.shape == tensor.shape and self._labels.get(it) is not None), None
         )

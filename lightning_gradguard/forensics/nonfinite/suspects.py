@@ -39,8 +39,9 @@ def suspects_of(blame: Blame, layout: Layout, rows: Rows | None, proof: Proof | 
         # Nothing is gained by taking out most of a batch.
         few = followed if 2 * len(followed) <= max(layout.size, 2) else None
         return Suspects(few) if rows.is_certain else Suspects(probable=few)
-    # What belongs to no sample looks like one by chance.
-    guess = None if blame.is_widespread or followed == () else blame.guess
+    if followed == ():  # what belongs to no sample looks like one by chance
+        return Suspects()
+    guess = None if blame.is_widespread else blame.guess
     is_open = blame.phase in ("forward", "backward") and not blame.is_widespread and layout.can_exchange
     if proof is None or not is_open or not (layout.is_unique or rows is None or not rows.mixes):
         return Suspects(probable=guess if blame.phase != "weights" else None)

@@ -14,6 +14,8 @@ from torch import Tensor, autograd, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.forensics.nonfinite.numbers import HALVES
+from lightning_gradguard.forensics.nonfinite.operands import operands_of, saved_by
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.provenance import Origin, Provenance
 from lightning_gradguard.forensics.nonfinite.samples import Batch
@@ -45,6 +47,7 @@ class _Call(NamedTuple):
         args, kwargs: what it is called with.
         node: the autograd node that the engine is running; None in a forward pass.
         has_grad_mode: whether it is recorded by autograd.
+        overwritten: copies of what it writes over, by the tensor's identity.
     """
 
     operator: Operator
@@ -52,6 +55,12 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     node: Any
     has_grad_mode: bool
+    overwritten: dict[int, Tensor]
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """The arguments with their names, as they were before."""
+        for name, value in self.operator.named(self.args, self.kwargs):
+            yield name, self.overwritten.get(id(value), value)
 
 
 class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -77,6 +86,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operators: dict[Any, Operator] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
         self._order = 0
+        self._half: torch.dtype | None = None
         self.losses: list[Provenance] = []
         """The damaged tensors that `backward()` was called on, in order."""
 
@@ -113,7 +123,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(func, torch._ops.OpOverload):
                 return func(*args, **kwargs)
             operator = self._operators[func] = Operator(func)
-        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled())
+        overwritten = {id(tensor): tensor.clone() for tensor in operator.overwrites(args)}
+        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
         # What is written in place has to be looked at before; afterwards it is the result.
         earlier = {id(tensor): self._known(tensor) for tensor in operator.writes(args)}
         result = func(*args, **kwargs)
@@ -132,6 +143,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in [*tensors_in(result)] or call.operator.writes(call.args):
             if (span := range_of(tensor)) is None:
                 continue
+            if tensor.dtype in HALVES:
+                self._half = tensor.dtype
             if span.flaw is None:
                 self._before.append(_Step(name, self.modules.current, tensor.dtype, tensor.shape, span))
                 self._clear(tensor)
@@ -157,6 +170,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_custom=in_engine and isinstance(call.node, torch.autograd.function.BackwardCFunction),
             parents=parents,
             dtype=tensor.dtype,
+            half=self._half,
         )
         is_put = call.operator.puts_infinity(call.args, call.kwargs)
         provenance.is_sentinel = all(parent.is_sentinel for parent in parents) if parents else is_put
@@ -171,8 +185,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._location_of(call) if in_engine else SourceLocation(self.modules.current, current_line())
             )
             provenance.is_hook = in_engine and not provenance.is_custom and current_line() is not None
-            provenance.inputs = tuple(describe(value) for value in inputs)
-            provenance.at_fault = tuple(_at_fault(value, tensor) for value in inputs)
+            provenance.inputs = tuple(describe(call.overwritten.get(id(value), value)) for value in inputs)
+            provenance.operands = operands_of(_named(call, provenance), tensor)
             provenance.before = tuple(str(step) for step in self._before)
             provenance.needs_grad = any(value.requires_grad for value in inputs)
             # Infinities that were put there on purpose are in healthy rows too.
@@ -268,13 +282,8 @@ def _node_name(running: Any) -> str:
     return name.rpartition("::")[2]
 
 
-def _at_fault(value: Tensor, result: Tensor) -> Range | None:
-    """Range of an input at those elements where the result is damaged; None where they don't correspond."""
-    values, damaged = plain(value), plain(result)
-    if values is None or damaged is None or value.is_complex() or result.is_complex():
-        return None
-    try:
-        values = values.expand_as(damaged)
-    except RuntimeError:
-        return None
-    return range_of(values[~damaged.isfinite()])
+def _named(call: _Call, provenance: Provenance) -> Iterator[tuple[str, Any]]:
+    """The operands with their names; in a backward pass those of the forward operator."""
+    if provenance.is_backward and not (provenance.is_hook or provenance.is_custom):
+        return saved_by(call.node, provenance.op, call.named())
+    return call.named()

@@ -7,8 +7,9 @@ from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite.blame import Blame
-from lightning_gradguard.forensics.nonfinite.known_failures import fault_of, known_failure_of
-from lightning_gradguard.forensics.tensors import Range
+from lightning_gradguard.forensics.nonfinite.failure import KnownFailure
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, OTHERS
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 
 _NUM_ROWS_SHOWN = 5
 _DATA_REMEDY = (
@@ -41,18 +42,16 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         return replace(
             found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=_WEIGHTS_REMEDY
         )
-    known_failure = known_failure_of(provenance)
+    failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
     where = f"in `{provenance.location.module}`" if provenance.location.module else "in `training_step`"
     place = f"{where}, {line}," if line is not None else where
-    span = fault_of(provenance)
-    happened = known_failure.happened.format(
-        value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
-    )
+    happened = "gave a damaged gradient" if provenance.is_custom else failure.sentence(provenance)
+    if cause is not provenance:
+        happened += f", where `{cause.op}` {known_failure_of(cause).sentence(cause)}"
+    source = "" if line is None else line.source or ""
     message = f"`{op}` {place} {happened}{rows}"
-    if provenance.is_custom:
-        message = f"`{op}` {place} gave a damaged gradient{rows}"
     return replace(
         found,
         module=provenance.location.module,
@@ -61,14 +60,36 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=known_failure.remedy,
+        remedy=known_failure_of(cause).remedy(key_of(cause), cause, source),
         inputs=provenance.inputs,
         before=provenance.before,
     )
 
 
-def _value(span: Range | None) -> str:
-    return "a value outside its domain" if span is None else str(span)
+def known_failure_of(provenance: Provenance) -> KnownFailure:
+    """The known failure that an operator fell into, or what is said of any other."""
+    key = key_of(provenance)
+    known = (failure for failure in KNOWN_FAILURES if key in failure.ops and failure.fits(provenance))
+    return next(known, None) or next(failure for failure in OTHERS if failure.fits(provenance))
+
+
+def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
+    """The known failure of a damaged result, and the one whose remedy helps: for a gradient that met damage of its own
+    forward operator that is the forward operator's.
+    """
+    failure = known_failure_of(provenance)
+    if failure is OTHERS[0]:
+        own = [parent for parent in provenance.parents if not parent.is_backward and parent.operands]
+        return failure, own[0] if own else provenance
+    return failure, provenance
+
+
+def key_of(provenance: Provenance) -> str:
+    """The operator's name without what differs between its variants."""
+    if not provenance.is_backward or provenance.is_hook:
+        return provenance.op.strip("_").lower()
+    name = provenance.node.partition("Backward")[0]
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_")
 
 
 def rows_in_words(rows: Sequence[int] | None) -> str:

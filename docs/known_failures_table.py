@@ -24,7 +24,7 @@ that fails: afterwards result and gradients are finite, and values that were in 
 number that the change adds. A failure without such a change has no remedy, here or in an alert.
 
 `x`, `y` and `w` are what the line works on, `...` is the function, `m` is a mask, `t` holds targets, `p` is the exponent,
-and `bound` is the largest base whose power is well inside the type: the alert says the number.
+and `bound` is the largest base, or exponent, whose power is well inside the type: the alert says the number.
 """
 NUMBERS = """
 ## The numbers
@@ -102,7 +102,7 @@ def _said(happened: str) -> str:
 def _shown(template: str) -> str:
     """With the numbers of float32; the function stays open, as it is one of several."""
     words = {name: written(value) for name, value in numbers_of(torch.float32).items()}
-    for name, text in (words | {"op": "...", "exponent": "p", "bound": "bound"}).items():
+    for name, text in (words | {"op": "...", "exponent": "p", "bound": "bound", "base": "w", "top": "bound"}).items():
         template = template.replace(f"{{{name}}}", text)
     return template
 

@@ -25,7 +25,7 @@ class Example:
         healthy: inputs on which it does not.
         said: a part of the message.
         op: for a failure of several operators, this one.
-        exponent: of a power.
+        exponent, base: of a power.
         tolerance: relative, of healthy values and gradients; 0 where they stay as they are to the last bit.
         dtype: of the floating-point inputs.
         fixes: which of the failure's fixes are tried.
@@ -38,6 +38,7 @@ class Example:
     said: str
     op: str = ""
     exponent: str = ""
+    base: str = ""
     tolerance: float = 0.0
     dtype: torch.dtype = torch.float32
     fixes: tuple[int, ...] = (0,)
@@ -82,11 +83,12 @@ DOMAINS = [
     *_of_one("root, differentiated at 0", "sqrt", [[1.0, 0.0]], [[1.0, 0.25]], "differentiated at 0 at [0, 1]", *ALL),
     *_of_one("inverse root of 0 or less", "rsqrt", [[1.0, 0.0]], [[1.0, 0.25]], "got 0 at [0, 1]", *ALL),
     *_of_one("inverse root of 0 or less", "rsqrt", [[1.0, -0.5]], [[1.0, 0.25]], "got -0.5 at [0, 1]"),
-    *_of_one("outside (-1, 1)", "acos asin atanh erfinv", [[0.5, 1.5]], [[0.5, -0.7]], "got 1.5 at [0, 1]", *ALL),
+    *_of_one("outside (-1, 1)", "acos asin atanh erfinv", [[0.5, 1.5]], [[0.5, -0.7]], "got 1.5 at [0, 1]; its", *ALL),
     *_of_one("outside (-1, 1)", "atanh erfinv", [[0.5, -1.0]], [[0.5, -0.7]], "got -1 at [0, 1]", *ALL),
-    *_of_one("differentiated at -1 or 1", "acos asin", [[0.5], [1.0]], [[0.5], [-0.7]], "at 1 at [1, 0]", *ALL),
-    *_of_one("below 1", "acosh", [[2.0, 0.5]], [[2.0, 1.5]], "got 0.5 at [0, 1]", *ALL),
-    *_of_one("differentiated at 1", "acosh", [[2.0, 1.0]], [[2.0, 1.5]], "differentiated at 1 at [0, 1]", *ALL),
+    *_of_one("outside (-1, 1)", "acos asin", [[0.5], [1.0]], [[0.5], [-0.7]], "Backward0` in `training_step`", *ALL),
+    *_of_one("outside (-1, 1)", "acos asin", [[0.5], [-1.0]], [[0.5], [-0.7]], "got -1 at [1, 0]"),
+    *_of_one("1 or below", "acosh", [[2.0, 0.5]], [[2.0, 1.5]], "got 0.5 at [0, 1]", *ALL),
+    *_of_one("1 or below", "acosh", [[2.0, 1.0]], [[2.0, 1.5]], "got 1 at [0, 1]", *ALL),
     *_of_one("outside (0, 1)", "logit special_ndtri", [[0.5, 1.0]], [[0.5, 0.25]], "got 1 at [0, 1]"),
     *_of_one("outside (0, 1)", "logit", [[0.5, 0.0]], [[0.5, 0.25]], "got 0 at [0, 1]", *ALL),
     *_of_one("reciprocal of 0", "", [[1.0, 0.0]], [[1.0, -0.5]], "got 0 at [0, 1]", *ALL),
@@ -94,20 +96,37 @@ DOMAINS = [
     *_powers("0 to a negative power", 0.0, [1.0, -2.0], "raised 0 at [1] to the power {}", "-1", "-2", "-3"),
     *_powers("0 to a negative power", 0.0, [1.0, 2.0], "raised 0 at [1] to the power {}", "-0.5", "-1.5"),
     *_powers("broken power of a negative number", -8.0, [1.0, 2.0], "raised -8 at [1] to the power {}", "0.3", "-0.5"),
+    Example(
+        "0 to a negative power",
+        {"x": [1.0, 0.0], "y": [2.0, -1.0]},
+        {"x": [1.0, 3.0], "y": [2.0, -2.0]},
+        "raised 0 at [1] to the power -1 at [1]",
+        exponent="y",
+    ),
+    Example(
+        "broken power of a negative number",
+        {"x": [1.0, -2.0], "y": [2.0, 0.5]},
+        {"x": [1.0, 3.0], "y": [2.0, -0.5]},
+        "raised -2 at [1] to the power 0.5 at [1]",
+        exponent="y",
+    ),
     *_powers("power below 1, differentiated at 0", 0.0, [1.0, 2.0], "at 0 at [1]: the slope of the power {}", "0.5", "0.25"),
 ]
 
 OVERFLOWS = [
     *_powers("power beyond the largest number", 1e30, [1.0, -1.04], "raised 1e+30 at [1] to the power {}", "2", "3", "40"),
+    Example("exponent beyond the largest number", {"x": [1.0, 200.0]}, {"x": [1.0, -0.5]},
+            "raised 2 to the power 200 at [1]", base="2"),
     *_of_one("exponential beyond the largest number", "exp expm1 exp2", [[1.0, 800.0]], [[1.0, -0.5]],
              "overflowed at 800 at [0, 1]", torch.float32, *HALVES),
     *_of_one("hyperbolic function beyond the largest number", "sinh cosh", [[1.0, -800.0]], [[1.0, -0.5]],
              "overflowed at -800 at [0, 1]", torch.float32, *HALVES),
-    Example("norm beyond the largest number on the way", {"x": [1.0, -1e30]}, {"x": [3.0, 4.0]},
-            "beyond 3.403e+38, the largest number of float32; the largest value that went in: -1e+30 at [1] of `self`",
+    *(Example("norm beyond the largest number on the way", {"x": [[1.0, -1e30]], "ord": ord_, "dim": 1},
+              {"x": [[3.0, 4.0]], "ord": ord_, "dim": 1}, "the largest value that went in: -1e+30 at [0, 1] of `self`",
+              tolerance=1e-6) for ord_ in (2, 3)),
+    Example("distance beyond the largest number on the way", {"x": ROW, "y": [[1.0, 2e25]], "p": 2.0},
+            {"x": ROW, "y": [[7.0, 7.0]], "p": 2.0}, "the largest value that went in: 2e+25 at [0, 1] of `x2`",
             tolerance=1e-6),
-    Example("distance beyond the largest number on the way", {"x": ROW, "y": [[1.0, 2e25]]}, {"x": ROW, "y": [[7.0, 7.0]]},
-            "the largest value that went in: 2e+25 at [0, 1] of `x2`", tolerance=1e-6),
     Example("squared error beyond the largest number", {"x": ROW, "y": [[1.0, 2.0], [1.0, 3e38]]}, {"x": ROW, "y": ROW},
             "the largest value that went in: 3e+38 at [1, 1] of `target`"),
     Example("squared error beyond the largest number", {"x": [[1.0, 2.0], [-1e25, 4.0]], "y": ROW},
@@ -143,13 +162,16 @@ QUOTIENTS = [
 ]  # fmt: skip
 
 STATISTICS = [
-    *(Example("deviation of a single value", {"x": [[1.0, 2.0]]}, {"x": ROW}, "had a single value", op=op)
-      for op in ("std", "var")),
+    *(Example("deviation of a single value", {"x": x, "dim": dim}, {"x": ROW, "dim": dim}, "had a single value", op=op)
+      for op in ("std", "var") for x, dim in (([[1.0, 2.0]], 0), ([[1.0], [2.0]], 1))),
     Example("mean of nothing", {"x": []}, {"x": ROW}, "averaged over nothing", tolerance=1e-6),
     Example("normalisation without eps", {"x": [[1.0, 2.0], [3.0, 3.0]]}, {"x": ROW},
             "had a row of variance 0, and an eps of 0", tolerance=1e-3),
     Example("group normalisation without eps", {"x": [[1.0, 2.0], [3.0, 3.0]]}, {"x": ROW},
             "had a group of variance 0, and an eps of 0", tolerance=1e-3),
+    Example("batch normalisation without eps", {"x": ROW, "w": [0.0, 0.0], "y": [1.0, 0.0]},
+            {"x": ROW, "w": [0.0, 0.0], "y": [1.0, 2.0]}, "divided by a running variance of 0, with an eps of 0",
+            tolerance=1e-4, setup="w, y = w.detach(), y.detach()"),
     Example("inverse root of 0 or less", {"x": [[1.0, 2.0], [0.0, 0.0]]}, {"x": ROW}, "got 0 at [1, 0]", fixes=(1,),
             tolerance=1e-5),
     Example("equal singular values, differentiated", {"x": TIES}, {"x": DISTINCT}, "has equal singular values",
@@ -165,8 +187,8 @@ LOSSES = [
               f"took the logarithm of {y:g} at [1]") for x, y in ((1.0, 0.0), (0.0, 0.0), (2.0, -1.0))),
     Example("xlogy of 0 or less", {"x": [-1.0, -2.0], "y": [1.0, 0.0]}, {"x": [-1.0, -2.0], "y": [0.5, 0.5]},
             "took the logarithm of 0 at [1]", fixes=(1,)),
-    *(Example("softmax of a masked row", {"x": ROW, "m": ONE_MASKED}, {"x": ROW, "m": NONE_MASKED},
-              "got nothing but -Inf in one of its rows", op=op, fixes=(0, 1))
+    *(Example("softmax of a masked row", {"x": ROW, "m": ONE_MASKED, "dim": 1}, {"x": ROW, "m": NONE_MASKED, "dim": 1},
+              "summed over nothing but -Inf", op=op, fixes=(0, 1))
       for op in ("softmax", "log_softmax", "logsumexp")),
     Example("no target left", {"x": ROW, "t": [-100, -100]}, {"x": ROW, "t": [1, -100]}, "all of them are `ignore_index`",
             tolerance=1e-6),

@@ -50,6 +50,11 @@ def at_most(name: str, limit: float) -> Condition:
     return at(name, lambda value: value <= limit)
 
 
+def at_least(name: str, limit: float) -> Condition:
+    """An operand is not below a limit."""
+    return at(name, lambda value: value >= limit)
+
+
 def below(name: str, limit: float) -> Condition:
     """An operand is below a limit."""
     return at(name, lambda value: value < limit)
@@ -183,6 +188,20 @@ def power_bound(provenance: Provenance) -> float | None:
     return bound if bound > 1 else None
 
 
+def exponent_overflows(provenance: Provenance) -> bool:
+    """An exponent beyond the largest for which the power of a number in the code fits."""
+    top = exponent_bound(provenance)
+    return top is not None and at("exponent", lambda value: value > top)(provenance)
+
+
+def exponent_bound(provenance: Provenance) -> float | None:
+    """Largest exponent for which the power of a number in the code is well inside the type; None for no such number."""
+    base, dtype = named(provenance, "self"), provenance.dtype or torch.float32
+    if base is None or base.at is None or not base.is_number or base.at.value <= 1:
+        return None
+    return float(math.floor(math.log(torch.finfo(dtype).max * 1e-4) / math.log(base.at.value)))
+
+
 def beyond_limit(provenance: Provenance) -> bool:
     """An exponent that is too large, and no other infinity."""
     limit = numbers_of(provenance.dtype)["limit2" if provenance.op.startswith("exp2") else "limit"]
@@ -191,8 +210,8 @@ def beyond_limit(provenance: Provenance) -> bool:
 
 def norm_fits(provenance: Provenance) -> bool:
     """A norm overflows only on the way: it fits into the type itself."""
-    bound = max((abs(peak.value) * math.sqrt(operand.size) for operand, peak in _peaks(provenance)), default=math.inf)
-    return provenance.dtype is torch.float32 and 2 * bound < torch.finfo(torch.float32).max
+    bound = max((2 * abs(peak.value) * operand.size for operand, peak in _peaks(provenance)), default=math.inf)
+    return provenance.dtype is torch.float32 and bound < torch.finfo(torch.float32).max
 
 
 def single(provenance: Provenance) -> bool:
@@ -219,9 +238,19 @@ def ties(name: str) -> Condition:
     return whole(name, lambda operand: operand.has_ties)
 
 
+def zero_eps(provenance: Provenance) -> bool:
+    """Nothing is added to a variance."""
+    return zero("eps")(provenance)
+
+
+def holds_zero(name: str) -> Condition:
+    """The smallest value of an operand is 0."""
+    return whole(name, lambda operand: operand.span is not None and operand.span.low == 0)
+
+
 def no_variance(provenance: Provenance) -> bool:
     """Divided by a deviation of 0, as `eps` is 0, and nothing is so large that its square overflows."""
-    return at("eps", lambda eps: eps == 0)(provenance) and is_nan(provenance) and not _squares_overflow(provenance)
+    return zero_eps(provenance) and is_nan(provenance) and not _squares_overflow(provenance)
 
 
 def overflows(provenance: Provenance) -> bool:

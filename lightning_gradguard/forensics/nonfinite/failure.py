@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightning_gradguard.forensics.nonfinite.conditions import Condition, largest, named, power_bound
+from lightning_gradguard.forensics.nonfinite.conditions import Condition, exponent_bound, largest, named, power_bound
 from lightning_gradguard.forensics.nonfinite.numbers import numbers_of, written
 from lightning_gradguard.forensics.nonfinite.operands import number
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
@@ -83,18 +83,22 @@ class KnownFailure:
 
 def code(template: str, key: str, provenance: Provenance) -> str:
     """A fix's code with its function and its numbers filled in."""
-    values = {name: written(value) for name, value in numbers_of(provenance.dtype, provenance.half).items()}
-    function = key.replace("special_", "special.", 1) if key.startswith("special_") else key
-    # The exponent of exp and its kin; sinh and cosh have it in both directions.
-    limit = "limit2" if key == "exp2" else "limit"
-    bound = power_bound(provenance)
-    words = values | {"op": function, "limit": values[limit], "bound": "" if bound is None else written(bound)}
-    words["exponent"] = _exponent(provenance)
+    numbers = numbers_of(provenance.dtype, provenance.half)
+    words = {name: written(value) for name, value in numbers.items()} | {
+        "op": key.replace("special_", "special.", 1) if key.startswith("special_") else key,
+        "limit": written(numbers["limit2" if key == "exp2" else "limit"]),
+        "exponent": _number(provenance, "exponent") or "y",
+        "base": _number(provenance, "self") or "w",
+    }
+    for name, bound in (("bound", power_bound(provenance)), ("top", exponent_bound(provenance))):
+        if bound is not None:
+            words[name] = written(bound)
     for name, text in words.items():
         template = template.replace("{" + name + "}", text)
     return template
 
 
-def _exponent(provenance: Provenance) -> str:
-    operand = named(provenance, "exponent")
-    return "y" if operand is None or operand.at is None or not operand.is_number else number(operand.at.value)
+def _number(provenance: Provenance, name: str) -> str | None:
+    """An operand that is a number in the code, as it may be written there."""
+    operand = named(provenance, name)
+    return number(operand.at.value) if operand is not None and operand.at is not None and operand.is_number else None

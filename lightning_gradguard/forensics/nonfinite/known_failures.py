@@ -20,8 +20,6 @@ _MATMUL = "addmm mm bmm baddbmm linear matmul addmv mv dot"
 _NLL = _ops("nll_loss_forward nll_loss nll_loss2d_forward")
 
 _ROOT = Fix("Keep the input above 0", "torch.sqrt(x)", "torch.sqrt(x.clamp_min({tiny}))")
-_INSIDE = Fix("Keep the input inside", "torch.{op}(x)", "torch.{op}(x.clamp(-1 + {eps}, 1 - {eps}))")
-_ABOVE_1 = Fix("Keep the input above 1", "torch.acosh(x)", "torch.acosh(x.clamp_min(1 + {eps}))")
 _BASE = Fix("Keep the base above 0", "torch.pow(x, {exponent})", "torch.pow(x.clamp_min({small}), {exponent})")
 _BFLOAT16 = Fix(
     "Use bfloat16, whose range is that of float32",
@@ -54,8 +52,8 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "xlogy of 0 or less", _ops("xlogy special_xlogy"), (when.at_most("other", 0),),
         "took the logarithm of {other}",
         (Fix("Keep the logarithm's argument above 0", "torch.xlogy(x, y)", "torch.xlogy(x, y.clamp_min({small}))"),
-         Fix("Keep the target above 0", "F.kl_div(x, y, reduction='sum')",
-             "F.kl_div(x, y.clamp_min({small}), reduction='sum')", within="kl_div")),
+         Fix("Keep the target above 0", "F.kl_div(x, y)", "F.kl_div(x, y.clamp_min({small}))",
+             within="kl_div")),
     ),
     KnownFailure(
         "root of a negative number", _ops("sqrt"), (when.forward, when.below("self", 0)), "got {self}", (_ROOT,),
@@ -71,20 +69,13 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
              within="rms_norm")),
     ),
     KnownFailure(
-        "outside (-1, 1)", _ops("acos asin atanh erfinv special_erfinv"),
-        (when.forward, when.outside("self", -1, 1)), "got {self}, which is not between -1 and 1", (_INSIDE,),
+        "outside (-1, 1)", _ops("acos asin atanh erfinv special_erfinv"), (when.outside("self", -1, 1),),
+        "got {self}; its slope is finite only between -1 and 1",
+        (Fix("Keep the input inside", "torch.{op}(x)", "torch.{op}(x.clamp(-1 + {eps}, 1 - {eps}))"),),
     ),
     KnownFailure(
-        "differentiated at -1 or 1", _ops("acos asin atanh erfinv special_erfinv"),
-        (when.backward, when.outside("self", -1, 1)), "was differentiated at {self}, where its slope is infinite",
-        (_INSIDE,),
-    ),
-    KnownFailure(
-        "below 1", _ops("acosh"), (when.forward, when.below("self", 1)), "got {self}, which is below 1", (_ABOVE_1,),
-    ),
-    KnownFailure(
-        "differentiated at 1", _ops("acosh"), (when.backward, when.at_most("self", 1)),
-        "was differentiated at {self}, where its slope is infinite", (_ABOVE_1,),
+        "1 or below", _ops("acosh"), (when.at_most("self", 1),), "got {self}; its slope is finite only above 1",
+        (Fix("Keep the input above 1", "torch.acosh(x)", "torch.acosh(x.clamp_min(1 + {eps}))"),),
     ),
     KnownFailure(
         "outside (0, 1)", _ops("logit special_logit special_ndtri"), (when.outside("self", 0, 1),),
@@ -94,25 +85,35 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "0 to a negative power", _ops("pow"),
         (when.near_zero("self"), when.below("exponent", 0), when.power_fits),
-        "raised {self} to the power {exponent:value}",
+        "raised {self} to the power {exponent}",
         (Fix("Keep the base away from 0", "torch.pow(x, {exponent})",
              "torch.pow(torch.where(x.abs() < {small}, {small}, x), {exponent})"),),
     ),
     KnownFailure(
         "broken power of a negative number", _ops("pow"),
         (when.forward, when.below("self", 0), when.broken("exponent"), when.power_fits),
-        "raised {self} to the power {exponent:value}", (_BASE,),
+        "raised {self} to the power {exponent}", (_BASE,),
     ),
     KnownFailure(
         "power below 1, differentiated at 0", _ops("pow"),
         (when.backward, when.zero("self"), when.between("exponent", 0, 1)),
-        "was differentiated at {self}: the slope of the power {exponent:value} is infinite there", (_BASE,),
+        "was differentiated at {self}: the slope of the power {exponent} is infinite there", (_BASE,),
     ),
     KnownFailure(
         "power beyond the largest number", _ops("pow"),
-        (when.forward, when.fresh, when.is_inf, when.power_overflows),
-        "raised {self} to the power {exponent:value}",
+        (when.forward, when.fresh, when.is_inf, when.is_tensor("self"), when.power_overflows),
+        "raised {self} to the power {exponent}",
         (Fix("Bound the base", "torch.pow(x, {exponent})", "torch.pow(x.clamp(-{bound}, {bound}), {exponent})"),),
+    ),
+    KnownFailure(
+        "exponent beyond the largest number", _ops("pow"),
+        (when.forward, when.fresh, when.is_inf, when.exponent_overflows), "raised {self} to the power {exponent}",
+        (Fix("Bound the exponent", "torch.pow({base}, x)", "torch.pow({base}, x.clamp_max({top}))"),),
+    ),
+    KnownFailure(
+        "power, differentiated by its exponent", _ops("pow"),
+        (when.backward, when.below("self", 0), when.is_tensor("exponent")),
+        "was differentiated by its exponent at a base of {self}",
     ),
     KnownFailure(
         "power", _ops("pow"), (when.forward, when.known("self"), when.known("exponent")),
@@ -128,7 +129,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
              within="cosine_similarity")),
     ),
     KnownFailure(
-        "division by next to 0", _ops("div true_divide"), (when.forward, when.known("self"), when.near_zero("other")),
+        "division", _ops("div true_divide"), (when.forward, when.known("self"), when.known("other")),
         "divided {self:value} by {other}",
     ),
     KnownFailure(
@@ -164,22 +165,24 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
              "torch.hypot(x, torch.where(x.abs() + y.abs() < {small}, {small}, y))"),),
     ),
     KnownFailure(
-        "norm beyond the largest number on the way", _ops("norm linalg_vector_norm"),
-        (when.forward, when.fresh, when.is_inf, when.norm_fits), "went beyond {max}, the largest number of {dtype}{largest}",
-        (Fix("Sum its squares in float64", "torch.linalg.vector_norm(x)",
-             "torch.linalg.vector_norm(x, dtype=torch.float64).to(x.dtype)"),),
+        "norm beyond the largest number on the way", _ops("linalg_vector_norm"),
+        (when.forward, when.fresh, when.is_inf, when.at_least("ord", 1), when.norm_fits),
+        "went beyond {max}, the largest number of {dtype}{largest}",
+        (Fix("Sum the powers in float64", "torch.linalg.vector_norm(x, ord, dim)",
+             "torch.linalg.vector_norm(x.double(), ord, dim).to(x.dtype)"),),
     ),
     KnownFailure(
         "distance beyond the largest number on the way", _ops("cdist_forward"),
-        (when.forward, when.fresh, when.is_inf, when.norm_fits), "went beyond {max}, the largest number of {dtype}{largest}",
-        (Fix("Sum its squares in float64", "torch.cdist(x, y)", "torch.cdist(x.double(), y.double()).to(x.dtype)"),),
+        (when.forward, when.fresh, when.is_inf, when.at_least("p", 1), when.norm_fits),
+        "went beyond {max}, the largest number of {dtype}{largest}",
+        (Fix("Sum the powers in float64", "torch.cdist(x, y, p)", "torch.cdist(x.double(), y.double(), p).to(x.dtype)"),),
     ),
     KnownFailure(
         "deviation of a single value", _ops("std var std_mean var_mean"),
         (when.forward, when.fresh, when.is_nan, when.single),
         "had a single value, of which there is no deviation",
-        (Fix("Correct the count only where there are several", "torch.{op}(x, 0)",
-             "torch.{op}(x, 0, correction=min(1, x.shape[0] - 1))"),),
+        (Fix("Correct the count only where there are several", "torch.{op}(x, dim)",
+             "torch.{op}(x, dim, correction=min(1, x.shape[dim] - 1))"),),
     ),
     KnownFailure(
         "mean of nothing", _ops("mean"), (when.forward, when.empty("self")),
@@ -189,12 +192,12 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "softmax of a masked row", _ops("softmax safe_softmax log_softmax logsumexp logcumsumexp"),
         (when.forward, when.masked_row("self")),
-        "got nothing but -Inf in one of its rows",
-        (Fix("Mask with a large finite number", "torch.{op}(x.masked_fill(m, -torch.inf), -1)",
-             "torch.{op}(x.masked_fill(m, {mask}), -1)"),
+        "summed over nothing but -Inf",
+        (Fix("Mask with a large finite number", "torch.{op}(x.masked_fill(m, -torch.inf), dim)",
+             "torch.{op}(x.masked_fill(m, {mask}), dim)"),
          Fix("Or open the mask where it covers all, as for `key_padding_mask`",
-             "torch.{op}(x.masked_fill(m, -torch.inf), -1)",
-             "torch.{op}(x.masked_fill(m & ~m.all(-1, keepdim=True), -torch.inf), -1)")),
+             "torch.{op}(x.masked_fill(m, -torch.inf), dim)",
+             "torch.{op}(x.masked_fill(m & ~m.all(dim, keepdim=True), -torch.inf), dim)")),
     ),
     KnownFailure(
         "no target left", _NLL, (when.forward, when.fresh, when.no_target),
@@ -245,6 +248,12 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         (Fix("Give it an eps", "F.group_norm(x, 1, eps=0.0)", "F.group_norm(x, 1, eps=1e-5)"),),
     ),
     KnownFailure(
+        "batch normalisation without eps", _ops("native_batch_norm"),
+        (when.forward, when.fresh, when.zero_eps, when.holds_zero("running_var")),
+        "divided by a running variance of 0, with an eps of 0",
+        (Fix("Give it an eps", "F.batch_norm(x, w, y, eps=0.0)", "F.batch_norm(x, w, y, eps=1e-5)"),),
+    ),
+    KnownFailure(
         "squared error beyond the largest number", _ops("mse_loss"), (when.forward, when.fresh, when.is_inf, when.wide),
         "went beyond {max}, the largest number of {dtype}{largest}",
         (Fix("Bound both", "F.mse_loss(x, y)", "F.mse_loss(x.clamp(-{square}, {square}), y.clamp(-{square}, {square}))"),),
@@ -282,6 +291,14 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "took the difference of two infinities",
     ),
     KnownFailure(
+        "product beyond the largest number", _ops("mul"),
+        (when.forward, when.fresh, when.is_inf, when.known("self"), when.known("other")), "multiplied {self} by {other}",
+    ),
+    KnownFailure(
+        "difference beyond the largest number", _ops("sub"),
+        (when.forward, when.fresh, when.is_inf, when.known("self"), when.known("other")), "subtracted {other} from {self}",
+    ),
+    KnownFailure(
         "cast beyond the largest number of float16", _ops("to_copy"), (when.half, when.forward, when.fresh, when.is_inf),
         "went beyond {max}, the largest number of {dtype}{largest}",
         (Fix("Use bfloat16, whose range is that of float32", "x.half()", "x.bfloat16()"),),
@@ -289,25 +306,9 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "beyond the largest number",
         _ops(f"{_MATMUL} convolution mkldnn_convolution add sub mul div sum mean square mse_loss prod cumprod cumsum norm "
-             "linalg_vector_norm cdist_forward hypot var native_layer_norm native_group_norm to_copy ldexp lerp addcmul "
+             "linalg_vector_norm cdist_forward hypot var native_layer_norm native_group_norm to_copy lerp addcmul "
              "binary_cross_entropy_with_logits linalg_cross scaled_dot_product_flash_attention_for_cpu"),
         (when.forward, when.fresh, when.overflows), "went beyond {max}, the largest number of {dtype}{largest}",
     ),
 )  # fmt: skip
 """Looked through in order; the first that fits is taken."""
-
-OTHERS: tuple[KnownFailure, ...] = (
-    KnownFailure(
-        "damage of the forward pass",
-        frozenset(),
-        (when.from_forward,),
-        "multiplied a gradient by NaN or Inf of the forward pass",
-    ),
-    KnownFailure(
-        "number in the code", frozenset(), (when.written_down,), "works with NaN or Inf that is written in the code"
-    ),
-    KnownFailure("out of the finite", frozenset(), (when.fresh,), "gave {what} for finite inputs"),
-    KnownFailure("out of infinity", frozenset(), (when.is_nan, when.without_nan), "made NaN of Inf"),
-    KnownFailure("anything else", frozenset(), (), "gave {what}"),
-)
-"""What is said of any other operator, in the same way: no remedy is known."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite import conditions as when
 from lightning_gradguard.forensics.nonfinite.blame import Blame
 from lightning_gradguard.forensics.nonfinite.failure import KnownFailure
-from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, OTHERS
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 
 _NUM_ROWS_SHOWN = 5
@@ -20,6 +21,23 @@ _WEIGHTS_REMEDY = (
     "It was damaged before this step: an earlier update, a checkpoint, or its initialisation. Go back to the last "
     "checkpoint where it is finite."
 )
+
+
+_OTHERS: tuple[KnownFailure, ...] = (
+    KnownFailure(
+        "damage of the forward pass",
+        frozenset(),
+        (when.from_forward,),
+        "brought NaN or Inf of the forward pass into the gradients",
+    ),
+    KnownFailure(
+        "number in the code", frozenset(), (when.written_down,), "works with NaN or Inf that is written in the code"
+    ),
+    KnownFailure("out of the finite", frozenset(), (when.fresh,), "gave {what} for finite inputs"),
+    KnownFailure("out of infinity", frozenset(), (when.is_nan, when.without_nan), "made NaN of Inf"),
+    KnownFailure("anything else", frozenset(), (), "gave {what}"),
+)
+"""What is said of an operator that is not in the list, or not with these values: no remedy is known."""
 
 
 def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: float | None = None) -> Culprit:
@@ -70,7 +88,7 @@ def known_failure_of(provenance: Provenance) -> KnownFailure:
     """The known failure that an operator fell into, or what is said of any other."""
     key = key_of(provenance)
     known = (failure for failure in KNOWN_FAILURES if key in failure.ops and failure.fits(provenance))
-    return next(known, None) or next(failure for failure in OTHERS if failure.fits(provenance))
+    return next(known, None) or next(failure for failure in _OTHERS if failure.fits(provenance))
 
 
 def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
@@ -78,7 +96,7 @@ def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
     forward operator that is the forward operator's.
     """
     failure = known_failure_of(provenance)
-    if failure is OTHERS[0]:
+    if failure is _OTHERS[0]:
         own = [parent for parent in provenance.parents if not parent.is_backward and parent.operands]
         return failure, own[0] if own else provenance
     return failure, provenance

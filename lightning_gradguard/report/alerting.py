@@ -88,8 +88,14 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         parameters=verdict.parameters,
         culprit=found,
         message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}{named}. {done}",
-        remedy=found.remedy if found is not None and found.remedy else verdict.remedy,
+        remedy=_remedy(verdict, found),
     )
+
+
+def _remedy(verdict: Verdict, culprit: Culprit | None) -> str:
+    """The culprit's own; one who is known to have made NaN has no other than that, as a guess may be wrong."""
+    is_known = culprit is not None and (culprit.remedy or not culprit.cause)
+    return culprit.remedy if culprit is not None and is_known else verdict.remedy
 
 
 def _named(culprit: Culprit) -> str:

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, autograd, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.forensics.nonfinite.drops import Drops
 from lightning_gradguard.forensics.nonfinite.ledger import Ledger
+from lightning_gradguard.forensics.nonfinite.numbers import HALVES
+from lightning_gradguard.forensics.nonfinite.operands import operands_of, saved_by
 from lightning_gradguard.forensics.nonfinite.operators import Operator
-from lightning_gradguard.forensics.nonfinite.provenance import Drop, Origin, Provenance
+from lightning_gradguard.forensics.nonfinite.provenance import Origin, Provenance
 from lightning_gradguard.forensics.nonfinite.rows import Rows
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 from lightning_gradguard.forensics.nonfinite.source_location import (
@@ -51,6 +54,7 @@ class _Call(NamedTuple):
         args, kwargs: what it is called with.
         node: the autograd node that the engine is running; None in a forward pass.
         has_grad_mode: whether it is recorded by autograd.
+        overwritten: copies of what it writes over, by the tensor's identity.
     """
 
     operator: Operator
@@ -58,6 +62,12 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     node: Any
     has_grad_mode: bool
+    overwritten: dict[int, Tensor]
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """The arguments with their names, as they were before."""
+        for name, value in self.operator.named(self.args, self.kwargs):
+            yield name, self.overwritten.get(id(value), value)
 
 
 class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,10 +95,9 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operators: dict[Any, Operator] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
         self._order = 0
-        self._written: dict[int, Tensor] = {}
-        """What an operator has written in place, as it was before."""
-        self.drops: list[Drop] = []
+        self.drops = Drops()
         """Where damage was left behind in the forward pass, in order."""
+        self._half: torch.dtype | None = None
         self.losses: list[Provenance] = []
         """The damaged tensors that `backward()` was called on, in order."""
 
@@ -127,18 +136,14 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(func, torch._ops.OpOverload):
                 return func(*args, **kwargs)
             operator = self._operators[func] = Operator(func)
-        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled())
+        overwritten = {id(tensor): tensor.clone() for tensor in operator.overwrites(args)}
+        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
         # What is written in place has to be looked at before; afterwards it is the result.
         earlier = {id(tensor): self._ledger.damage_of(tensor) for tensor in operator.writes(args)}
-        if self.rows is not None:
-            self._written = {
-                id(tensor): tensor.detach().clone() for tensor in operator.writes(args) if plain(tensor) is not None
-            }
         result = func(*args, **kwargs)
         if self.rows is not None:
             is_backward = call.node is not None and not call.has_grad_mode
-            number = self._sequence_of(call)
-            self.rows.note(func, operator, args, kwargs, result, is_backward=is_backward, sequence=number)
+            self.rows.note(func, operator, args, kwargs, result, is_backward=is_backward, sequence=self._sequence_of(call))
         # What follows from a loss that is damaged needs no look.
         if not operator.is_view and not (self.losses and call.node is not None):
             self._look(call, result, earlier)
@@ -155,6 +160,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for tensor in [*tensors_in(result)] or call.operator.writes(call.args):
             if (span := range_of(tensor)) is None:
                 continue
+            if tensor.dtype in HALVES:
+                self._half = tensor.dtype
             if span.flaw is None:
                 is_finite = True
                 self._before.append(_Step(name, self.modules.current, tensor.dtype, tensor.shape, span))
@@ -186,6 +193,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             parents=parents,
             dtype=tensor.dtype,
             sequence=self._sequence_of(call),
+            half=self._half,
         )
         is_put = call.operator.puts_infinity(call.args, call.kwargs)
         provenance.is_sentinel = all(parent.is_sentinel for parent in parents) if parents else is_put
@@ -198,15 +206,14 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if all(parent.origin == "constant" for parent in parents) or changes or enters or escapes:
             provenance.location = self._location_of(call) if in_engine else self._here()
             provenance.is_hook = in_engine and not provenance.is_custom and current_line() is not None
-            inputs = [self._written.get(id(value), value) for value in inputs]
-            provenance.inputs = tuple(describe(value) for value in inputs)
-            provenance.at_fault = tuple(_at_fault(value, tensor) for value in inputs)
+            provenance.inputs = tuple(describe(call.overwritten.get(id(value), value)) for value in inputs)
+            provenance.operands = operands_of(_named(call, provenance), tensor)
             provenance.before = tuple(str(step) for step in self._before)
             provenance.needs_grad = any(value.requires_grad for value in inputs)
             # Infinities that were put there on purpose are in healthy rows too.
-            damaged = tensor.isnan() if changes and parents else tensor
-            provenance.rows = self._rows(damaged, in_engine)
-            provenance.samples = self._samples_at(tensor, tensor.isnan() if changes and parents else None)
+            is_nan = tensor.isnan() if changes and parents else None
+            provenance.rows = self._rows(tensor if is_nan is None else is_nan, in_engine)
+            provenance.samples = self._samples_at(tensor, is_nan)
         elif all(parent.rows is None for parent in parents):
             provenance.rows = self._rows(tensor, in_engine)
         if provenance.samples is None and not any(parent.samples for parent in parents):
@@ -260,14 +267,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return provenance
 
     def _note_drop(self, call: _Call, earlier: dict[int, Provenance | None]) -> None:
-        """Remember that an operator took damage in and gave none away; masks of minus infinity are made for that."""
-        for tensor in tensors_in([*call.operator.reads(call.args, call.kwargs)]):
-            provenance = earlier.get(id(tensor)) or self._ledger.get(tensor)
-            if provenance is None or (provenance.is_sentinel and not provenance.flaw.has_nan):
-                continue
-            is_partial = id(tensor) not in earlier and flaw_of(tensor) is None
-            location = self._here()
-            self.drops.append(Drop(self._order, call.operator.name, location, provenance, is_partial))
+        inputs = ((tensor, earlier.get(id(tensor))) for tensor in tensors_in([*call.operator.reads(call.args, call.kwargs)]))
+        self.drops.note(self._order, call.operator.name, inputs, self._ledger, self._here)
 
     def _note_loss(self, tensor: Tensor) -> None:
         """Autograd begins at a loss by making a one of its shape."""
@@ -308,13 +309,8 @@ def _node_name(running: Any) -> str:
     return name.rpartition("::")[2]
 
 
-def _at_fault(value: Tensor, result: Tensor) -> Range | None:
-    """Range of an input at those elements where the result is damaged; None where they don't correspond."""
-    values, damaged = plain(value), plain(result)
-    if values is None or damaged is None or value.is_complex() or result.is_complex():
-        return None
-    try:
-        values = values.expand_as(damaged)
-    except RuntimeError:
-        return None
-    return range_of(values[~damaged.isfinite()])
+def _named(call: _Call, provenance: Provenance) -> Iterator[tuple[str, Any]]:
+    """The operands with their names; in a backward pass those of the forward operator."""
+    if provenance.is_backward and not (provenance.is_hook or provenance.is_custom):
+        return saved_by(call.node, provenance.op, call.named())
+    return call.named()

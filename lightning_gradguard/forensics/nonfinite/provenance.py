@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
+from lightning_gradguard.forensics.nonfinite.operands import Operand
 from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
-from lightning_gradguard.forensics.tensors import Flaw, Range
+from lightning_gradguard.forensics.tensors import Flaw
 
 Origin = Literal["", "data", "weights", "state", "constant", "garbage"]
 """Where damage came in that no operator made: a batch, a parameter or buffer, a tensor that a module keeps for itself, a
@@ -33,8 +34,9 @@ class Provenance:
         samples: the samples that its damaged elements belong to, as followed from the batch; None: not known.
         is_sentinel: whether it is, or comes from nothing but, infinities that somebody has put there on purpose.
         inputs: what went in, in words; looked at where damage is born or changes its kind.
-        at_fault: range of each input at the elements that are damaged; None where inputs and result don't correspond.
+        operands: what is known of the values that went in, looked at together with `inputs`.
         dtype: of the tensor.
+        half: the type of half precision that the step has used before; None if it has used none.
         before: the operators before it, in words.
         needs_grad: whether an input depends on parameters.
         shrinks: whether it, or one that it comes from, has fewer elements than what went in.
@@ -54,8 +56,9 @@ class Provenance:
     samples: tuple[int, ...] | None = None
     is_sentinel: bool = False
     inputs: tuple[str, ...] = ()
-    at_fault: tuple[Range | None, ...] = ()
+    operands: tuple[Operand, ...] = ()
     dtype: torch.dtype | None = None
+    half: torch.dtype | None = None
     before: tuple[str, ...] = ()
     needs_grad: bool = True
     shrinks: bool = False
@@ -65,22 +68,3 @@ class Provenance:
     def is_backward(self) -> bool:
         """Whether it was made in the backward pass."""
         return bool(self.node)
-
-
-@dataclass(frozen=True)
-class Drop:
-    """An operator of the forward pass whose result is finite although damage went in.
-
-    Attributes:
-        order: number of the operator.
-        op: aten operator.
-        location: module and line.
-        dropped: what went in.
-        is_partial: whether only a part of a damaged tensor went in, that is finite itself.
-    """
-
-    order: int
-    op: str
-    location: SourceLocation
-    dropped: Provenance
-    is_partial: bool

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.forensics.nonfinite.blame import Blame, Way
-from lightning_gradguard.forensics.nonfinite.known_failures import OTHER, fault_of, known_failure_of
+from lightning_gradguard.forensics.nonfinite import conditions as when
+from lightning_gradguard.forensics.nonfinite.blame import Blame
+from lightning_gradguard.forensics.nonfinite.failure import KnownFailure
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
-from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
-from lightning_gradguard.forensics.tensors import Range
+from lightning_gradguard.forensics.nonfinite.wording import place_in_words, rows_in_words, way_in_words
 
-_NUM_ROWS_SHOWN = 5
 _DATA_REMEDY = (
     "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
     "by index: a mask does not keep NaN out of gradients."
@@ -22,6 +21,23 @@ _WEIGHTS_REMEDY = (
     "It was damaged before this step: an earlier update, a checkpoint, or its initialisation. Go back to the last "
     "checkpoint where it is finite."
 )
+
+
+_OTHERS: tuple[KnownFailure, ...] = (
+    KnownFailure(
+        "damage of the forward pass",
+        frozenset(),
+        (when.from_forward,),
+        "brought NaN or Inf of the forward pass into the gradients",
+    ),
+    KnownFailure(
+        "number in the code", frozenset(), (when.written_down,), "works with NaN or Inf that is written in the code"
+    ),
+    KnownFailure("out of the finite", frozenset(), (when.fresh,), "gave {what} for finite inputs"),
+    KnownFailure("out of infinity", frozenset(), (when.is_nan, when.without_nan), "made NaN of Inf"),
+    KnownFailure("anything else", frozenset(), (), "gave {what}"),
+)
+"""What is said of an operator that is not in the list, or not with these values: no remedy is known."""
 
 
 def culprit_of(
@@ -54,20 +70,15 @@ def culprit_of(
         return replace(
             found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=_WEIGHTS_REMEDY
         )
-    known_failure = known_failure_of(provenance)
+    failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
     place = place_in_words(provenance.location, is_hook=provenance.is_hook)
-    span = fault_of(provenance)
-    happened = known_failure.happened.format(
-        value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
-    )
-    if known_failure is OTHER or _is_given(provenance):
-        happened = _whatever_happened(provenance)
-    message = f"`{op}` {place} {happened}{rows}"
-    if provenance.is_custom:
-        message = f"`{op}` {place} gave a damaged gradient{rows}"
-    message += way_in_words(blame.way)
+    happened = "gave a damaged gradient" if provenance.is_custom else failure.sentence(provenance)
+    if cause is not provenance:
+        happened += f", where `{cause.op}` {known_failure_of(cause).sentence(cause)}"
+    source = "" if line is None else line.source or ""
+    message = f"`{op}` {place} {happened}{rows}{way_in_words(blame.way)}"
     return replace(
         found,
         module=provenance.location.module,
@@ -76,79 +87,34 @@ def culprit_of(
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=OTHER.remedy if _is_given(provenance) else known_failure.remedy,
+        remedy=known_failure_of(cause).remedy(key_of(cause), cause, source),
         inputs=provenance.inputs,
         before=provenance.before,
         frames=provenance.location.frames,
     )
 
 
-def _whatever_happened(provenance: Provenance) -> str:
-    """Of an operator that no known failure fits: what is certain all the same."""
-    made = "NaN" if provenance.flaw.has_nan else "Inf"
-    if _is_given(provenance):
-        return f"was given {made} as a number"
-    if not provenance.parents:
-        return f"made {made} out of finite inputs"
-    taken = "NaN" if any(parent.flaw.has_nan for parent in provenance.parents) else "Inf"
-    of = " of the forward pass" if provenance.is_backward and not any(it.is_backward for it in provenance.parents) else ""
-    return f"gave {made} as it was given {taken}{of}"
+def known_failure_of(provenance: Provenance) -> KnownFailure:
+    """The known failure that an operator fell into, or what is said of any other."""
+    key = key_of(provenance)
+    known = (failure for failure in KNOWN_FAILURES if key in failure.ops and failure.fits(provenance))
+    return next(known, None) or next(failure for failure in _OTHERS if failure.fits(provenance))
 
 
-def _is_given(provenance: Provenance) -> bool:
-    """Whether NaN or infinity is written down as an argument."""
-    return provenance.is_sentinel and not provenance.parents and not provenance.origin
-
-
-def place_in_words(location: SourceLocation, *, is_hook: bool = False) -> str:
-    """As in "in `head`, model.py:11,"."""
-    where = f"in a hook on a tensor of `{location.module or 'training_step'}`" if is_hook else f"in {_caller(location)}"
-    return where if location.line is None else f"{where}, {location.line},"
-
-
-def _caller(location: SourceLocation) -> str:
-    """The module; where it is a helper's line, that too."""
-    helper = location.frames[0].function if location.frames else ""
-    name = helper.rpartition(".")[2]
-    if name.startswith("<") or name in ("", "forward", "training_step"):  # the module says as much
-        helper = ""
-    if not location.module:
-        return f"`{helper or 'training_step'}`"
-    return f"`{location.module}`" + (f" (`{helper}`)" if helper else "")
-
-
-def way_in_words(way: Way | None) -> str:
-    """How damage came into the gradients that the loss does not show; as it ends a sentence."""
-    if way is None:
-        return ""
-    entry = f"`{way.entry.node}` {place_in_words(way.entry.location)}".rstrip(",")
-    if way.drop is None:
-        return f"; the loss does not show it, but it comes into the gradients through {entry}"
-    drop = f"`{way.drop.op}` {place_in_words(way.drop.location)}"
-    left = "leaves it out of the loss" if way.drop.op in _SELECTING or way.drop.is_partial else "gives a finite result"
-    return f"; {drop} {left}, but it comes into the gradients through {entry}"
-
-
-_SELECTING = ("index", "index_select", "gather", "masked_fill", "masked_select", "nan_to_num", "where")
-"""Operators of which a finite result of damaged input means that the damage was not selected."""
-
-
-def _value(span: Range | None) -> str:
-    return "a value outside its domain" if span is None else str(span)
-
-
-def rows_in_words(rows: Sequence[int] | None, how: str = "") -> str:
-    """As it ends a sentence.
-
-    >>> rows_in_words((3,)), rows_in_words((3, 7), " probably"), rows_in_words(None)
-    (' in row 3', ', probably in rows 3 and 7', '')
+def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
+    """The known failure of a damaged result, and the one whose remedy helps: for a gradient that met damage of its own
+    forward operator that is the forward operator's.
     """
-    if not rows:
-        return ""
-    begin = f",{how} in" if how else " in"
-    if len(rows) == 1:
-        return f"{begin} row {rows[0]}"
-    shown = [str(row) for row in rows[:_NUM_ROWS_SHOWN]]
-    if len(rows) > _NUM_ROWS_SHOWN:
-        return f"{begin} rows {', '.join(shown)} and {len(rows) - _NUM_ROWS_SHOWN} more"
-    return f"{begin} rows {', '.join(shown[:-1])} and {shown[-1]}"
+    failure = known_failure_of(provenance)
+    if failure is _OTHERS[0]:
+        own = [parent for parent in provenance.parents if not parent.is_backward and parent.operands]
+        return failure, own[0] if own else provenance
+    return failure, provenance
+
+
+def key_of(provenance: Provenance) -> str:
+    """The operator's name without what differs between its variants."""
+    if not provenance.is_backward or provenance.is_hook:
+        return provenance.op.strip("_").lower()
+    name = provenance.node.partition("Backward")[0]
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_")

@@ -119,6 +119,14 @@ class Layout:
             ndims=np.array([len(size) for size in sizes], dtype=np.int64),
         )
 
+    def is_like(self, other: Layout) -> bool:
+        """Whether names and sizes are the same."""
+        return (
+            self.names == other.names
+            and np.array_equal(self.numels, other.numels)
+            and np.array_equal(self.ndims, other.ndims)
+        )
+
     @cached_property
     def groups(self) -> Partition:
         """The parameters of each top-level module; parameters of the root go by their own name.

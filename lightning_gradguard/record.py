@@ -232,8 +232,9 @@ class Record:
         measurement: the gradients before clipping.
         verdicts: what the detectors found.
         decision: what was done about it.
-        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step.
-        clipped_norm: global norm after clipping; equals the norm before for a skipped step.
+        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step. None where Trainer or
+            module clip later, since what comes of that is not seen.
+        clipped_norm: global norm after clipping; equals the norm before for a skipped step. None as above.
         explosion_limit: the norm above which this step would have been an explosion; infinite without a limit.
         alerts: the reported findings.
         totals: counts up to and with this step.
@@ -245,8 +246,8 @@ class Record:
     measurement: Measurement
     verdicts: tuple[Verdict, ...]
     decision: Decision
-    clip_coef: float
-    clipped_norm: float
+    clip_coef: float | None
+    clipped_norm: float | None
     explosion_limit: float
     alerts: tuple[Alert, ...]
     totals: Totals

@@ -58,6 +58,7 @@ class AGC(Clipper):
         of_weights = _unit_norms([local_weight(parameter) for parameter in parameters], global_norm.dtype)
         of_gradients = _unit_norms(part.tensors, global_norm.dtype)
         sum_pieces_(of_weights + of_gradients, parameters + parameters)
+        part.begin_change_()
         for device in dict.fromkeys(tensor.device for tensor in part.tensors):
             rows = [index for index, tensor in enumerate(part.tensors) if tensor.device == device]
             coefs = self._coefs([of_weights[row] for row in rows], [of_gradients[row] for row in rows])

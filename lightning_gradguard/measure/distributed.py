@@ -96,7 +96,7 @@ def local_weight(parameter: Tensor) -> Tensor:
     weight, grad = parameter.detach(), parameter.grad
     assert grad is not None
     if grad.is_sparse:
-        return weight[tuple(grad._indices())]
+        return weight[tuple(grad.coalesce()._indices())]
     if not is_sharded([parameter]):
         return weight
     from torch.distributed.tensor import DTensor  # noqa: PLC0415

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -14,12 +15,14 @@ from lightning_gradguard.measure.name_filter import NameFilter
 class WatchedParameters:
     """The parameters of one optimizer, in model order, each once.
 
-    Follows the optimizer: `refresh()` notices groups that were added later, as fine-tuning callbacks do.
+    Follows the optimizer: `refresh()` notices groups that were added later, as fine-tuning callbacks do, and parameters that
+    were replaced. Of an optimizer without parameters of its own all of `named_parameters` are watched.
 
     Args:
         named_parameters: the model's parameters. A parameter that goes by two names (tied) keeps the first.
         optimizer: whose parameters are watched. None: all of `named_parameters`.
         only: which of them, by name. Its patterns must match some of `named_parameters`, not each optimizer's.
+        look_again: gives `named_parameters` anew once the optimizer has others; None: new ones go by their place in a group.
 
     Attributes:
         tensors: the watched parameters, in the order of `layout`.
@@ -37,14 +40,19 @@ class WatchedParameters:
         named_parameters: Iterable[tuple[str, torch.Tensor]],
         optimizer: torch.optim.Optimizer | None = None,
         only: NameFilter = NameFilter(),  # noqa: B008
+        *,
+        look_again: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
     ) -> None:
         self._named = [_check(entry) for entry in named_parameters]
+        self._look_again = look_again
         self.optimizer = optimizer
         self.only = only
-        self._group_sizes = self._sizes()
+        self._grouped = self._in_groups()
+        self.layout: Layout
+        self.excluded_layout: Layout
         self._collect()
         if self.everything:
-            only.check(dict.fromkeys([name for name, _ in self._named] + [*self.layout.names, *self.excluded_layout.names]))
+            only.check(self.model_names)
         else:
             raise ValueError(
                 "`named_parameters` must hold at least one parameter, got none. "
@@ -57,24 +65,39 @@ class WatchedParameters:
         return [*self.tensors, *self.excluded]
 
     @property
+    def model_names(self) -> list[str]:
+        """Names of all parameters of the model, and of those that only the optimizer has."""
+        return list(dict.fromkeys([name for name, _ in self._named] + [*self.layout.names, *self.excluded_layout.names]))
+
+    @property
     def device(self) -> torch.device:
         """Of the first parameter."""
         return self.everything[0].device
 
     def refresh(self) -> bool:
-        """Look whether the optimizer's groups have changed; True if the layout is a new one."""
-        if self._sizes() == self._group_sizes:
+        """Look whether the optimizer has other parameters by now; True if it has.
+
+        Some 20 ns a parameter.
+        """
+        now = self._in_groups()
+        if len(now) == len(self._grouped) and all(map(operator.is_, now, self._grouped)):
             return False
-        self._group_sizes = self._sizes()
+        before = self.layout
+        if self._look_again is not None:
+            self._named = [_check(entry) for entry in self._look_again()]
+        self._grouped = now
         self._collect()
+        if self.layout.is_like(before):
+            self.layout = before  # so that whoever knows it sees that nothing is new
         return True
 
-    def _sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self.optimizer.param_groups] if self.optimizer else []
+    def _in_groups(self) -> list[torch.Tensor]:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _collect(self) -> None:
         named = list(_each_once(self._named))
-        if self.optimizer is not None:
+        if self._grouped and self.optimizer is not None:
             inside = {id(parameter): (where, parameter) for where, parameter in _of_optimizer(self.optimizer)}
             model_order = [(name, parameter) for name, parameter in named if id(parameter) in inside]
             known = {id(parameter) for _, parameter in model_order}

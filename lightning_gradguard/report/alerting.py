@@ -107,7 +107,9 @@ def _named(culprit: Culprit) -> str:
 
 def _where(position: Position, verdict: Verdict) -> str:
     where = f"step {position.step}"
-    if position.epoch is not None:
+    if position.epoch is not None and position.batch_idx is None:
+        where += f" (epoch {position.epoch})"
+    elif position.epoch is not None:
         where += f" (epoch {position.epoch}, batch {position.batch_of(verdict.micro_batch)})"
     if verdict.micro_batch:
         where += f", micro-batch {verdict.micro_batch}"

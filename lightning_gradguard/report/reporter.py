@@ -47,14 +47,21 @@ class Reporter:
         sinks: where records go. One that fails can't hurt.
         scalar_interval: every how many steps scalars are due, >= 0; 0: never.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
+        clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
     """
 
     def __init__(
-        self, sinks: Sequence[Sink], *, scalar_interval: int, listener: Callable[[Record], None] | None = None
+        self,
+        sinks: Sequence[Sink],
+        *,
+        scalar_interval: int,
+        listener: Callable[[Record], None] | None = None,
+        clips_later: bool = False,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
         self._listener = listener
+        self._clips_later = clips_later
         self._notices: list[Alert] = []
         self.totals = Totals()
         """Counts so far."""
@@ -86,8 +93,8 @@ class Reporter:
             step.measurement,
             judgement.verdicts,
             judgement.decision,
-            step.clip_coef,
-            step.clipped_norm,
+            None if self._clips_later else step.clip_coef,
+            None if self._clips_later else step.clipped_norm,
             judgement.limit,
             alerts,
             self.totals,

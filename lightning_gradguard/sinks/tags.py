@@ -40,16 +40,19 @@ def tag_prefix(position: Position) -> str:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The scalars of a record by tag without prefix. A limit that isn't there is left out."""
+    """The scalars of a record by tag without prefix. What isn't there, a limit or what others clip, is left out."""
     measurement, totals, layout = record.measurement, record.totals, record.measurement.layout
     values: dict[str, float] = {
         "global_norm": measurement.global_norm,
-        "clipped_norm": record.clipped_norm,
-        "clip_coef": record.clip_coef,
         "num_skipped": totals.num_skipped,
-        "num_clipped": totals.num_clipped,
         "num_alerts": totals.num_alerts,
     }
+    if record.clip_coef is not None and record.clipped_norm is not None:
+        values |= {
+            "clipped_norm": record.clipped_norm,
+            "clip_coef": record.clip_coef,
+            "num_clipped": totals.num_clipped,
+        }
     if math.isfinite(record.explosion_limit):
         values["explosion_limit"] = record.explosion_limit
     for partition in (layout.groups, layout.subgroups):

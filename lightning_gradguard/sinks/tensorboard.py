@@ -110,7 +110,7 @@ class TensorBoardSink:
 def _table(alert: Alert) -> str:
     facts = {
         "what": f"{alert.kind}, {alert.action}",
-        "step": f"{alert.step}" if alert.epoch is None else f"{alert.step} (epoch {alert.epoch}, batch {alert.batch_idx})",
+        "step": _where(alert),
         "found": f"{alert.value:.4g}, limit {alert.limit:.4g}",
         **_culprit(alert),
         "what to try": alert.remedy,
@@ -150,3 +150,10 @@ def _cell(text: str) -> str:
     ):
         text = text.replace(character, escaped)
     return " ".join(text.split())
+
+
+def _where(alert: Alert) -> str:
+    if alert.epoch is None:
+        return f"{alert.step}"
+    batch = "" if alert.batch_idx is None else f", batch {alert.batch_idx}"
+    return f"{alert.step} (epoch {alert.epoch}{batch})"

@@ -7,8 +7,7 @@ import signal
 
 import pytest
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning_package import Callback, EarlyStopping, ModelCheckpoint
 from toys import Net, Snapshots, ValidatedNet, fit, make_batches, make_trainer, read_alerts, same, seeded, weights_of
 
 from lightning_gradguard import Explosion, GradGuard, GradientError, GradientWarning, GuardWarning, NonFinite

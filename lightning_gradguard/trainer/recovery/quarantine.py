@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Record
@@ -35,6 +37,7 @@ class Quarantine:
         self._mode = mode
         self._trainer = trainer
         self._file: QuarantineFile | None = None
+        self._process: StandIn | None = None
         self._sampler: WatchedSampler | None = None
         self._samples: OrderedDict[int, tuple[int, ...] | None] = OrderedDict()
         self._incidents: list[Incident] = []
@@ -49,16 +52,7 @@ class Quarantine:
 
         It is the strategy that has the last word on what training gets.
         """
-        strategy = self._trainer.strategy
-        process = strategy.process_dataloader
-
-        def process_and_watch(dataloader: object) -> object:
-            processed = process(dataloader)
-            if self._trainer.training:
-                self._watch(processed)
-            return processed
-
-        strategy.process_dataloader = process_and_watch  # type: ignore[method-assign]
+        self._process = StandIn(self._trainer.strategy, "process_dataloader", self._process_and_watch)
         log_dir = self._trainer.log_dir
         if log_dir is not None and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             self._file = QuarantineFile(Path(log_dir) / "gradguard" / "quarantine.jsonl")
@@ -67,7 +61,8 @@ class Quarantine:
 
     def detach(self) -> None:
         """Leave nothing on the strategy."""
-        vars(self._trainer.strategy).pop("process_dataloader", None)
+        if self._process is not None:
+            self._process.remove()
 
     def start(self) -> None:
         """Before the first batch: several loaders at once show nothing that could be told apart."""
@@ -128,6 +123,12 @@ class Quarantine:
             self._file.append(incidents)
         except OSError as error:
             self._fail(error)
+
+    def _process_and_watch(self, process: Callable[..., Any], dataloader: object) -> object:
+        processed: object = process(dataloader)
+        if self._trainer.training:
+            self._watch(processed)
+        return processed
 
     def _listed(self, file: QuarantineFile) -> set[int]:
         try:

@@ -109,7 +109,11 @@ class RunState:
     def _put_back_tensors(self, saved: dict[str, Any]) -> None:
         # A callback may have made its averaged module since; it is left as it is.
         for module, tensors in zip(self._modules(), saved["modules"], strict=False):
-            put_back(tensors, _tensors_of(module))
+            live = _tensors_of(module)
+            for name, tensor in put_back(tensors, live).items():
+                if tensor is not live.get(name):  # a buffer that has been assigned since, or can't be written to
+                    path, _, leaf = name.rpartition(".")
+                    setattr(module.get_submodule(path), leaf, tensor)
         for optimizer, states in zip(self._trainer.optimizers, saved["optimizers"], strict=True):
             now = _states_of(optimizer)
             optimizer.state.clear()

@@ -17,7 +17,7 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.recovery.host import available_bytes
 from lightning_gradguard.recovery.rollback import PENDING, SUFFIX, snapshots_in
 from lightning_gradguard.trainer.conflicts import ConflictError
-from lightning_gradguard.trainer.packages import tell_of_checkpoint
+from lightning_gradguard.trainer.packages import takes_argument, tell_of_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState, random_states
 
 if TYPE_CHECKING:
@@ -200,8 +200,9 @@ class OnDisk:
         connector = self._trainer._checkpoint_connector
         path_before = connector._ckpt_path
         settings = [[dict(group) for group in optimizer.param_groups] for optimizer in self._trainer.optimizers]
-        # It is this run's own file, so whatever user code has put into it may be unpickled.
-        connector.resume_start(content, weights_only=False)
+        # The run's own file, so whatever user code has put into it may be unpickled; Lightning before 2.6 always does.
+        in_full = {"weights_only": False} if takes_argument(connector.resume_start, "weights_only", explicit=True) else {}
+        connector.resume_start(content, **in_full)
         checkpoint = connector._loaded_checkpoint
         states = checkpoint["callbacks"].get("GradGuard", {"guards": []})["guards"]
         connector.restore_model()

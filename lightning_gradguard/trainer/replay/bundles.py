@@ -89,7 +89,10 @@ class Bundles:
             bundle.left_out.append("model, optimizer: sharded over the ranks")
             return bundle
         room = bundle.take("model", self._module.state_dict(), room)
-        bundle.take("optimizer", optimizer.state_dict(), room)
+        try:
+            bundle.take("optimizer", optimizer.state_dict(), room)
+        except KeyError:  # torch's own, where parameters were replaced and the old ones' state is still there
+            bundle.left_out.append("optimizer: it has state of parameters that it no longer trains")
         bundle.weight_growths = as_plain(diagnosis.weight_growths(optimizer))
         return bundle
 

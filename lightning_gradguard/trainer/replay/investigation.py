@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
@@ -59,7 +59,7 @@ class Investigation:
         trainer: Trainer,
         module: LightningModule,
         window: Window,
-        buffers: BufferRepair,
+        buffers: Buffers,
         max_replays: int,
         *,
         sample_dim: SampleDim = None,

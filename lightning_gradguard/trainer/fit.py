@@ -132,7 +132,9 @@ class Fit:
             )
         elif options.max_replays:
             left = options.max_replays - history.num_replays
-            self._investigation = Investigation(trainer, module, self._window, self._buffers, left)
+            self._investigation = Investigation(
+                trainer, module, self._window, self._buffers, left, sample_dim=options.sample_dim
+            )
         if options.max_bundle_mib is not None:
             self._bundles = Bundles(
                 trainer, module, self._window, max_mib=options.max_bundle_mib, guard=self._settings.in_words()

@@ -14,7 +14,7 @@ from benchmarks.diagnosis.labels import TUNED_ON
 from benchmarks.diagnosis.trainings import CHECKED, MISTAKEN, NO_CAUSE
 from lightning_gradguard import Explosion, Guard, NonFinite
 from lightning_gradguard.forensics.flow.evidence import Cause, Changed, Evidence
-from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row
+from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
 from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
 from lightning_gradguard.forensics.flow.norm_history import NormHistory
 from lightning_gradguard.forensics.flow.vanishing_causes import vanishing_causes

@@ -11,6 +11,7 @@ DESCRIPTIONS = {
     "clipped_norm": "The same norm after clipping.",
     "clip_coef": "Norm after clipping over norm before, in (0, 1]; 1 means that nothing was clipped.",
     "explosion_limit": "Global norm above which a step counts as an explosion.",
+    "limit_ratio": "That limit over the global norm; a step at 1 or below counts as an explosion.",
     "num_skipped": "Optimizer steps passed over so far.",
     "num_clipped": "Steps so far whose gradients were made smaller.",
     "num_alerts": "Findings reported so far.",
@@ -55,6 +56,8 @@ def scalars(record: Record) -> dict[str, float]:
         }
     if math.isfinite(record.explosion_limit):
         values["explosion_limit"] = record.explosion_limit
+    if math.isfinite(record.limit_ratio):
+        values["limit_ratio"] = record.limit_ratio
     for partition in (layout.groups, layout.subgroups):
         norms = partition.norms(measurement.norms).tolist()
         values |= {f"norm/{name}": norm for name, norm in zip(partition.names, norms, strict=True)}

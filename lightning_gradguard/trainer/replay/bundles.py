@@ -59,7 +59,8 @@ class Bundles:
         Returns:
             The alerts; the one whose step was written says where, and how to replay it.
         """
-        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
+        # Only findings have a limit above 0; that one is over is no reason to keep a step.
+        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED and alert.limit > 0.0), None)
         if alert is None or self._folder is None:
             return alerts
         path = self._written(alert, optimizer, diagnosis) if _writer(alert) == self._trainer.global_rank else None

@@ -26,6 +26,7 @@ from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
 from lightning_gradguard.measure.updates import UpdateMeter
+from lightning_gradguard.measure.weights import WeightMeter, learning_rate
 from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED, alerts_of
@@ -158,6 +159,7 @@ class Guard:
         self._parameters = parameters
         self._judge = Judge(settings.detectors)
         self._updates = UpdateMeter()
+        self._weights = WeightMeter()
         self._scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
         self._gate = Gate(parameters, settings.clipper, buffers, uses_scaler=self._scaling is not None)
         self._sinks = [SafeSink(sink) for sink in settings.sinks]
@@ -251,18 +253,18 @@ class Guard:
         if self.last is not None and threshold is not None:
             coef = self._gate.defer_(gradients, facts, threshold)
             self._pending_step = PendingStep.start(position, facts, coef, gradients.present, layout)
-            self._watch_update()
+            self._watch_update(position)
             return self.last
         if (queued := self._gate.queue_clip_(gradients, facts)) is not None:
             pending = PendingStep.start(position, facts, queued, gradients.present, layout)
             record = self._land(pending, gradients, facts)
-            self._watch_update(record.decision)
+            self._watch_update(position, record.decision)
             return record
         measurement = facts.read(gradients, layout)
         judgement = self._judge.judge(measurement)
         culprit = self._culprit(position, measurement, judgement)
         clipped = self._apply(gradients, facts, measurement, judgement.decision)
-        self._watch_update(judgement.decision)
+        self._watch_update(position, judgement.decision)
         histograms = self._histograms(facts.histogram, gradients.present)
         return self._finish(position, measurement, judgement, clipped, histograms, culprit=culprit)
 
@@ -331,10 +333,14 @@ class Guard:
             others=others,
         )
 
-    def _watch_update(self, decision: Decision | None = None) -> None:
+    def _watch_update(self, position: Position, decision: Decision | None = None) -> None:
         """Have the update of this step measured, if it is applied and someone asks; no decision: the device has it."""
-        if self._judge.needs_update() and not (decision is not None and decision.skip):
+        if decision is not None and decision.skip:
+            return
+        if self._judge.needs_update():
             self._updates.start_(self._parameters.tensors)
+        if self._sinks and _is_due(position.log_step + 1, self._scalar_interval):
+            self._weights.start_(self._parameters.tensors)
 
     def _measure(
         self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False
@@ -346,6 +352,9 @@ class Guard:
             self._scaling.unscale_()
         gradients = self._gradients()
         histogram = self._histogram_meter.count(gradients) if with_histogram and gradients.tensors else None
+        is_logged = bool(self._sinks) and _is_due(position.log_step, self._scalar_interval)
+        weights = self._weights.read_(self._parameters.tensors) if is_logged else None
+        self._weights.forget()
         facts = measure(
             gradients,
             self._pending,
@@ -353,6 +362,8 @@ class Guard:
             histogram=histogram,
             some_are_foreign=self._has_rivals,
             updates=updates,
+            weights=weights,
+            learning_rate=learning_rate(self._parameters.optimizer) if is_logged else None,
         )
         self._pending.clear()
         return gradients, facts

@@ -10,7 +10,7 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.record import Histograms, Record
+from lightning_gradguard.record import Histograms, Measurement, Record
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import description, scalars, tag_prefix
@@ -29,12 +29,14 @@ class TensorBoardSink:
         self._writer = writer
         self._described: set[str] = set()
         self._tab = TabSeries()
+        self._last: Measurement | None = None
 
     def write(self, record: Record) -> None:
         """Write what is due; a step with an alert is always written, so that its spike is in the picture."""
         step = record.position.log_step
         prefix = tag_prefix(record.position)
-        if record.scalars_due or record.alerts:
+        if (record.scalars_due or record.alerts) and record.measurement is not self._last:
+            self._last = record.measurement  # a notice comes with the measurement of a step that has been written
             self._add(self._page(record), 0)
             self._add(self._scalars(record, prefix), step)
         if record.histograms is not None:

@@ -236,7 +236,7 @@ def test_batches_long_ago_are_forgotten(tmp_path, monkeypatch):
 
     class Sizes(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            sizes.append(len(guard._quarantine._samples))
+            sizes.append(len(guard._fit._quarantine._samples))
 
     fit(tmp_path, Line(), Sizes(), guard, batches=loader(shuffle=False))
     assert max(sizes) == 2

@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import Trainer
 from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -16,6 +15,9 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Record
 from lightning_gradguard.recovery.quarantine import Incident, QuarantineFile, WatchedSampler
 from lightning_gradguard.trainer.conflicts import ConflictError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 _MAX_BATCHES = 4096
 """Batches whose samples are remembered: more than an accumulation window, and than a verdict may come late."""

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -27,6 +27,9 @@ from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _MAX_BISECTION_RUNS = 24
 _MAX_BISECTION_SECONDS = 20.0

@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -22,6 +22,12 @@ app = typer.Typer(
 )
 
 _LogDir = Annotated[Path, typer.Argument(help="A run's folder, or one above several.", exists=True, file_okay=False)]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="The file; `-` for standard output. Without it, report.html or report.md."),
+]
+_Format = Annotated[Literal["html", "md"], typer.Option("--format", help="html: with plots; md: words and tables.")]
+_AsJson = Annotated[bool, typer.Option("--json", help="Everything but the curves, for scripts; to standard output.")]
 _Kind = Annotated[
     list[str] | None, typer.Option("--kind", "-k", help="Only alerts of this kind, as `nonfinite`; can be repeated.")
 ]
@@ -155,6 +161,17 @@ def doctor(checkpoint: _Checkpoint, trust: _Trust = False) -> None:  # noqa: FBT
     console.print(table)
     console.print(f"Not healthy: {len(health.findings)} of {looked_at}.")
     raise typer.Exit(1)
+
+
+@app.command()
+def report(log_dir: _LogDir, output: _Output = None, format_: _Format = "html", as_json: _AsJson = False) -> None:  # noqa: FBT002
+    """Write what was found in one file, to read without a server: of one run, or of all below a folder."""
+    from lightning_gradguard.cli.report.command import write_report  # noqa: PLC0415 - reads event files
+
+    try:
+        print(write_report(log_dir, output, "json" if as_json else format_), end="")  # noqa: T201
+    except (ValueError, OSError) as error:
+        _fail(str(error))
 
 
 def _fail(message: str) -> NoReturn:

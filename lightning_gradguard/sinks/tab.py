@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -16,9 +18,14 @@ from lightning_gradguard.tensorboard_plugin.wire import EVENTS_PER_TAG, Bins, Ta
 
 
 class TabSeries:
-    """The values of the tab's event for each record, in tags of at most ten events; see `wire` for why."""
+    """The values of the tab's event for each record, in tags of at most ten events; see `wire` for why.
 
-    def __init__(self) -> None:
+    Args:
+        settings: of the guard, in words.
+    """
+
+    def __init__(self, settings: Mapping[str, str] | None = None) -> None:
+        self._settings = settings
         self._session = new_session()
         self._last: Measurement | None = None
         self._layouts: dict[int, Layout] = {}
@@ -37,7 +44,9 @@ class TabSeries:
         if self._layouts.get(optimizer) is not layout:
             self._layouts[optimizer] = layout
             self._num_layouts[optimizer] += 1
-            about = {"names": layout.names, "numels": layout.numels.tolist(), "ndims": layout.ndims.tolist()}
+            about: dict[str, Any] = {"names": layout.names, "numels": layout.numels.tolist(), "ndims": layout.ndims.tolist()}
+            if self._settings:
+                about["settings"] = dict(self._settings)
             values.append(strings(*self._tag(record, "layout"), [json.dumps(about)]))
         values.append(array(*self._tag(record, "facts"), _facts(record)))
         codes = encode(record.measurement.norms, record.measurement.has_grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -23,12 +23,15 @@ class TensorBoardSink:
 
     Args:
         writer: gives the writer, which is asked for at the first record: making it creates a folder.
+        settings: of the guard, in words, for the report.
     """
 
-    def __init__(self, writer: SummaryWriter | Callable[[], SummaryWriter]) -> None:
+    def __init__(
+        self, writer: SummaryWriter | Callable[[], SummaryWriter], settings: Mapping[str, str] | None = None
+    ) -> None:
         self._writer = writer
         self._described: set[str] = set()
-        self._tab = TabSeries()
+        self._tab = TabSeries(settings)
         self._last: Measurement | None = None
 
     def write(self, record: Record) -> None:

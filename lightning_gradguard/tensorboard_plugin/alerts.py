@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from lightning_gradguard.tensorboard_plugin.source import frames
+
 Alert = Mapping[str, Any]
 
 ALERTS_PER_PAGE = 100
 _MAX_NAMED = 50
-_MAX_FRAMES = 5
 
 CONSEQUENCES = ("rollback", "snapshot", "checkpoint")
 """Kinds that report what was done, not what was wrong."""
@@ -38,15 +39,54 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def read_alert(text: str | bytes) -> dict[str, Any] | None:
-    """An alert from its JSON, with what another version of the package may have left out; None if it is none."""
+_CULPRIT: dict[str, Any] = {
+    **dict.fromkeys(("phase", "module", "op", "message", "remedy", "cause"), ""),
+    **dict.fromkeys(("inputs", "before", "factors", "frames"), ()),
+    **dict.fromkeys(("file", "line", "source", "samples", "probable_samples", "error")),
+    "rank": 0,
+    "reproduced": False,
+}
+_PARAMETER: dict[str, Any] = {"name": "", "norm": "NaN", "num_nan": 0, "num_inf": 0}
+
+
+def read_object(text: str | bytes) -> dict[str, Any] | None:
+    """A JSON object; None if the text is none."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict):
+    return found if isinstance(found, dict) else None
+
+
+def read_alert(text: str | bytes) -> dict[str, Any] | None:
+    """An alert from its JSON, with what another version of the package may have left out; None if it is none.
+
+    What is there has to be of the right kind, since the file may be anybody's.
+    """
+    found = read_object(text)
+    if found is None:
         return None
-    return {key: found.get(key, default) for key, default in _DEFAULTS.items()} | found
+    alert = {key: found.get(key, default) for key, default in _DEFAULTS.items()} | found
+    numbers = ("time", "step", "optimizer", "rank", "micro_batch")
+    if not all(isinstance(alert[key], (int, float)) for key in numbers):
+        return None
+    given = alert["parameters"] if isinstance(alert["parameters"], (list, tuple)) else ()
+    alert["parameters"] = [_PARAMETER | it for it in given if isinstance(it, dict)]
+    alert["culprit"] = _culprit(alert["culprit"])
+    return alert
+
+
+def _culprit(given: Any) -> dict[str, Any] | None:
+    if not isinstance(given, dict):
+        return None
+    texts = {key for key, default in _CULPRIT.items() if default == ""}
+    lists = {"inputs", "before", "factors", "frames", "samples", "probable_samples"}
+    fitting = {
+        key: value
+        for key, value in given.items()
+        if (key not in texts or isinstance(value, str)) and (key not in lists or isinstance(value, (list, tuple)))
+    }
+    return _CULPRIT | fitting
 
 
 def headline(alerts: Sequence[Alert]) -> Alert | None:
@@ -177,21 +217,3 @@ def table(lines: Sequence[str]) -> list[list[str]]:
     """
     rows = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines if line.strip()]
     return [row for row in rows if not all(set(cell) <= set("-: ") and cell for cell in row)]
-
-
-def frames(culprit: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The source around the culprit, innermost frame first: file, line, function, and lines with their numbers."""
-    given = culprit.get("frames") or ()
-    return [frame for entry in given[:_MAX_FRAMES] if isinstance(entry, Mapping) and (frame := _frame(entry))]
-
-
-def _frame(entry: Mapping[str, Any]) -> dict[str, Any]:
-    line = entry.get("line") if isinstance(entry.get("line"), int) else None
-    source = entry.get("source") or entry.get("lines") or ""
-    texts = source.split("\n") if isinstance(source, str) else [str(text) for text in source]
-    first = entry.get("first_line", entry.get("start"))
-    if not isinstance(first, int):
-        first = None if line is None else line - len(texts) // 2
-    numbered = [[None if first is None else first + index, text] for index, text in enumerate(texts)]
-    function = entry.get("function") or entry.get("name") or ""
-    return {"file": entry.get("file"), "line": line, "function": function, "lines": numbered}

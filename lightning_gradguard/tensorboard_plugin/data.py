@@ -144,6 +144,10 @@ class Series:
         for layout in reversed(list(layouts.values())):  # the newest first, so that its order is the one shown
             for name, numel, ndim in zip(layout["names"], layout["numels"], layout["ndims"], strict=True):
                 sizes.setdefault(name, (numel, ndim))
+        self.settings: Mapping[str, str] = next(
+            (layout["settings"] for layout in reversed(list(layouts.values())) if layout.get("settings")), {}
+        )
+        """Of the guard, in words; empty where the writer was not told."""
         index = {name: number for number, name in enumerate(sizes)}
         self.layout_key = f"{len(layouts)}-{max(layouts)[0]}"
         """Is another when the tree is."""

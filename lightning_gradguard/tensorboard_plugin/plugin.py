@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
 import math
 import mimetypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from tensorboard.context import from_environ
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-from lightning_gradguard.tensorboard_plugin import alerts, bundles, overview, rows, views
+from lightning_gradguard.tensorboard_plugin import alerts, assets, bundles, overview, rows, views
 from lightning_gradguard.tensorboard_plugin.data import Series, Snapshot, Source
 from lightning_gradguard.tensorboard_plugin.run import Run
 from lightning_gradguard.tensorboard_plugin.wire import PLUGIN_NAME, Tag
@@ -138,7 +135,7 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         return {
             "runs": sorted(runs, key=lambda run: str(run["name"])),
             "num_others": len(everything) - len(runs),
-            "has_plotly": _plotly_path() is not None,
+            "has_plotly": assets.plotly_path() is not None,
         }
 
 
@@ -247,23 +244,10 @@ def _file(path: Path) -> Callable[..., Any]:
 
 @Request.application
 def _plotly(request: Request) -> Response:
-    path = _plotly_path()
+    path = assets.plotly_path()
     if path is None:
         raise errors.NotFoundError("The extra `tensorboard-tab` is not installed.")
     response: Response = http_util.Respond(
-        request, _compressed(path), "text/javascript; charset=utf-8", content_encoding="gzip", expires=3600
+        request, assets.compressed(path), "text/javascript; charset=utf-8", content_encoding="gzip", expires=3600
     )
     return response
-
-
-def _plotly_path() -> Path | None:
-    """The JavaScript inside the installed `plotly`, which is not imported for it."""
-    spec = importlib.util.find_spec("plotly")
-    folders = (spec.submodule_search_locations if spec is not None else None) or []
-    paths = (Path(folder) / "package_data" / "plotly.min.js" for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
-
-
-@cache
-def _compressed(path: Path) -> bytes:
-    return gzip.compress(path.read_bytes(), compresslevel=6)

@@ -47,12 +47,14 @@ def layout(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def flow(snapshot: Snapshot, alerts: Iterable[Alert], nodes: Sequence[int]) -> dict[str, Any]:
+def flow(
+    snapshot: Snapshot, alerts: Iterable[Alert], nodes: Sequence[int], max_columns: int = MAX_COLUMNS
+) -> dict[str, Any]:
     """Norms of some nodes over time, with what happened in each column."""
     rows = np.array([node for node in nodes if 0 <= node < len(snapshot.tree.labels)], dtype=np.int64)
     steps = snapshot.steps
     is_few = len(rows) < _FEW_ROWS  # then it is quicker to pick them out first
-    bounds = _bounds(len(steps), min(MAX_COLUMNS, MAX_CELLS // max(len(rows), 1)))
+    bounds = _bounds(len(steps), min(max_columns, MAX_CELLS // max(len(rows), 1)))
     largest, smallest = _reduce(snapshot.codes[:, rows] if is_few else snapshot.codes, bounds)
     if not is_few:
         largest, smallest = largest[:, rows], smallest[:, rows]

@@ -230,7 +230,7 @@ class Fit:
 
     def _make_guards(self, buffers: BufferRepair) -> None:
         trainer, module, history = self._trainer, self._module, self._history
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
+        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
         own = self._options.log_every_n_steps
         environment = Environment(
             log_interval(trainer) if own is None else own,

@@ -162,7 +162,7 @@ def test_two_optimizers_open_at_the_one_that_the_alert_is_about(real_page):
 
 def test_layer_by_layer_is_a_table_and_names_are_code(real_page):
     """Not lines of Markdown."""
-    page = real_page.open_alone(run="gan", view="alerts")
+    page = real_page.open_alone(run="partial", view="alerts")
     page.click("tbody tr button")
     page.until(lambda: page.all(".culprit table"))
     assert "module" in page.text(".culprit thead")

@@ -1,7 +1,7 @@
 // What is known of an alert: its culprit with the source around it, the factors layer by layer, and how to run the step again.
 
 import { count, h, number, prose } from "./dom.js";
-import { place, when } from "./incident.js";
+import { place, rowsOf, when } from "./incident.js";
 import { set } from "./state.js";
 
 export function details(alert, go) {
@@ -23,7 +23,7 @@ export function details(alert, go) {
 function culpritOf(culprit) {
   const entries = [
     ["Phase", culprit.phase], ["Cause", culprit.cause], ["Module", culprit.module || "training_step"], ["Operator", culprit.op], ["File", place(culprit)],
-    ["Rows of the batch", culprit.samples?.length ? `${culprit.samples.slice(0, 50).join(", ")}${culprit.samples.length > 50 ? ` and ${culprit.samples.length - 50} more` : ""}` : null],
+    ["Samples", rowsOf(culprit, 50)],
     ["Rank", culprit.rank],
     ["Replay", culprit.reproduced ? `reproduced${culprit.error === null ? "" : `, relative error ${number(culprit.error)}`}` : "not reproduced"],
   ];

@@ -36,6 +36,14 @@ export function place(culprit) {
   return file ? `${file}${culprit.line ? `:${culprit.line}` : ""}` : null;
 }
 
+// The bad rows, as far as they are known; where they are a guess, it says so.
+export function rowsOf(culprit, most = 10) {
+  const rows = culprit.samples?.length ? culprit.samples : culprit.probable_samples;
+  if (!rows?.length) return null;
+  const named = `row${rows.length === 1 ? "" : "s"} ${rows.slice(0, most).join(", ")}${rows.length > most ? ` and ${rows.length - most} more` : ""}`;
+  return culprit.samples?.length ? named : `probably ${named}`;
+}
+
 // Where in the code, if forensics found it; else the parameters that stand out.
 export function where(alert) {
   const culprit = alert.culprit;
@@ -45,7 +53,7 @@ export function where(alert) {
       h("strong", {}, culprit.module || (culprit.phase === "data" ? "the batch" : "training_step")),
       culprit.op ? h("code", {}, culprit.op) : null,
       file ? h("span", { class: "quiet", title: culprit.file }, file) : null,
-      culprit.samples?.length ? h("span", {}, `row${culprit.samples.length === 1 ? "" : "s"} ${culprit.samples.slice(0, 10).join(", ")}${culprit.samples.length > 10 ? " …" : ""} of the batch`) : null,
+      rowsOf(culprit) ? h("span", {}, `${rowsOf(culprit)} of the batch`) : null,
     ].filter(Boolean);
   }
   const names = (alert.parameters ?? []).map((parameter) => parameter.name);

@@ -165,7 +165,7 @@ class Guard:
         self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
-        self._meter = StepMeter(parameters, scaling)
+        self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
         self._parameters = parameters
         self._detectors = settings.detectors
         self._judge = Judge(settings.detectors)
@@ -356,6 +356,8 @@ class Guard:
 
     def _watch_update(self, *, is_applied: bool) -> None:
         """Have the update of this step measured, if someone asks for it."""
+        if is_applied:
+            self._meter.start_sample_()
         if is_applied and self._judge.needs_update():
             self._meter.start_update_()
 

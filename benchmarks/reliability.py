@@ -1,7 +1,7 @@
 """What is lost when files, states, disks and processes misbehave: `python -m benchmarks.reliability`.
 
-Prints the table of `docs/reliability.md`. Each row injects one kind of fault so many times at random, seeded, and counts what
-was lost that had been whole. `--scale 0.1` does a tenth of it.
+Prints the table of `docs/reliability.md`. Each row injects one kind of fault so many times at random, seeded, and counts
+what was lost that had been whole. `--scale 0.1` does a tenth of it.
 """
 
 from __future__ import annotations
@@ -129,8 +129,12 @@ def broken_lines(number: int, chance: random.Random) -> Row:
             reader = Reader(path, lambda entry: int(entry["n"]))
             num_lost += len((whole | {10}) - set(reader.read()))
             num_left_out += reader.left_out.count
-    return Row("a line of `alerts.jsonl` or `quarantine.jsonl` broken or replaced by random bytes, then appended to", number,
-               f"{num_lost} whole lines", f"the number of lines left out ({num_left_out:,} in all), the first, and why")  # fmt: skip
+    return Row(
+        "a line of `alerts.jsonl` or `quarantine.jsonl` broken or replaced by random bytes, then appended to",
+        number,
+        f"{num_lost} whole lines",
+        f"the number of lines left out ({num_left_out:,} in all), the first, and why",
+    )
 
 
 def junk_in_states(number: int, chance: random.Random) -> Row:
@@ -160,8 +164,12 @@ def junk_in_states(number: int, chance: random.Random) -> Row:
             except Exception:  # noqa: BLE001 - what is counted
                 num_raised += 1
         num_said += bool(caught)
-    return Row("one place in a guard's saved state replaced by something else", number, f"{num_raised} trainings",
-               f"what starts afresh, and why ({num_said:,} times; else the value was still one that can be)")  # fmt: skip
+    return Row(
+        "one place in a guard's saved state replaced by something else",
+        number,
+        f"{num_raised} trainings",
+        f"what starts afresh, and why ({num_said:,} times; else the value was still one that can be)",
+    )
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -194,8 +202,12 @@ def mutated_files(number: int, chance: random.Random) -> Row:
                 pass
             except Exception:  # noqa: BLE001 - what is counted
                 num_raised += 1
-    return Row("bytes of a bundle or a checkpoint changed, cut or doubled, then read", number, f"{num_raised} crashes",
-               f"why it can't be read, in a line; {num_read:,} could still be read")  # fmt: skip
+    return Row(
+        "bytes of a bundle or a checkpoint changed, cut or doubled, then read",
+        number,
+        f"{num_raised} crashes",
+        f"why it can't be read, in a line; {num_read:,} could still be read",
+    )
 
 
 class Misbehaves(Callback):
@@ -259,9 +271,12 @@ def sick_disk(name: str, condition: Callable[[Path], Any], number: int, chance: 
             found = [alert.step for path in folder.rglob("alerts.jsonl") for alert in Reader(path, Alert.from_dict).read()]
             num_alerts += len(set(FAULTS) - set(found))
             said.append(sum(issubclass(each.category, (SinkWarning, GuardWarning)) for each in caught))
-    return Row(f"{name} for 1 to 6 batches of a training, TensorBoard and the user's `self.log` on", number,
-               f"{num_ended} trainings, {num_alerts} alerts; the events of that while",
-               f"{min(said)} to {max(said)} warnings a training, one for each thing that could not be written")  # fmt: skip
+    return Row(
+        f"{name} for 1 to 6 batches of a training, TensorBoard and the user's `self.log` on",
+        number,
+        f"{num_ended} trainings, {num_alerts} alerts; the events of that while",
+        f"{min(said)} to {max(said)} warnings a training, one for each thing that could not be written",
+    )
 
 
 def kills(name: str, signal_number: int | None, number: int, seed: int) -> Row:
@@ -272,8 +287,12 @@ def kills(name: str, signal_number: int | None, number: int, seed: int) -> Row:
     finally:
         shutil.rmtree(folder)
     num_other = sum(bool(outcome.differences) for outcome in report.outcomes)
-    return Row(f"{name} at a random moment, then resumed from the last checkpoint", number,
-               f"{num_other} came to another end than the training that was never killed, bit for bit", "nothing")  # fmt: skip
+    return Row(
+        f"{name} at a random moment, then resumed from the last checkpoint",
+        number,
+        f"{num_other} came to another end than the training that was never killed, bit for bit",
+        "nothing",
+    )
 
 
 def main() -> None:

@@ -1,17 +1,15 @@
 """What is lost when files, states, disks and processes misbehave: `python -m benchmarks.reliability`.
 
 Prints the table of `docs/reliability.md`. Each row injects one kind of fault so many times at random, seeded, and counts
-what was lost that had been whole. `--scale 0.1` does a tenth of it.
+what was lost that had been whole.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import logging
 import math
-import os
 import random
 import resource
 import shutil
@@ -29,6 +27,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 
+from benchmarks._report import begin, parser, table
 from lightning_gradguard import Alert, GradGuard, Guard
 from lightning_gradguard.errors import GuardWarning, SinkWarning
 from lightning_gradguard.forensics.bundle import Bundle
@@ -297,31 +296,23 @@ def kills(name: str, signal_number: int | None, number: int, seed: int) -> Row:
 
 def main() -> None:
     """All of them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=float, default=1.0, help="how much of each")
-    scale = parser.parse_args().scale
+    chosen = parser(__doc__).parse_args()
+    console = begin(chosen)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning_gradguard").setLevel(logging.ERROR)
-    torch.set_num_threads(1)
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-
-    def times(number: int) -> int:
-        return max(int(number * scale), 1)
-
+    few, many = (1, 20) if chosen.quick else (20, 1000)
     rows = [
-        broken_lines(times(1000), random.Random(0)),
-        junk_in_states(times(1000), random.Random(1)),
-        mutated_files(times(1000), random.Random(2)),
-        sick_disk("no file can grow", no_room, times(20), random.Random(3)),
-        sick_disk("a file in the place of each folder", in_the_way, times(20), random.Random(4)),
-        kills("`kill -9`", None, times(20), 5),
-        kills("SIGTERM", signal.SIGTERM, times(20), 6),
-        kills("Ctrl-C", signal.SIGINT, times(20), 7),
+        broken_lines(many, random.Random(0)),
+        junk_in_states(many, random.Random(1)),
+        mutated_files(many, random.Random(2)),
+        sick_disk("no file can grow", no_room, few, random.Random(3)),
+        sick_disk("a file in the place of each folder", in_the_way, few, random.Random(4)),
+        kills("`kill -9`", None, few, 5),
+        kills("SIGTERM", signal.SIGTERM, few, 6),
+        kills("Ctrl-C", signal.SIGINT, few, 7),
     ]
-    print("| what was injected | how often | lost | said |")
-    print("|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.fault} | {row.number:,} | {row.lost} | {row.said} |")
+    columns = ["what was injected", "how often", "lost", "said"]
+    console.print(table("What is lost", columns, [[row.fault, f"{row.number:,}", row.lost, row.said] for row in rows]))
 
 
 if __name__ == "__main__":

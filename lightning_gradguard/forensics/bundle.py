@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth
+from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
 from lightning_gradguard.torch_files import UnreadableError, load_plain
 
 FORMAT = 1
@@ -37,6 +37,8 @@ class Bundle:
         model: the module's state before the step; None if it did not fit.
         optimizer: the optimizer's state before the step; None if it did not fit.
         weight_growths: how the weights had moved.
+        healthy_norms: global gradient norms of the healthy steps before, oldest first.
+        is_from_start: whether `weight_growths` goes back to before the first step.
         left_out: what is not in here, and why.
     """
 
@@ -48,6 +50,8 @@ class Bundle:
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     weight_growths: list[dict[str, Any]] = field(default_factory=list)
+    healthy_norms: list[float] = field(default_factory=list)
+    is_from_start: bool = False
     left_out: list[str] = field(default_factory=list)
 
     def take(self, name: str, value: Any, room: int) -> int:

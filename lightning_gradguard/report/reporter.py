@@ -50,6 +50,7 @@ class Reporter:
         sinks: where records go. One that fails can't hurt.
         scalar_interval: every how many steps scalars are due, >= 0; 0: never.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
+        archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
     """
 
@@ -59,11 +60,13 @@ class Reporter:
         *,
         scalar_interval: int,
         listener: Callable[[Record], None] | None = None,
+        archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None,
         clips_later: bool = False,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
         self._listener = listener
+        self._archive = archive
         self._clips_later = clips_later
         self._notices: list[Alert] = []
         self.totals = Totals()
@@ -88,7 +91,8 @@ class Reporter:
         if replaces_last:
             self.totals = without_last_step(self.totals)
         judgement = step.judgement
-        alerts = (*self._notices, *alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit))
+        found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self.totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
         record = Record(

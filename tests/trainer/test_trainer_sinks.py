@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_package import CSVLogger, TensorBoardLogger
 from toys import Net, fit, make_batches, read_alerts
 
 from lightning_gradguard import Explosion, GradGuard, GradientWarning, SinkWarning

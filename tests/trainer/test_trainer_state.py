@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_package import ModelCheckpoint
 from toys import Net, ResumableBatches, fit, make_batches, make_trainer, same, seeded, weights_of
 
 from lightning_gradguard import (

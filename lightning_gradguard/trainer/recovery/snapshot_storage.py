@@ -23,6 +23,7 @@ from lightning_gradguard.torch_files import UnreadableError, load_plain
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import tell_of_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState, random_states, set_random_states
+from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -187,7 +188,7 @@ class OnDisk:
         return whole
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
-        if hasattr(self._trainer.strategy, "_save_distributed_checkpoint"):  # each rank writes its shards into a folder
+        if engine_of(self._trainer).saves_folders:
             self._trainer.strategy.save_checkpoint(checkpoint, path)
             self._trainer.strategy.barrier()
         elif self._trainer.is_global_zero:

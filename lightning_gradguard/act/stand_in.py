@@ -31,6 +31,14 @@ class StandIn:
         """As the method is called."""
         return self._method(*args, **kwargs) if self._is_removed else self._function(self._method, *args, **kwargs)
 
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        # torch's schedulers wrap the function of `optimizer.step`, and bind that to the optimizer themselves.
+        def function(_: Any, *args: Any, **kwargs: Any) -> Any:
+            return self(*args, **kwargs)
+
+        return function
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "_method" not in vars(self):
             raise AttributeError(name)

@@ -73,7 +73,7 @@ def refuse_idle_patterns(parameter: str, patterns: Iterable[str], names: Sequenc
         more = ", ..." if len(names) > len(nearest) else ""
         raise ValueError(
             f"`{parameter}` must hold patterns that match parameters, got {pattern!r}, which matches none. "
-            f"There is {', '.join(f'`{name}`' for name in nearest)}{more}. A `*` at the end matches all of a module, as in "
+            f"There are {', '.join(f'`{name}`' for name in nearest)}{more}. A `*` at the end matches all of a module, as in "
             "`'encoder.*'`."
         )
 

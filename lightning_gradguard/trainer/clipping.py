@@ -40,6 +40,7 @@ class ScaledClipping:
     """
 
     def __init__(self, trainer: Trainer, scaler: GradScaler) -> None:
+        self._trainer = trainer
         self._scaler = scaler
         self._has_warned = False
         self._stand_in = StandIn(trainer.precision_plugin, "clip_gradients", self._look)
@@ -56,7 +57,8 @@ class ScaledClipping:
 
     def _look(self, clip: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
         raw = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps those that it hands to a module
-        is_scaled = self._scaler._per_optimizer_states[id(raw)]["stage"] is OptState.READY
+        is_manual = not self._trainer.lightning_module.automatic_optimization
+        is_scaled = is_manual and self._scaler._per_optimizer_states[id(raw)]["stage"] is OptState.READY
         if is_scaled and self._scaler.get_scale() != 1.0 and not self._has_warned:
             self._has_warned = True
             warnings.warn(

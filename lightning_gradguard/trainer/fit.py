@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.detectors import Vanishing
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Environment, Guard
 from lightning_gradguard.policy import Action
@@ -274,7 +275,16 @@ class Fit:
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
             self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
+            self._probe(optimizer, guard)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+
+    def _probe(self, optimizer: Optimizer, guard: Guard) -> None:
+        vanishing = next((it for it in self._settings.detectors if isinstance(it, Vanishing)), None)
+        if self._investigation is None or vanishing is None or guard.last is None:
+            return
+        alert = self._investigation.probe(optimizer, guard.last, min(vanishing.policy.action, Action.WARN))
+        if alert is not None:
+            guard.notify(alert)
 
     def _position(self, index: int, guards: Guards) -> Position:
         return Position(

@@ -70,7 +70,7 @@ class Bundles:
         path = next((path for path in paths if path is not None), None)
         if path is None:
             return alerts
-        told = replace(alert, message=f"{alert.message} To replay it: `gradguard replay {shlex.quote(path)}`.")
+        told = replace(alert, message=f"{alert.message} It is kept for `gradguard replay {shlex.quote(path)}`.")
         return tuple(told if it is alert else it for it in alerts)
 
     def _written(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> str | None:

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
-from lightning_gradguard.alert import Culprit
+from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
 from lightning_gradguard.forensics.nonfinite.damage import Damage
@@ -23,10 +23,12 @@ from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leave
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
+from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
+from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
@@ -61,10 +63,28 @@ class Investigation:
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
+        self._time_probe = TimeProbe(module, window, self._replay, self._ranks)
 
     def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the record is of the one before."""
         self.diagnosis.note(optimizer, record, is_pending=is_pending)
+
+    def probe(self, optimizer: Optimizer, record: Record, action: Action) -> Alert | None:
+        """Whether gradients vanish in time, which no detector can see; looked for twice a fit, with recurrent layers only.
+
+        Args:
+            optimizer: whose step it is.
+            record: of the last step that is known.
+            action: what the alert says was done.
+        """
+        is_due = self._time_probe.is_due(optimizer) and not record.decision.skip and not self._is_sharded
+        if not is_due or not can_replay(self._trainer, self._module):
+            return None
+        try:
+            return self._time_probe.look(optimizer, record.position, action)
+        except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
+            _warn(error)
+        return None
 
     def clear(self) -> None:
         """Let go of all batches."""

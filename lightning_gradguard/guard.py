@@ -27,6 +27,7 @@ from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 
@@ -164,7 +165,9 @@ class Guard:
         self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
-        self._meter = StepMeter(parameters, scaling)
+        self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
+        self._parameters = parameters
+        self._detectors = settings.detectors
         self._judge = Judge(settings.detectors)
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
         self._executor: Executor = executor_for(self._gate, parameters)
@@ -313,6 +316,7 @@ class Guard:
         """Baselines, streaks and counts in plain types, so that a resumed run decides as one that ran through."""
         self.flush()
         return {
+            "version": VERSION,
             "judge": self._judge.state_dict(),
             "clipper": self._gate.state_dict(),
             "updates": self._meter.state_dict(),
@@ -322,8 +326,9 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state.
 
-        Whatever is configured otherwise than in the run that saved it starts afresh, with a warning.
+        Whatever is damaged, or configured otherwise than in the run that saved it, starts afresh, with a warning.
         """
+        state = mended_guard_state(state, self._detectors, self._gate.clipper, self._parameters.layout)
         self._reporter.load_state_dict(state["totals"])
         self._judge.load_state_dict(state["judge"])
         self._meter.load_state_dict(state["updates"])
@@ -351,6 +356,8 @@ class Guard:
 
     def _watch_update(self, *, is_applied: bool) -> None:
         """Have the update of this step measured, if someone asks for it."""
+        if is_applied:
+            self._meter.start_sample_()
         if is_applied and self._judge.needs_update():
             self._meter.start_update_()
 

@@ -16,6 +16,9 @@ from lightning_gradguard.report.summary import add_alert, count, without_last_st
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.sinks.base import SafeSink
 
+MAX_ALERTS = 1000
+"""Alerts of an optimizer that are held in memory, the last ones; files hold all of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class DecidedStep:
@@ -69,7 +72,7 @@ class Reporter:
         self.totals = Totals()
         """Counts so far."""
         self.alerts: list[Alert] = []
-        """Reported findings, oldest first."""
+        """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
         self.last: Record | None = None
         """The last step."""
         self.stopped_by: Alert | None = None
@@ -134,6 +137,7 @@ class Reporter:
 
     def _tell(self, record: Record) -> None:
         self.alerts.extend(record.alerts)
+        del self.alerts[:-MAX_ALERTS]
         strongest = max(record.alerts, key=lambda alert: alert.action, default=None)
         if strongest is not None and strongest.action >= Action.STOP and self.stopped_by is None:
             self.stopped_by = strongest

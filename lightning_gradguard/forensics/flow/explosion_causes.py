@@ -114,10 +114,10 @@ def top_row(flow: Flow) -> tuple[int, float, int] | None:
     return (row, share, len(rows)) if share >= max(_TOP_SHARE, 2 / len(rows)) else None
 
 
-def exchanged(row: int, size: int) -> list[int]:
+def with_row_replaced(row: int, size: int) -> list[int]:
     """The rows of a batch with one of them replaced by its neighbour.
 
-    >>> exchanged(2, 4)
+    >>> with_row_replaced(2, 4)
     [0, 1, 1, 3]
     """
     return [index if index != row else (row - 1 if row else 1) for index in range(size)]

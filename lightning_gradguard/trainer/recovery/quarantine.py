@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,7 +60,8 @@ class Quarantine:
             self.left_out |= self._trainer.strategy.broadcast(listed)
 
     def detach(self) -> None:
-        """Leave nothing on the strategy."""
+        """List what is still waiting, and leave nothing on the strategy."""
+        self._write()
         if self._process is not None:
             self._process.remove()
 
@@ -96,13 +97,20 @@ class Quarantine:
             batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
             if action.skips and verdict.rank in (None, position.rank):
                 to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
+        rows = _certain_rows(record) if self._mode == "skip" else None
+        epoch, step, rank = position.epoch or 0, position.step, position.rank
         self._incidents.extend(
-            Incident(
-                position.epoch or 0, batch_idx or 0, position.step, position.rank, kind, self._samples.get(batch_idx or 0)
-            )
+            Incident(epoch, batch_idx or 0, step, rank, kind, self._samples_of(batch_idx or 0, rows))
             for batch_idx, kind in to_blame.items()
         )
         self._is_due = True
+
+    def _samples_of(self, batch_idx: int, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Those of a batch that are to blame: its rows where these are known, else all of it."""
+        samples = self._samples.get(batch_idx)
+        if samples is None or rows is None or max(rows) >= len(samples):
+            return samples
+        return tuple(samples[row] for row in rows)
 
     def after_batch(self) -> None:
         """List what was noted. Where something was, it is a collective; all ranks have noted at the same steps."""
@@ -110,12 +118,15 @@ class Quarantine:
             return
         incidents, self._incidents, self._is_due = _of_all_ranks(self._incidents), [], False
         self.left_out.update(sample for incident in incidents for sample in incident.samples or ())
+        self._write(incidents)
+
+    def _write(self, incidents: Sequence[Incident] = ()) -> None:
         if self._file is None or not self._trainer.is_global_zero:
             return
         try:
             self._file.append(incidents)
         except OSError as error:
-            self._fail(error)
+            self._fail(error, "each new batch is a new try, and then also lists those that are waiting")
 
     def _process_and_watch(self, process: Callable[..., Any], dataloader: object) -> object:
         processed: object = process(dataloader)
@@ -125,17 +136,20 @@ class Quarantine:
 
     def _listed(self, file: QuarantineFile) -> set[int]:
         try:
-            return file.samples()
+            samples, left_out = file.read()
         except OSError as error:
-            self._fail(error)
+            self._fail(error, "what it lists is not left out")
             return set()
+        if left_out.count:
+            warnings.warn(f"{file!r}: {left_out}. All other lines count.", GuardWarning, stacklevel=2)
+        return samples
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError, lost: str) -> None:
         if not self._has_failed:
             self._has_failed = True
             warnings.warn(
-                f"The list of quarantined batches can't be used ({error}). Training goes on; batches may be missing there. "
-                "Further failures of it are not shown.",
+                f"The list of quarantined batches can't be used ({error}). Training goes on; {lost}. Further failures of it "
+                "are not shown.",
                 GuardWarning,
                 stacklevel=2,
             )
@@ -160,6 +174,13 @@ class Quarantine:
                 f"`quarantine='skip'` needs one torch DataLoader over a map-style data set, whose sampler shows which "
                 f"samples a batch has, got {what}. Use `quarantine='list'`, which then lists batches without their samples."
             )
+
+
+def _certain_rows(record: Record) -> tuple[int, ...] | None:
+    """The rows that made the damage, if a replay has shown them for certain, and on this rank."""
+    found = (alert.culprit for alert in record.alerts if alert.kind == "nonfinite" and alert.culprit is not None)
+    rank = record.position.rank
+    return next((culprit.samples for culprit in found if culprit.samples and culprit.rank == rank), None)
 
 
 def _of_all_ranks(incidents: list[Incident]) -> list[Incident]:

@@ -59,7 +59,8 @@ class Bundles:
         Returns:
             The alerts; the one whose step was written says where, and how to replay it.
         """
-        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
+        # Only findings have a limit above 0; that one is over is no reason to keep a step.
+        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED and alert.limit > 0.0), None)
         if alert is None or self._folder is None:
             return alerts
         path = self._written(alert, optimizer, diagnosis) if _writer(alert) == self._trainer.global_rank else None
@@ -76,18 +77,18 @@ class Bundles:
     def _written(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> str | None:
         """Write a bundle; its path, or None if there are enough already, or it failed."""
         assert self._folder is not None
-        if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
-            return None
         rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
         path = self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}"
         try:
+            if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
+                return None
             self._collect(alert, optimizer, diagnosis).save(path)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training goes on
             if not self._has_failed:
                 self._has_failed = True
                 warnings.warn(
-                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on. "
-                    "`max_bundle_mib=None` turns bundles off.",
+                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on without "
+                    "it. Later ones are tried, and further failures are not shown. `max_bundle_mib=None` turns bundles off.",
                     SinkWarning,
                     stacklevel=2,
                 )

@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.flow.evidence import Changed, Evidence
-from lightning_gradguard.forensics.flow.explosion_causes import exchanged, explosion_causes, top_row
+from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
 from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
 from lightning_gradguard.forensics.flow.norm_history import NormHistory
 from lightning_gradguard.forensics.flow.report import culprit_of
 from lightning_gradguard.forensics.flow.vanishing_causes import vanishing_causes
 from lightning_gradguard.forensics.flow.weight_history import WeightGrowth, WeightHistory
-from lightning_gradguard.forensics.nonfinite.samples import Batch, refill
+from lightning_gradguard.forensics.nonfinite.layout import layout_of
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.replay import TOLERANCE, Replay, Replayed
@@ -158,7 +159,10 @@ class Diagnosis:
         (batch,) = batches
         row, _, size = found
         try:
-            rest = refill(batch.batch, exchanged(row, size), size)
+            layout = layout_of(batch.batch)
+            if layout.size != size:
+                return evidence
+            rest = exchanged(batch.batch, layout, with_row_replaced(row, size))
             norm = self._run(optimizer, held, [replace(batch, batch=rest)], measurement).norm
         except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
             return evidence

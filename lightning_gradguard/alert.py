@@ -223,6 +223,10 @@ def _culprit(value: Any) -> Culprit:
     return Culprit(**_fields_of(Culprit, value, required=("phase",)))
 
 
+def _frame(value: Any) -> Frame:
+    return Frame(**_fields_of(Frame, value, required=("file", "line", "function")))
+
+
 _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "Action": Action,
     "Culprit | None": _or_none(_culprit),
@@ -233,6 +237,7 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "int | None": _or_none(_exactly(int)),
     "str": _exactly(str),
     "str | None": _or_none(_exactly(str)),
+    "tuple[Frame, ...]": _all(_frame),
     "tuple[ParameterReport, ...]": _all(_report),
     "tuple[int, ...] | None": _or_none(_all(_exactly(int))),
     "tuple[str, ...]": _all(_exactly(str)),

@@ -14,7 +14,7 @@ from torch import Tensor, distributed
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
-from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
 from lightning_gradguard.forensics.nonfinite.damage import Damage
@@ -79,28 +79,16 @@ class Investigation:
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
-        self._time_probe = TimeProbe(module, window, self._replay, self._ranks)
 
     def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the record is of the one before."""
         self.diagnosis.note(optimizer, record, is_pending=is_pending)
 
-    def probe(self, optimizer: Optimizer, record: Record, action: Action) -> Alert | None:
-        """Whether gradients vanish in time, which no detector can see; looked for twice a fit, with recurrent layers only.
-
-        Args:
-            optimizer: whose step it is.
-            record: of the last step that is known.
-            action: what the alert says was done.
-        """
-        is_due = self._time_probe.is_due(optimizer) and not record.decision.skip and not self._is_sharded
-        if not is_due or not can_replay(self._trainer, self._module):
+    def time_probe(self, action: Action) -> TimeProbe | None:
+        """What looks whether gradients vanish in time, which no detector can see; None where nothing can be run again."""
+        if self._is_sharded or not can_replay(self._trainer, self._module):
             return None
-        try:
-            return self._time_probe.look(optimizer, record.position, action)
-        except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
-            _warn(error)
-        return None
+        return TimeProbe(self._module, self._window, self._replay, action)
 
     def clear(self) -> None:
         """Let go of all batches."""

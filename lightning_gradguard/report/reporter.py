@@ -48,6 +48,7 @@ class Reporter:
         scalar_interval: every how many steps scalars are due, >= 0; 0: never.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
+        hint: what the remedy of NaN and Inf says besides where no culprit is named.
     """
 
     def __init__(
@@ -57,11 +58,13 @@ class Reporter:
         scalar_interval: int,
         listener: Callable[[Record], None] | None = None,
         clips_later: bool = False,
+        hint: str = "",
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
         self._listener = listener
         self._clips_later = clips_later
+        self._hint = hint
         self._notices: list[Alert] = []
         self.totals = Totals()
         """Counts so far."""
@@ -71,6 +74,11 @@ class Reporter:
         """The last step."""
         self.stopped_by: Alert | None = None
         """What asked for the end of training; None: nothing has."""
+
+    def _with_hint(self, alert: Alert) -> Alert:
+        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None:
+            return alert
+        return replace(alert, remedy=f"{alert.remedy} {self._hint}")
 
     def report(self, step: DecidedStep, *, replaces_last: bool = False) -> Record:
         """Count a step, and tell.
@@ -85,7 +93,8 @@ class Reporter:
         if replaces_last:
             self.totals = without_last_step(self.totals)
         judgement = step.judgement
-        alerts = (*self._notices, *alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit))
+        found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        alerts = (*self._notices, *(self._with_hint(alert) for alert in found))
         self._notices = []
         self.totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
         record = Record(

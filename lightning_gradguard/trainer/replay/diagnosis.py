@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.comparison import TOLERANCE
 from lightning_gradguard.forensics.flow.evidence import Evidence
 from lightning_gradguard.forensics.flow.exploded import exploded
 from lightning_gradguard.forensics.flow.factors import culprit_of
@@ -20,7 +21,7 @@ from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth, Weigh
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.record import Position, Record
-from lightning_gradguard.trainer.replay.replay import TOLERANCE, Replay, Replayed
+from lightning_gradguard.trainer.replay.replay import Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:

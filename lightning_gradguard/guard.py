@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,8 +28,23 @@ from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
+
+
+class Investigate(Protocol):
+    """Says who is to blame for a finding of some kind."""
+
+    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool) -> Culprit | None:
+        """Asked while the step's gradients are still there, if they ever are.
+
+        Args:
+            position: where the step stands.
+            measurement: of its gradients.
+            kind: "nonfinite", "explosion" or "vanishing".
+            ends_run: whether the finding ends the training, so that it needs an answer more than any other.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,8 +57,8 @@ class Environment:
         scaler: what scales the loss in fp16 training.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         clips_later: whether somebody else clips after the guard.
-        investigate: says who is to blame for a finding of some kind; asked while the step's gradients are still there, if
-            they ever are.
+        investigate: says who is to blame for a finding.
+        archive: writes a step with these alerts down, and gives them back with where that is; called before they are told.
         hint: what is said where nobody can tell who is to blame.
 
     Raises:
@@ -55,7 +70,8 @@ class Environment:
     scaler: GradScaler | None = None
     listener: Callable[[Record], None] | None = None
     clips_later: bool = False
-    investigate: Callable[[Position, Measurement, str], Culprit | None] | None = None
+    investigate: Investigate | None = None
+    archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None
     hint: str = ""
 
     def __post_init__(self) -> None:
@@ -140,7 +156,9 @@ class Guard:
         settings.refuse_rollback()
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
         parameters = WatchedParameters(named_parameters, optimizer, settings.only)
-        raw_loop = None if replay is None else RawLoop(replay, parameters.tensors, scaler)
+        raw_loop = (
+            None if replay is None else RawLoop(replay, [it for it in parameters.tensors if isinstance(it, Tensor)], scaler)
+        )
         environment = Environment(
             log_every_n_steps,
             Buffers(named_buffers),
@@ -164,7 +182,9 @@ class Guard:
         self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
-        self._meter = StepMeter(parameters, scaling)
+        self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
+        self._parameters = parameters
+        self._detectors = settings.detectors
         self._judge = Judge(settings.detectors)
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
         self._executor: Executor = executor_for(self._gate, parameters)
@@ -172,6 +192,7 @@ class Guard:
             settings.sinks,
             scalar_interval=environment.log_every_n_steps,
             listener=environment.listener,
+            archive=environment.archive,
             clips_later=environment.clips_later,
             hint=environment.hint,
         )
@@ -313,6 +334,7 @@ class Guard:
         """Baselines, streaks and counts in plain types, so that a resumed run decides as one that ran through."""
         self.flush()
         return {
+            "version": VERSION,
             "judge": self._judge.state_dict(),
             "clipper": self._gate.state_dict(),
             "updates": self._meter.state_dict(),
@@ -322,8 +344,9 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state.
 
-        Whatever is configured otherwise than in the run that saved it starts afresh, with a warning.
+        Whatever is damaged, or configured otherwise than in the run that saved it, starts afresh, with a warning.
         """
+        state = mended_guard_state(state, self._detectors, self._gate.clipper, self._parameters.layout)
         self._reporter.load_state_dict(state["totals"])
         self._judge.load_state_dict(state["judge"])
         self._meter.load_state_dict(state["updates"])
@@ -351,6 +374,8 @@ class Guard:
 
     def _watch_update(self, *, is_applied: bool) -> None:
         """Have the update of this step measured, if someone asks for it."""
+        if is_applied:
+            self._meter.start_sample_()
         if is_applied and self._judge.needs_update():
             self._meter.start_update_()
 
@@ -360,4 +385,7 @@ class Guard:
         kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
         if self._investigate is None or not kinds:
             return None
-        return self._investigate(position, measurement, kinds[0] if measurement.is_finite else "nonfinite")
+        action = judgement.decision.action
+        ends_run = action is not None and action >= Action.STOP
+        kind = kinds[0] if measurement.is_finite else "nonfinite"
+        return self._investigate(position, measurement, kind, ends_run=ends_run)

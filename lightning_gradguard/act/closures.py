@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -143,7 +142,7 @@ class LBFGSEvaluations:
     def _begin(self) -> None:
         self.is_running, self._is_bad, self._num_evaluations = True, False, 0
         self._gate.buffers.note_boundary()
-        self._saved = SavedOptimizer(self._optimizer, self._gate.parameters)
+        self._saved = SavedOptimizer(self._optimizer)
 
     def _end(self) -> None:
         if self._is_bad:
@@ -207,7 +206,7 @@ class ForeignEvaluations:
             return None
         self.is_running, self._is_bad, self._num_evaluations = True, False, 0
         self._gate.buffers.note_boundary()
-        self._saved = SavedOptimizer(self._optimizer, self._gate.parameters, settings_only=not self._may_repeat)
+        self._saved = SavedOptimizer(self._optimizer, settings_only=not self._may_repeat)
         try:
             return step(*args, **kwargs)
         except _LeftError:
@@ -227,13 +226,10 @@ class SavedOptimizer:
 
     Args:
         optimizer: whose state and settings.
-        parameters: what it trains.
         settings_only: whether nothing else can have changed when they are put back.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], *, settings_only: bool = False
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, *, settings_only: bool = False) -> None:
         self._optimizer = optimizer
         self._settings = [
             {key: _copy(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
@@ -241,6 +237,7 @@ class SavedOptimizer:
         self._weights: list[tuple[Tensor, Tensor]] | None = None
         self._state: dict[Any, Any] = {}
         if not settings_only:
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             self._weights = [(parameter, parameter.detach().clone()) for parameter in parameters]
             self._state = {key: _copy(values) for key, values in optimizer.state.items()}
 

@@ -13,11 +13,12 @@ from lightning_gradguard.act.fused import FusedKernel
 from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
 from lightning_gradguard.judge.judge import state_for
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.measure.step import MeasuredStep
 from lightning_gradguard.record import Measurement
 
 
-def skip_(parameters: Iterable[Tensor]) -> None:
+def skip_(parameters: Iterable[Parameter]) -> None:
     """Take the gradients away, so that the optimizer passes the parameters over.
 
     Every torch optimizer leaves a parameter without a gradient alone: its value, its state, its step counter and its
@@ -27,10 +28,14 @@ def skip_(parameters: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
+_KNOWN = ("torch.", "lightning.", "lightning_fabric.", "pytorch_lightning.", "deepspeed.")
+"""Where optimizers come from whose `step` is torch's, wraps it, or is replaced by an engine of its own."""
+
+
 def is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
     """Whether an optimizer's `step` is torch's own, so that it is known what it does; Lightning's wrappers pass it on."""
     definers = (cls.__module__ for cls in type(optimizer).__mro__ if "step" in vars(cls))
-    return all(module.startswith(("torch.", "lightning.", "lightning_fabric.", "pytorch_lightning.")) for module in definers)
+    return all(module.startswith(_KNOWN) for module in definers)
 
 
 class Gate:
@@ -61,7 +66,7 @@ class Gate:
         self.kernel = FusedKernel(optimizer) if optimizer and can_fuse else None
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Parameter]:
         """All parameters of the optimizer."""
         return self._watched.everything
 

@@ -6,6 +6,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ class RawLoop:
     """Replays damaged steps, up to three of a run.
 
     Module and batch are found among the variables that the function uses. Everything about the module is put back
-    afterwards, and so are the random states. Where several ranks train together, all of them replay, with the collectives of the module.
+    afterwards, and so are the random states. Where several ranks train together, all of them replay.
 
     Args:
         replay: runs forward, and gives the loss; or runs backward too, and gives None.
@@ -63,11 +64,18 @@ class RawLoop:
         """A step is done, and the next begins. Some ten microseconds."""
         self._random = RandomState()
 
-    def __call__(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
-        """Who is to blame for a step; None if it can't be told."""
-        if kind != "nonfinite" or not self._num_left:
+    def __call__(
+        self,
+        position: Position,
+        measurement: Measurement,
+        kind: str,
+        *,
+        ends_run: bool = False,
+    ) -> Culprit | None:
+        """Who is to blame for a step; None if it can't be told. What ends the run is always looked into."""
+        if kind != "nonfinite" or not (self._num_left or ends_run):
             return None
-        self._num_left -= 1
+        self._num_left = max(self._num_left - 1, 0)
         culprit = None
         try:
             culprit = self._look(position)
@@ -132,21 +140,32 @@ def run_step(replay: Callable[[], Tensor | None], scaler: GradScaler | None) -> 
         (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
 
 
-def _variables_of(function: Any) -> Iterator[tuple[str, Any]]:
-    """What a function refers to, by name: variables around it, those bound to it, and globals."""
+def _variables_of(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """What a function and those that it calls refer to, by name: variables around them or bound to them, and globals."""
     if isinstance(function, functools.partial):
         yield from ((f"argument {index}", value) for index, value in enumerate(function.args))
         yield from function.keywords.items()
         function = function.func
     if (owner := getattr(function, "__self__", None)) is not None:
         yield from ([("self", owner)] if isinstance(owner, nn.Module) else vars(owner).items())
-    if isinstance(inner := getattr(function, "__func__", function), type(_variables_of)):
-        found = inspect.getclosurevars(inner)
-        yield from {**found.globals, **found.nonlocals}.items()
-        yield from ((name, value) for name, value in (inner.__kwdefaults__ or {}).items())
-        names = inner.__code__.co_varnames[: inner.__code__.co_argcount]
-        defaults = inner.__defaults__ or ()
-        yield from zip(names[len(names) - len(defaults) :], defaults, strict=True)
+    inner = getattr(function, "__func__", function)
+    if not isinstance(inner, FunctionType):
+        return
+    found = {**inspect.getclosurevars(inner).globals, **inspect.getclosurevars(inner).nonlocals, **_defaults_of(inner)}
+    yield from found.items()
+    for value in found.values():
+        if isinstance(value, (FunctionType, MethodType, functools.partial)) and depth < _MAX_DEPTH:
+            yield from _variables_of(value, depth + 1)
+
+
+_MAX_DEPTH = 3
+"""How far functions that call functions are followed."""
+
+
+def _defaults_of(function: FunctionType) -> dict[str, Any]:
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    defaults = function.__defaults__ or ()
+    return {**(function.__kwdefaults__ or {}), **dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))}
 
 
 def _module_among(variables: dict[str, Any], parameters: Sequence[Tensor]) -> nn.Module:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_gradguard.layout import Bools, Layout
 from lightning_gradguard.measure.distributed import Ranks, local_shard_
+from lightning_gradguard.measure.shards import Parameter
 
 _WIDE = (torch.float64, torch.complex128)
 
@@ -26,8 +27,8 @@ class Gradients:
     of summing would change a healthy training in the last bit. A DTensor stands for its local shard. Nothing else is copied.
 
     Args:
-        parameters: tensors with a `.grad` or None there.
-        sharded: whether there are DTensors among them.
+        parameters: tensors or shards with a `.grad` or None there.
+        sharded: whether there are DTensors or shards among them.
         is_uniform: whether all are known to share device and dtype, which saves a look at each.
         names: one per parameter; empty: they go by their position.
         others: gradients of the same optimizer that are not measured, but must be finite, too.
@@ -41,7 +42,7 @@ class Gradients:
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        parameters: Sequence[Parameter],
         *,
         sharded: bool = False,
         is_uniform: bool = False,
@@ -54,14 +55,15 @@ class Gradients:
         self._parameters = parameters
         self._names = names
         self._is_uniform = is_uniform
-        grads = [parameter.grad for parameter in parameters]
         shares = None
         if sharded:
             shards = [local_shard_(parameter, self.ranks) for parameter in parameters]
             grads = [shard for shard, _ in shards]
             shares = [share for shard, share in shards if shard is not None]
+        else:
+            grads = [parameter.grad for parameter in parameters]
         self.tensors = [grad for grad in grads if grad is not None]
-        self._coalesced: dict[int, tuple[Tensor, Tensor]] = {}
+        self._coalesced: dict[int, tuple[Parameter, Tensor]] = {}
         if True in [grad.is_sparse for grad in self.tensors]:
             grads = [grad if grad is None or not grad.is_sparse else grad.coalesce() for grad in grads]
             pairs = zip(parameters, grads, strict=True)
@@ -91,7 +93,7 @@ class Gradients:
         return Layout.of(names, (tuple(parameter.shape) for parameter in self._parameters))
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Parameter]:
         """Those that have a gradient, as the user passed them, [num_tensors]."""
         return [it for it, is_here in zip(self._parameters, self.present.tolist(), strict=True) if is_here]
 

@@ -14,6 +14,7 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Environment, Guard
+from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -35,6 +36,7 @@ from lightning_gradguard.trainer.replay.bundles import Bundles
 from lightning_gradguard.trainer.replay.investigation import Investigation
 from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.sinks import all_sinks
+from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -49,13 +51,22 @@ class Fit:
         settings: of the guards.
         options: of the fit.
         history: what it may go on from.
+
+    Raises:
+        ConflictError: for a strategy that can't be guarded.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, settings: Settings, options: Options, history: History
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        settings: Settings,
+        options: Options,
+        history: History,
     ) -> None:
         self._trainer = trainer
         self._module = module
+        self._engine = engine_of(trainer)
         self._settings = settings
         self._options = options
         self._history = history
@@ -112,8 +123,14 @@ class Fit:
     def start(self) -> None:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
+        self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
         self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
-        if options.max_replays:
+        if options.max_replays and self._engine.no_replay is not None:
+            rank_zero_info(
+                f"GradGuard names no culprits under {type(trainer.strategy).__name__} and writes no bundles: "
+                f"{self._engine.no_replay}, so that a bad step can't be replayed."
+            )
+        elif options.max_replays:
             left = options.max_replays - history.num_replays
             self._investigation = Investigation(
                 trainer, module, self._window, self._buffers, left, sample_dim=options.sample_dim
@@ -122,8 +139,8 @@ class Fit:
             self._bundles = Bundles(
                 trainer, module, self._window, max_mib=options.max_bundle_mib, guard=self._settings.in_words()
             )
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
-        self.guards = Guards(trainer, module, settings, self._environment(), history)
+        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
+        self.guards = Guards(trainer, self._watch, settings, self._environment(), history)
         if self._quarantine is not None:
             self._quarantine.start()
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
@@ -166,19 +183,19 @@ class Fit:
 
     def step(self, optimizer: Optimizer) -> None:
         """Have the guard decide about a step, write a bad one down, and stop the training where that was decided."""
-        is_no_step = not self._has_backward and skips_without_backward(self._trainer, self._module)
-        if self.guards is None or is_no_step or is_no_optimizer(optimizer):
+        if self.guards is None or is_no_optimizer(optimizer) or not self._engine.is_step():
+            return
+        if not self._has_backward and skips_without_backward(self._trainer, self._module):
             return
         index = self.guards.index_of(optimizer)
         guard = self.guards[index]
-        num_alerts = len(guard.alerts)
         self._window_begins = True
         try:
             guard.decide(self._position(index, self.guards))
         finally:
             self._batches.clear()
             self.last = guard.last
-            self._look_back(optimizer, guard, tuple(guard.alerts[num_alerts:]))
+            self._look_back(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop()
         guard.leave()
@@ -255,7 +272,11 @@ class Fit:
             listener=self._note,
             clips_later=clips_later(self._trainer, self._module),
             investigate=self._investigation,
+            archive=self._archive,
         )
+
+    def _watch(self, optimizer: Optimizer) -> WatchedParameters:
+        return self._engine.watch(self._module, optimizer, self._settings.only)
 
     def _note(self, record: Record) -> None:
         if self._recovery is not None:
@@ -263,14 +284,19 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard, alerts: tuple[Alert, ...]) -> None:
-        """After a step: write it down if there were alerts, and note what a later replay needs."""
+    def _archive(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
+        """Write a bad step down; its alerts say where."""
+        if self._bundles is None or self._investigation is None or not self._knows_batches:
+            return alerts
+        optimizer = self._trainer.optimizers[alerts[0].optimizer]
+        return self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
+
+    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
+        """After a step: note what a later replay needs."""
         if self._investigation is not None:
-            if self._bundles is not None and self._knows_batches:
-                self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
-            self._investigation.note(optimizer, guard.last)
+            self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 
     def _position(self, index: int, guards: Guards) -> Position:

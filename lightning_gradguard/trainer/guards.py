@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from torch.optim import Optimizer
@@ -17,7 +17,7 @@ from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch import Trainer
 
 
 class Guards:
@@ -27,17 +27,22 @@ class Guards:
 
     Args:
         trainer: whose optimizers.
-        module: what they train.
+        watch: gives the parameters that an optimizer trains.
         settings: of each guard.
         environment: of each guard.
         history: what to go on from.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, settings: Settings, environment: Environment, history: History
+        self,
+        trainer: Trainer,
+        watch: Callable[[Optimizer], WatchedParameters],
+        settings: Settings,
+        environment: Environment,
+        history: History,
     ) -> None:
         self._trainer = trainer
-        self._module = module
+        self._watch = watch
         self._settings = settings
         self._environment = environment
         self._optimizers: list[Optimizer] = []
@@ -145,6 +150,4 @@ class Guards:
         return [optimizer for optimizer in self._trainer.optimizers if not is_no_optimizer(optimizer)]
 
     def _make(self, optimizer: Optimizer) -> Guard:
-        named = self._module.named_parameters
-        parameters = WatchedParameters(named(), optimizer, self._settings.only, look_again=named)
-        return Guard.from_settings(self._settings.fresh(), parameters, self._environment)
+        return Guard.from_settings(self._settings.fresh(), self._watch(optimizer), self._environment)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -60,7 +60,8 @@ class Quarantine:
             self.left_out |= self._trainer.strategy.broadcast(listed)
 
     def detach(self) -> None:
-        """Leave nothing on the strategy."""
+        """List what is still waiting, and leave nothing on the strategy."""
+        self._write()
         if self._process is not None:
             self._process.remove()
 
@@ -117,12 +118,15 @@ class Quarantine:
             return
         incidents, self._incidents, self._is_due = _of_all_ranks(self._incidents), [], False
         self.left_out.update(sample for incident in incidents for sample in incident.samples or ())
+        self._write(incidents)
+
+    def _write(self, incidents: Sequence[Incident] = ()) -> None:
         if self._file is None or not self._trainer.is_global_zero:
             return
         try:
             self._file.append(incidents)
         except OSError as error:
-            self._fail(error)
+            self._fail(error, "each new batch is a new try, and then also lists those that are waiting")
 
     def _process_and_watch(self, process: Callable[..., Any], dataloader: object) -> object:
         processed: object = process(dataloader)
@@ -132,17 +136,20 @@ class Quarantine:
 
     def _listed(self, file: QuarantineFile) -> set[int]:
         try:
-            return file.samples()
+            samples, left_out = file.read()
         except OSError as error:
-            self._fail(error)
+            self._fail(error, "what it lists is not left out")
             return set()
+        if left_out.count:
+            warnings.warn(f"{file!r}: {left_out}. All other lines count.", GuardWarning, stacklevel=2)
+        return samples
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError, lost: str) -> None:
         if not self._has_failed:
             self._has_failed = True
             warnings.warn(
-                f"The list of quarantined batches can't be used ({error}). Training goes on; batches may be missing there. "
-                "Further failures of it are not shown.",
+                f"The list of quarantined batches can't be used ({error}). Training goes on; {lost}. Further failures of it "
+                "are not shown.",
                 GuardWarning,
                 stacklevel=2,
             )

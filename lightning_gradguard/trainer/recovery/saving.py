@@ -104,7 +104,7 @@ class SaveGate:
                 self.detach()
 
     def _damaged(self, *, weights_only: bool) -> list[str]:
-        weights = self._state.weights() if not weights_only else list(self._module.named_parameters())
+        weights = self._state.weights() if not weights_only else self._state.parameters()
         names = find_nonfinite(weights) + find_nonfinite(self._module.named_buffers(), may_be_infinite=True)
         return [name for name in names if name not in self._exempt]
 

@@ -87,6 +87,7 @@ class Replay:
         optimizer: Optimizer,
         *,
         step: int | None = None,
+        batches: Sequence[MicroBatch] | None = None,
         observe: Observer | None = None,
         change: Callable[[Any], Any] = lambda batch: batch,
         prepare: Callable[[State], None] = lambda state: None,  # noqa: ARG005
@@ -97,13 +98,14 @@ class Replay:
         Args:
             optimizer: whose step it is.
             step: number of the decision; None: the running one.
+            batches: what to run; None: the micro-batches of the step.
             observe: what watches each micro-batch.
             change: what to put in the place of a batch.
             prepare: called before the first micro-batch; what it changes is put back as well.
             passed: called at each step before the one that is replayed; gradients until then were not its.
         """
         replayed = Replayed()
-        batches = self._window.of(optimizer, step)
+        batches = self._window.of(optimizer, step) if batches is None else batches
         reached = _Steps(optimizer, self._window.num_steps(optimizer), passed)
         with ExitStack() as stack:
             state = stack.enter_context(unchanged(self._module))

@@ -36,6 +36,21 @@ class ParameterReport:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A call in the user's code, or in a library that it uses.
+
+    Attributes:
+        file, line, source: where it is.
+        function: its name, with the class of its `self`, as `Model.loss`.
+    """
+
+    file: str
+    line: int
+    function: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Culprit:
     """Who made the damage, as far as it could be found.
 
@@ -45,7 +60,7 @@ class Culprit:
             `batch['x']`, for data; the parameter's or buffer's name for weights.
         op: aten operator or autograd node.
         file, line, source: the line of code.
-        samples: bad rows of the batch, or None.
+        samples: bad rows of the batch, where they are certain; None: it is not single ones, or it can't be told.
         rank: the process.
         reproduced: whether a replay gave the same gradients.
         error: relative error of the replayed gradients.
@@ -55,6 +70,8 @@ class Culprit:
         before: the operators before it and what came out of them, in words, oldest first.
         cause: why gradients vanish or explode, in a word ("saturation", "rate", "sample", ...); "" for NaN and Inf.
         factors: lines of a Markdown table: what each layer multiplies the gradient by.
+        probable_samples: rows of the batch that are bad as far as can be guessed; None where they are certain, or not known.
+        frames: the calls that led to the line, innermost first, up to five: your own code, then one for each library.
     """
 
     phase: str
@@ -73,6 +90,8 @@ class Culprit:
     before: tuple[str, ...] = ()
     cause: str = ""
     factors: tuple[str, ...] = ()
+    probable_samples: tuple[int, ...] | None = None
+    frames: tuple[Frame, ...] = ()
 
 
 @dataclass(frozen=True)

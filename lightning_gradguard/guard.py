@@ -2,44 +2,59 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
+from lightning_gradguard.act.base import Executor
 from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.choice import executor_for
+from lightning_gradguard.act.closures import InClosure
 from lightning_gradguard.act.gate import Gate
 from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
-from lightning_gradguard.clippers import Clipped, Clipper
+from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
-from lightning_gradguard.errors import GradientError
-from lightning_gradguard.judge.judge import Judge, Judgement, state_for
-from lightning_gradguard.layout import Bools
-from lightning_gradguard.measure.gradients import Gradients
-from lightning_gradguard.measure.histogram import HistogramMeter
-from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
+from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
-from lightning_gradguard.measure.updates import UpdateMeter
+from lightning_gradguard.measure.step import StepMeter
 from lightning_gradguard.policy import Action, ActionName, require_int
-from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
-from lightning_gradguard.report.alerting import INVESTIGATED, alerts_of
-from lightning_gradguard.report.summary import add_alert, count
+from lightning_gradguard.record import Measurement, Position, Record, Totals
+from lightning_gradguard.report.alerting import INVESTIGATED
+from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
-from lightning_gradguard.sinks.base import SafeSink
 
-# Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
-# never calls `step` reaches it.
-_MAX_MICRO_BATCHES = 4096
 
-Investigate = Callable[[Position, Measurement, str], Culprit | None]
-"""Says who is to blame for a finding of some kind; asked while the step's gradients are still there, if they ever are."""
+@dataclass(frozen=True, eq=False)
+class Environment:
+    """What a guard works with besides its settings.
+
+    Attributes:
+        log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
+        buffers: what a skipped forward pass may have damaged.
+        scaler: what scales the loss in fp16 training.
+        listener: gets every record on every rank, before the sinks; what it raises is not caught.
+        investigate: says who is to blame for a finding of some kind; asked while the step's gradients are still there, if
+            they ever are.
+
+    Raises:
+        ValueError: if `log_every_n_steps` is wrong.
+    """
+
+    log_every_n_steps: int
+    buffers: BufferRepair
+    scaler: GradScaler | None = None
+    listener: Callable[[Record], None] | None = None
+    investigate: Callable[[Position, Measurement, str], Culprit | None] | None = None
+
+    def __post_init__(self) -> None:
+        require_int("log_every_n_steps", self.log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
 
 
 class Guard:
@@ -113,81 +128,62 @@ class Guard:
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
         )
-        for detector in settings.detectors:
-            if detector.policy.action is Action.ROLLBACK:
-                raise ValueError(
-                    f"The action of detector `{detector.name}` must be one that a guard alone can take, got 'rollback': "
-                    "going back needs a Trainer. Use `GradGuard`, or 'skip' here."
-                )
+        settings.refuse_rollback()
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
         parameters = WatchedParameters(named_parameters, optimizer, settings.only)
-        self._set_up(settings, parameters, log_every_n_steps, BufferRepair(named_buffers), scaler)
+        environment = Environment(log_every_n_steps, BufferRepair(named_buffers), scaler)
+        self._set_up(settings, parameters, environment)
 
     @classmethod
-    def from_settings(
-        cls,
-        settings: Settings,
-        parameters: WatchedParameters,
-        *,
-        log_every_n_steps: int,
-        buffers: BufferRepair,
-        scaler: GradScaler | None = None,
-        listener: Callable[[Record], None] | None = None,
-        investigate: Investigate | None = None,
-    ) -> Guard:
-        """A guard with exactly these sinks; for adapters such as `GradGuard`.
-
-        Unlike a sink, `listener` gets every record on every rank, and what it raises is not caught.
-        """
+    def from_settings(cls, settings: Settings, parameters: WatchedParameters, environment: Environment) -> Guard:
+        """A guard with exactly these sinks; for adapters such as `GradGuard`."""
         guard = cls.__new__(cls)
-        guard._set_up(settings, parameters, log_every_n_steps, buffers, scaler)
-        guard._listener = listener
-        guard._investigate = investigate
+        guard._set_up(settings, parameters, environment)
         return guard
 
-    def _set_up(
-        self,
-        settings: Settings,
-        parameters: WatchedParameters,
-        log_every_n_steps: int,
-        buffers: BufferRepair,
-        scaler: GradScaler | None,
-    ) -> None:
-        require_int("log_every_n_steps", log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
-        optimizer = parameters.optimizer
-        self._parameters = parameters
-        self._judge = Judge(settings.detectors)
-        self._updates = UpdateMeter()
-        self._scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
-        self._gate = Gate(parameters, settings.clipper, buffers, uses_scaler=self._scaling is not None)
-        self._sinks = [SafeSink(sink) for sink in settings.sinks]
-        self._investigate: Investigate | None = None
-        self._scalar_interval = log_every_n_steps
+    def _set_up(self, settings: Settings, parameters: WatchedParameters, environment: Environment) -> None:
+        optimizer, scaler = parameters.optimizer, environment.scaler
+        scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
         self._histogram_interval = settings.histogram_every_n_steps or 0
-        self._histogram_meter = HistogramMeter()
-        self._pending: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
-        self._pending_step: PendingStep | None = None
-        self._has_rivals = False  # other optimizers, whose backward passes are told of as well
-        self._listener: Callable[[Record], None] | None = None
-        self._notices: list[Alert] = []
-        self.totals = Totals()
+        self._meter = StepMeter(parameters, scaling)
+        self._judge = Judge(settings.detectors)
+        self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
+        self._executor: Executor = executor_for(self._gate, parameters)
+        self._reporter = Reporter(
+            settings.sinks, scalar_interval=environment.log_every_n_steps, listener=environment.listener
+        )
+        self._investigate = environment.investigate
+        self._pending: PendingStep | None = None
+
+    @property
+    def totals(self) -> Totals:
         """Counts so far."""
-        self.alerts: list[Alert] = []
+        return self._reporter.totals
+
+    @property
+    def alerts(self) -> list[Alert]:
         """Reported findings, oldest first."""
-        self.last: Record | None = None
+        return self._reporter.alerts
+
+    @property
+    def last(self) -> Record | None:
         """The last step."""
-        self.stopped_by: Alert | None = None
+        return self._reporter.last
+
+    @property
+    def stopped_by(self) -> Alert | None:
         """What asked for the end of training; None: nothing has."""
+        return self._reporter.stopped_by
 
     @property
     def num_steps(self) -> int:
         """Steps so far, one included whose outcome the host has yet to learn."""
-        return self.totals.num_steps + (self._pending_step is not None)
+        return self.totals.num_steps + self.is_pending
 
     @property
     def is_pending(self) -> bool:
         """Whether the host has yet to learn of the last step."""
-        return self._pending_step is not None
+        return self._pending is not None
 
     @torch.no_grad()
     def before_backward(self, loss: Tensor | None = None) -> None:
@@ -199,19 +195,7 @@ class Guard:
         Args:
             loss: what `backward()` is called on, scalar; with a `scaler`, scaled by it.
         """
-        scale = self._scaling.scale if self._scaling is not None else None
-        sofar = None
-        if self._pending or self._has_rivals:
-            sofar = self._gradients().local_total_norm()
-            sofar = sofar if scale is None else sofar / scale
-        if self._pending:
-            self._pending[-1] = replace(self._pending[-1], total_norm=sofar)
-            sofar = None
-        if loss is None or loss.numel() != 1:
-            self._pending.append(MicroBatch(norm_before=sofar))
-            return
-        value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-        self._pending.append(MicroBatch(loss=value if scale is None else value / scale, norm_before=sofar))
+        self._meter.before_backward(loss)
 
     @torch.no_grad()
     def step(self, position: Position | None = None) -> Record:
@@ -230,41 +214,44 @@ class Guard:
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
-        if self._gate.undoable is not None and self._gate.undoable.note_evaluation() and self.last is not None:
-            return self._step_again(self.last)
-        was_running = self.stopped_by is None
-        self.flush()
-        if was_running and self.stopped_by is not None and self.last is not None:
-            # The host has just learnt that the step before ends the training: this one comes too late.
-            self._gate.skip_()
-            self._pending.clear()
-            return self.last
-        updates = self._updates.read_(self._parameters.tensors)
-        if self._parameters.refresh():
-            updates = None
+        if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
+            return self._evaluate_again(self.last)
+        if (end := self._end_learnt_late()) is not None:
+            return end
+        updates = self._meter.read_update_()
         self._gate.open()
-        position = position or Position(step=self.totals.num_steps, log_step=self.totals.num_steps)
-        with_histogram = _is_due(position.log_step, self._histogram_interval)
-        gradients, facts = self._measure(position, updates, with_histogram=with_histogram)
-        layout = self._parameters.layout
-        threshold = self._judge.skip_threshold() if self.last is not None and self._gate.can_defer(gradients) else None
-        if self.last is not None and threshold is not None:
-            coef = self._gate.defer_(gradients, facts, threshold)
-            self._pending_step = PendingStep.start(position, facts, coef, gradients.present, layout)
-            self._watch_update()
+        position = position or Position(step=self.num_steps, log_step=self.num_steps)
+        histogram_is_due = is_due(position.log_step, self._histogram_interval)
+        step = self._meter.measure(position, updates, with_histogram=histogram_is_due)
+        # What the device compares with. The first step is the host's, since it has to return a record.
+        knows_threshold = self._executor.wants_threshold and self.last is not None
+        pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
+        if pending.is_left_to_device and self.last is not None:
+            self._pending = pending
+            self._watch_update(is_applied=True)
             return self.last
-        if (queued := self._gate.queue_clip_(gradients, facts)) is not None:
-            pending = PendingStep.start(position, facts, queued, gradients.present, layout)
-            record = self._land(pending, gradients, facts)
-            self._watch_update(record.decision)
-            return record
-        measurement = facts.read(gradients, layout)
-        judgement = self._judge.judge(measurement)
-        culprit = self._culprit(position, measurement, judgement)
-        clipped = self._apply(gradients, facts, measurement, judgement.decision)
-        self._watch_update(judgement.decision)
-        histograms = self._histograms(facts.histogram, gradients.present)
-        return self._finish(position, measurement, judgement, clipped, histograms, culprit=culprit)
+        return self._conclude(pending)
+
+    def _conclude(self, pending: PendingStep, *, is_repeated: bool = False) -> Record:
+        """Judge a measured step, carry out what is decided, and tell."""
+        measurement = pending.read()
+        judgement = self._judge.judge(measurement, is_repeated=is_repeated)
+        culprit = self._culprit(pending.position, measurement, judgement)
+        clipped = self._executor.finish_(pending, measurement, judgement.decision)
+        if not pending.is_left_to_device:
+            self._watch_update(is_applied=not judgement.decision.skip)
+        histograms = self._meter.histograms(pending.histogram, pending.present)
+        step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
+        return self._reporter.report(step, replaces_last=is_repeated)
+
+    def _evaluate_again(self, first: Record) -> Record:
+        """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
+        pending = self._executor.begin_(self._meter.measure(first.position), None)
+        measurement = pending.read()
+        if not first.decision.skip and not measurement.is_finite:
+            return self._conclude(pending, is_repeated=True)
+        self._executor.finish_(pending, measurement, first.decision)
+        return first
 
     def flush(self) -> None:
         """Wait for a step that the device has decided by itself, and record it.
@@ -272,24 +259,31 @@ class Guard:
         Raises:
             GradientError: where its action is "raise".
         """
-        pending, self._pending_step = self._pending_step, None
+        pending, self._pending = self._pending, None
         if pending is not None:
-            self._land(pending)
+            self._conclude(pending)
 
     def close(self) -> None:
         """Let the sinks write out what they hold. The guard can be used on."""
-        for sink in self._sinks:
-            sink.close()
+        self._reporter.close()
+
+    def detach(self) -> None:
+        """Take all hooks off the optimizer, which ends the guard."""
+        self._gate.detach()
+        self._executor.detach()
+
+    def notify(self, alert: Alert) -> None:
+        """Report something that is no finding about gradients; before the first step it waits for that."""
+        self._reporter.notify(alert)
 
     def state_dict(self) -> dict[str, Any]:
         """Baselines, streaks and counts in plain types, so that a resumed run decides as one that ran through."""
         self.flush()
-        clipper = self._gate.clipper
         return {
             "judge": self._judge.state_dict(),
-            "clipper": clipper and {"type": type(clipper).__qualname__, "state": clipper.state_dict()},
-            "updates": self._updates.state_dict(self._parameters.tensors),
-            "totals": {**vars(self.totals), "alerts_by_kind": dict(self.totals.alerts_by_kind)},
+            "clipper": self._gate.state_dict(),
+            "updates": self._meter.state_dict(),
+            "totals": self._reporter.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -297,82 +291,30 @@ class Guard:
 
         Whatever is configured otherwise than in the run that saved it starts afresh, with a warning.
         """
-        self.totals = Totals(**state["totals"])
+        self._reporter.load_state_dict(state["totals"])
         self._judge.load_state_dict(state["judge"])
-        self._updates.load_state_dict(state["updates"])
-        clipper = self._gate.clipper
-        saved = None if clipper is None else state_for(clipper, state["clipper"], "clipper")
-        if clipper is not None and saved is not None:
-            clipper.load_state_dict(saved)
+        self._meter.load_state_dict(state["updates"])
+        self._gate.load_state_dict(state["clipper"])
 
     def return_to(self, state: dict[str, Any]) -> None:
         """Judge and clip as at a saved state; counts and alerts go on."""
-        self._pending.clear()
-        self.load_state_dict({**state, "totals": vars(self.totals)})
+        self._meter.forget()
+        self.load_state_dict({**state, "totals": self._reporter.state_dict()})
 
-    def notify(self, alert: Alert) -> None:
-        """Report something that is no finding about gradients; before the first step it waits for that."""
-        if self.last is None:
-            self._notices.append(alert)
-            return
-        self.totals = add_alert(self.totals, alert)
-        self._tell(replace(self.last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
+    def _end_learnt_late(self) -> Record | None:
+        """Learn of the step before. If it ends the training, the present one comes too late, and is not applied."""
+        was_running = self.stopped_by is None
+        self.flush()
+        if not was_running or self.stopped_by is None:
+            return None
+        self._gate.skip_()
+        self._meter.forget()
+        return self.last
 
-    def _gradients(self) -> Gradients:
-        watched = self._parameters
-        others = None
-        if watched.excluded:
-            others = Gradients(watched.excluded, sharded=watched.is_sharded, names=watched.excluded_layout.names)
-        return Gradients(
-            watched.tensors,
-            sharded=watched.is_sharded,
-            is_uniform=watched.is_uniform,
-            names=watched.layout.names,
-            others=others,
-        )
-
-    def _watch_update(self, decision: Decision | None = None) -> None:
-        """Have the update of this step measured, if it is applied and someone asks; no decision: the device has it."""
-        if self._judge.needs_update() and not (decision is not None and decision.skip):
-            self._updates.start_(self._parameters.tensors)
-
-    def _measure(
-        self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False
-    ) -> tuple[Gradients, Facts]:
-        self._has_rivals = position.num_optimizers > 1
-        scale = None
-        if self._scaling is not None:
-            scale = self._scaling.scale
-            self._scaling.unscale_()
-        gradients = self._gradients()
-        histogram = self._histogram_meter.count(gradients) if with_histogram and gradients.tensors else None
-        facts = measure(
-            gradients,
-            self._pending,
-            loss_scale=scale,
-            histogram=histogram,
-            some_are_foreign=self._has_rivals,
-            updates=updates,
-        )
-        self._pending.clear()
-        return gradients, facts
-
-    def _land(self, pending: PendingStep, gradients: Gradients | None = None, facts: Facts | None = None) -> Record:
-        """Judge a step that the device has clipped; skip it where the gradients are still here, else the device did."""
-        measurement, clipped = pending.land(gradients)
-        judgement = self._judge.judge(measurement)
-        culprit = self._culprit(pending.position, measurement, judgement)
-        is_here = gradients is not None and facts is not None
-        if judgement.decision.skip:
-            clipped = Clipped(coef=1.0, norm=measurement.global_norm)
-        if judgement.decision.skip and is_here:
-            self._gate.skip_()
-        elif measurement.overflowed and gradients is not None and facts is not None:
-            clipped = self._gate.clip_(gradients, facts, measurement)
-        else:
-            self._gate.settle(skipped=judgement.decision.skip)
-        histograms = self._histograms(pending.histogram, pending.present)
-        return self._finish(pending.position, measurement, judgement, clipped, histograms, culprit=culprit)
+    def _watch_update(self, *, is_applied: bool) -> None:
+        """Have the update of this step measured, if someone asks for it."""
+        if is_applied and self._judge.needs_update():
+            self._meter.start_update_()
 
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
         """Who is to blame for what is going to be reported."""
@@ -381,82 +323,3 @@ class Guard:
         if self._investigate is None or not kinds:
             return None
         return self._investigate(position, measurement, kinds[0] if measurement.is_finite else "nonfinite")
-
-    def _histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
-        return None if counts is None else self._histogram_meter.read(counts, present, self._parameters.layout)
-
-    def _apply(self, gradients: Gradients, facts: Facts, measurement: Measurement, decision: Decision) -> Clipped:
-        if decision.skip:
-            self._gate.skip_()
-            return Clipped(coef=1.0, norm=measurement.global_norm)
-        return self._gate.clip_(gradients, facts, measurement)
-
-    def _step_again(self, first: Record) -> Record:
-        """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
-        gradients, facts = self._measure(first.position)
-        measurement = facts.read(gradients, self._parameters.layout)
-        if first.decision.skip:
-            self._gate.skip_()
-            return first
-        if measurement.is_finite:
-            self._gate.clip_(gradients, facts, measurement, is_repeated=True)
-            return first
-        judgement = self._judge.judge(measurement, is_repeated=True)
-        culprit = self._culprit(first.position, measurement, judgement)
-        clipped = self._apply(gradients, facts, measurement, judgement.decision)
-        # The same step is decided a second time, so the first decision is taken out of the counts.
-        self.totals = replace(self.totals, num_steps=self.totals.num_steps - 1)
-        return self._finish(first.position, measurement, judgement, clipped, None, culprit=culprit)
-
-    def _finish(
-        self,
-        position: Position,
-        measurement: Measurement,
-        judgement: Judgement,
-        clipped: Clipped,
-        histograms: Histograms | None,
-        *,
-        culprit: Culprit | None,
-    ) -> Record:
-        """Count, record, and tell."""
-        alerts = (*self._notices, *alerts_of(position, judgement.verdicts, judgement.decision, culprit))
-        self._notices = []
-        self.totals = count(self.totals, measurement, judgement.decision, alerts, is_clipped=clipped.coef < 1.0)
-        record = Record(
-            position,
-            measurement,
-            judgement.verdicts,
-            judgement.decision,
-            clipped.coef,
-            clipped.norm,
-            judgement.limit,
-            alerts,
-            self.totals,
-            scalars_due=_is_due(position.log_step, self._scalar_interval),
-            histograms=histograms,
-        )
-        self._publish(record)
-        return record
-
-    def _publish(self, record: Record) -> None:
-        self.last = record
-        if self._listener is not None:
-            self._listener(record)
-        self._tell(record)
-
-    def _tell(self, record: Record) -> None:
-        self.alerts.extend(record.alerts)
-        strongest = max(record.alerts, key=lambda alert: alert.action, default=None)
-        if strongest is not None and strongest.action >= Action.STOP and self.stopped_by is None:
-            self.stopped_by = strongest
-        try:
-            for sink in self._sinks:
-                sink.write(record)
-        finally:
-            # Also where warnings are errors, and the console has just raised one.
-            if strongest is not None and strongest.action is Action.RAISE:
-                raise GradientError(strongest)
-
-
-def _is_due(step: int, interval: int) -> bool:
-    return interval > 0 and (step + 1) % interval == 0

@@ -87,6 +87,15 @@ class Settings:
         detectors = {detector.name: f"{type(detector).__name__}({detector.policy})" for detector in self.detectors}
         return {"clip": repr(self.clipper), **detectors}
 
+    def refuse_rollback(self) -> None:
+        """Raise a `ValueError` if a detector would go back to an earlier state, which needs a Trainer."""
+        for detector in self.detectors:
+            if detector.policy.action is Action.ROLLBACK:
+                raise ValueError(
+                    f"The action of detector `{detector.name}` must be one that a guard alone can take, got 'rollback': "
+                    "going back needs a Trainer. Use `GradGuard`, or 'skip' here."
+                )
+
     def fresh(self) -> Settings:
         """The same with clipper and detectors of its own, so that several optimizers share no baseline."""
         return replace(self, clipper=copy.deepcopy(self.clipper), detectors=copy.deepcopy(self.detectors))

@@ -23,7 +23,7 @@ LAYERS = (
     # plain words, without torch
     *("policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
     # gradients -> measure -> judge -> act -> report
-    *("measure", "statistics", "detectors", "judge", "clippers", "act", "report", "sinks"),
+    *("measure", "statistics", "detectors", "judge", "clippers", "act", "sinks", "report"),
     # looking into a bad step, and going back
     *("forensics", "recovery"),
     # the pipeline, and Lightning around it
@@ -39,46 +39,71 @@ WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "tensorboard_p
 NEVER = {
     "detectors": ("measure",),
     "judge": ("measure",),
-    "report": ("measure", "statistics", "detectors", "clippers", "act"),
+    "report": ("measure", "statistics", "clippers", "act"),
     "sinks": (
         *("measure", "statistics", "detectors", "judge", "clippers", "act"),
         *(f"tensorboard_plugin.{name}" for name in ("data", "plugin", "tree", "views")),
     ),
     "clippers": ("detectors", "judge"),
     "tensorboard_plugin": ("alert", "record", "errors"),
-    "forensics": ("detectors", "judge", "clippers", "act", "report", "sinks"),
+    "forensics": ("detectors", "judge", "clippers", "act", "sinks", "report"),
 }
 """What a layer must not import although it stands below: between measuring and acting there are plain numbers only."""
 
 ALONE = {
-    "lightning": ("callback", "trainer"),
-    "pytorch_lightning": ("callback", "trainer"),
+    "lightning": ("trainer.packages",),
+    "pytorch_lightning": ("trainer.packages",),
+    "lightning_fabric": ("trainer.packages",),
     "tensorboard": ("sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
     "torch.utils.tensorboard": ("sinks.tensorboard",),
     "typer": ("cli",),
     "rich": ("cli",),
 }
-"""Who alone imports a foreign package."""
+"""Who alone imports a foreign package. Of Lightning's two there may be either, so one place knows their classes."""
 
 
 def imports(source):
-    """All modules that a source imports at run time, wherever in it; not those for type checkers only."""
+    """All modules that a source imports at run time, wherever in it, by name too; not those for type checkers only."""
     tree = ast.parse(source)
-    typing_only = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING"
-        for node in ast.walk(block)
-    }
+    typing_only = {id(node) for block in typing_blocks(tree) for statement in block.body for node in ast.walk(statement)}
     for node in ast.walk(tree):
         if id(node) in typing_only:
             continue
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            yield from (name.value for name in node.args[:1] if isinstance(name, ast.Constant))
+        elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide what they reach"
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def typing_blocks(tree):
+    """What is for type checkers only."""
+    for block in ast.walk(tree):
+        if isinstance(block, ast.If) and isinstance(block.test, ast.Name) and block.test.id == "TYPE_CHECKING":
+            yield block
+
+
+def compared_with_one_package(source):
+    """Checks of a class that was imported from one of Lightning's packages for type checkers: the other's are others."""
+    tree = ast.parse(source)
+    of_lightning = {
+        alias.asname or alias.name
+        for block in typing_blocks(tree)
+        for node in ast.walk(block)
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and "lightning." in ast.unparse(node)
+        for alias in node.names
+    }
+    checks = (node for node in ast.walk(tree) if isinstance(node, (ast.Call, ast.Try)))
+    for check in checks:
+        named = (
+            check.args[1:] if isinstance(check, ast.Call) else [handler.type for handler in check.handlers if handler.type]
+        )
+        if isinstance(check, ast.Try) or ast.unparse(check.func) in ("isinstance", "issubclass"):
+            used = {node.id for part in named for node in ast.walk(part) if isinstance(node, ast.Name)}
+            yield from sorted(used & of_lightning)
 
 
 def inside(module, place):
@@ -138,6 +163,10 @@ def test_imports_of_the_package_have_no_cycle():
         ("clippers.norm", "from lightning_gradguard import guard"),
         ("guard", "def later():\n    from lightning.pytorch import Trainer"),
         ("guard", "import lightning"),
+        ("callback", "from lightning.pytorch import Callback"),
+        ("trainer.progress", "import pytorch_lightning"),
+        ("trainer.progress", "importlib.import_module('lightning.pytorch')"),
+        ("trainer.progress", "from lightning_fabric import Fabric"),
         ("sinks.jsonl", "from tensorboard.compat import proto"),
         ("sinks.tags", "from torch.utils.tensorboard import SummaryWriter"),
         ("tensorboard_plugin.data", "from lightning_gradguard.sinks import Sink"),
@@ -154,8 +183,8 @@ def test_imports_wrong_way_are_found(module, line):
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("callback", "from lightning.pytorch import Callback"),
-        ("trainer.progress", "import lightning"),
+        ("trainer.packages", "import lightning.pytorch"),
+        ("callback", "if TYPE_CHECKING:\n    from lightning.pytorch import Trainer"),
         ("detectors.own", "if TYPE_CHECKING:\n    from lightning_gradguard.guard import Guard"),
         ("guard", "from lightning_gradguard.detectors import Detector"),
     ],
@@ -163,6 +192,26 @@ def test_imports_wrong_way_are_found(module, line):
 def test_imports_right_way_are_allowed(module, line):
     """And it does not fail for what is in order."""
     assert violations({f"{NAME}.{module}": line}) == []
+
+
+def test_classes_of_one_lightning_package_are_never_compared_with():
+    """They are there for annotations."""
+    assert [module for module, text in SOURCES.items() if list(compared_with_one_package(text))] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "isinstance(part, LightningModule)",
+        "issubclass(type(part), (dict, LightningModule))",
+        "isinstance(part, pl.LightningModule)",
+        "try:\n    fit()\nexcept LightningModule:\n    pass",
+    ],
+)
+def test_classes_of_one_lightning_package_are_found_where_compared_with(line):
+    """The test above can fail."""
+    imported = "if TYPE_CHECKING:\n    import lightning.pytorch as pl\n    from lightning.pytorch import LightningModule\n"
+    assert list(compared_with_one_package(imported + line))
 
 
 def test_imports_in_a_circle_are_found():

@@ -8,6 +8,55 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_gradguard.act.gate import Gate
+from lightning_gradguard.act.pending import PendingStep
+from lightning_gradguard.clippers import Clipped
+from lightning_gradguard.judge.judge import SkipThreshold
+from lightning_gradguard.measure.step import MeasuredStep
+from lightning_gradguard.record import Decision, Measurement
+
+
+class InClosure:
+    """Carries out decisions about LBFGS, whose closure is evaluated several times a step; a bad evaluation undoes all of it.
+
+    Args:
+        gate: of the optimizer.
+        undoable: the optimizer's steps.
+    """
+
+    wants_threshold = False
+
+    def __init__(self, gate: Gate, undoable: UndoableStep) -> None:
+        self._gate = gate
+        self._undoable = undoable
+        self._history: dict[str, Any] | None = None
+        self._is_repeated = False
+
+    def note_evaluation(self) -> bool:
+        """An evaluation begins; True if it belongs to a step that has had one before."""
+        self._is_repeated = self._undoable.note_evaluation()
+        return self._is_repeated
+
+    def begin_(self, step: MeasuredStep, threshold: SkipThreshold | None) -> PendingStep:  # noqa: ARG002 - the protocol
+        """Nothing is queued."""
+        return PendingStep.of(step)
+
+    def finish_(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Clipped:
+        """Clip, or undo the step; one step is one entry of a clipper's history, and a step undone is none."""
+        if decision.skip:
+            self._gate.skip_()
+            self._undoable.undo_()
+            self._gate.return_to(self._history)
+            return Clipped(coef=1.0, norm=measurement.global_norm)
+        assert pending.step is not None
+        if not self._is_repeated:
+            self._history = self._gate.history()
+        return self._gate.clip_(pending.step, measurement, is_entry=not self._is_repeated)
+
+    def detach(self) -> None:
+        """Take the hooks off the optimizer."""
+        self._undoable.detach()
+
 
 class UndoableStep:
     """Makes one step of LBFGS undoable, and tells its evaluations apart from steps.
@@ -29,8 +78,10 @@ class UndoableStep:
         self._num_evaluations = 0
         self._is_running = False
         self._is_bad = False
-        optimizer.register_step_pre_hook(lambda *_: self._begin())
-        optimizer.register_step_post_hook(lambda *_: self._end())
+        self._hooks = (
+            optimizer.register_step_pre_hook(lambda *_: self._begin()),
+            optimizer.register_step_post_hook(lambda *_: self._end()),
+        )
 
     def note_evaluation(self) -> bool:
         """Count an evaluation; True if it belongs to a step that has had one before."""
@@ -48,6 +99,11 @@ class UndoableStep:
         self._optimizer.state.clear()
         for key, values in self._saved_state.items():
             self._optimizer.state[key] = _copy(values)
+
+    def detach(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
 
     def _begin(self) -> None:
         self._is_running, self._is_bad, self._num_evaluations = True, False, 0

@@ -1,4 +1,4 @@
-"""A step whose facts are still on their way from the device."""
+"""A step between its measuring and its decision: the host has yet to learn the figures."""
 
 from __future__ import annotations
 
@@ -10,62 +10,105 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.alert import ParameterReport
-from lightning_gradguard.clippers import Clipped
 from lightning_gradguard.layout import Bools, Floats, Layout
-from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.measure.measurement import Facts, look_closer
+from lightning_gradguard.measure.step import MeasuredStep
 from lightning_gradguard.record import Measurement, Position
 
 
 @dataclass(frozen=True, eq=False)
+class Transfer:
+    """Figures on their way from the device to the host, copied without a sync.
+
+    Attributes:
+        values: `Facts.pack()` and the factor of clipping, [n + 1].
+        histogram: counts, [num_tensors, row]; None on most steps.
+    """
+
+    values: Tensor
+    histogram: Tensor | None
+    _done: torch.cuda.Event | None
+
+    @classmethod
+    def start(cls, facts: Facts, coef: Tensor) -> Transfer:
+        """Queue one copy of all figures into pinned memory."""
+        values = _to_host(torch.cat([facts.pack(), coef.reshape(1).to(facts.norms.dtype)]))
+        histogram = None if facts.histogram is None else _to_host(facts.histogram)
+        done = None
+        if facts.norms.is_cuda:
+            done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            done.record()
+        return cls(values, histogram, done)
+
+    def wait(self) -> Floats:
+        """The values, float64 [n + 1]. A step later they have been there for long as a rule."""
+        if self._done is not None:
+            self._done.synchronize()
+        values: Floats = self.values.double().numpy()
+        return values
+
+
+@dataclass(frozen=True, eq=False)
 class PendingStep:
-    """What has to be kept of a step that the device decides by itself, until the host learns of it.
+    """A measured step of which the host has yet to learn.
 
     Attributes:
         position: where in the training.
-        facts: what was measured; only its shapes are used from here on.
-        present: which parameters have a gradient.
+        facts: what was measured.
         layout: names and sizes of the parameters.
-        histogram: its counts on the host, [num_tensors, row]; None on most steps.
+        present: which parameters have a gradient.
+        step: the step with its gradients; None once they may be gone, because the device decides by itself.
+        transfer: the figures on their way, with the factor that the device clips by; None: nothing has been queued.
     """
 
     position: Position
     facts: Facts
-    present: Bools
     layout: Layout
-    histogram: Tensor | None
-    _values: Tensor
-    _landed: torch.cuda.Event | None
+    present: Bools
+    step: MeasuredStep | None
+    transfer: Transfer | None = None
 
     @classmethod
-    def start(cls, position: Position, facts: Facts, coef: Tensor, present: Bools, layout: Layout) -> PendingStep:
-        """Queue one copy of all facts into pinned memory. No sync."""
-        values = _to_host(torch.cat([facts.pack(), coef.reshape(1).to(facts.norms.dtype)]))
-        histogram = None if facts.histogram is None else _to_host(facts.histogram)
-        landed = None
-        if facts.norms.is_cuda:
-            landed = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            landed.record()
-        return cls(position, facts, present, layout, histogram, values, landed)
-
-    def land(self, gradients: Gradients | None = None) -> tuple[Measurement, Clipped]:
-        """Wait for the copy, and read it. When a step later, it has been there for long as a rule.
+    def of(cls, step: MeasuredStep, transfer: Transfer | None = None, *, is_left_to_device: bool = False) -> PendingStep:
+        """From a measured step.
 
         Args:
-            gradients: what was measured, if it is still there; on an incident it is looked at more closely.
+            step: the step.
+            transfer: its figures on their way; None: they are read when they are asked for.
+            is_left_to_device: whether the device decides by itself, so that the gradients must not be kept alive.
         """
-        if self._landed is not None:
-            self._landed.synchronize()
-        values: Floats = self._values.double().numpy()
-        measurement = self.facts.unpack(values[:-1], self.present, self.layout)
-        if gradients is not None:
-            measurement = look_closer(measurement, gradients)
-        elif not math.isfinite(measurement.global_norm):
-            measurement = _from_norms(measurement)
-        return measurement, Clipped(coef=float(values[-1]), norm=measurement.global_norm * float(values[-1]))
+        kept = None if is_left_to_device else step
+        return cls(step.position, step.facts, step.layout, step.gradients.present, kept, transfer)
+
+    @property
+    def is_left_to_device(self) -> bool:
+        """Whether the device decides by itself."""
+        return self.step is None
+
+    @property
+    def histogram(self) -> Tensor | None:
+        """What was counted, [num_tensors, row]; None on most steps."""
+        return self.facts.histogram if self.transfer is None else self.transfer.histogram
+
+    def read(self) -> Measurement:
+        """The figures on the host; on an incident more of them. At most one sync."""
+        if self.transfer is None:
+            assert self.step is not None
+            return self.facts.read(self.step.gradients, self.layout)
+        measurement = self.facts.unpack(self.transfer.wait()[:-1], self.present, self.layout)
+        if self.step is not None:
+            return look_closer(measurement, self.step.gradients)
+        return measurement if math.isfinite(measurement.global_norm) else _from_norms(measurement)
+
+    def coef(self) -> float:
+        """The factor that the device has clipped by. It waits as `read` does."""
+        assert self.transfer is not None
+        return float(self.transfer.wait()[-1])
 
 
 def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.is_meta:  # has no values to copy; tests prove by it that nothing waits
+        return tensor
     target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return target.copy_(tensor.detach(), non_blocking=True)
 

@@ -21,8 +21,11 @@ from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
 from lightning_gradguard.forensics.flow.vanished import vanished
 from lightning_gradguard.forensics.nonfinite.blame import find_culprit
 from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.layout import layout_of
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.samples import Batch, leaves_of
+from lightning_gradguard.forensics.nonfinite.rows import Rows
+from lightning_gradguard.forensics.nonfinite.samples import Batch
+from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import unchanged
 
 
@@ -87,18 +90,19 @@ def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
 
     @contextmanager
     def watch(entry: dict[str, Any]) -> Iterator[None]:
-        batch = Batch.of(entry["batch"])
-        damage = Damage(module, batch)
-        damage.label(leaves_of(entry["batch"]), "data")
+        layout = layout_of(entry["batch"])
+        batch, rows = Batch.from_layout(layout), Rows(layout)
+        damage = Damage(module, batch, rows)
+        damage.label(layout.leaves, "data")
         damage.label(module.named_parameters(), "weights")
         damage.label(module.named_buffers(), "state")
         with damage.watch():
             yield
         grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        blame = find_culprit(damage.losses, damaged, batch)
+        blame = find_culprit(damage.losses, damaged, batch, damage.drops)
         if blame is not None:
-            found.append(culprit_of(blame))
+            found.append(culprit_of(blame, suspects_of(blame, layout, rows, None)))
 
     losses, norm = _run(module, bundle.batches, watch)
     return Rerun(losses, norm, found[0] if found else None)

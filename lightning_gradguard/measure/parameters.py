@@ -56,6 +56,11 @@ class WatchedParameters:
         """All parameters of the optimizer, excluded ones included."""
         return [*self.tensors, *self.excluded]
 
+    @property
+    def device(self) -> torch.device:
+        """Of the first parameter."""
+        return self.everything[0].device
+
     def refresh(self) -> bool:
         """Look whether the optimizer's groups have changed; True if the layout is a new one."""
         if self._sizes() == self._group_sizes:

@@ -28,6 +28,11 @@ def count(
     )
 
 
+def without_last_step(totals: Totals) -> Totals:
+    """The counts without the last step, which is going to be decided a second time."""
+    return replace(totals, num_steps=totals.num_steps - 1)
+
+
 def add_alert(totals: Totals, alert: Alert) -> Totals:
     """The counts after one more alert that came with no step."""
     by_kind = {**totals.alerts_by_kind, alert.kind: totals.alerts_by_kind.get(alert.kind, 0) + 1}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from typing import TYPE_CHECKING
+
+from lightning_gradguard.trainer.packages import is_checkpoint
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
 
 
 def callbacks_of(trainer: Trainer) -> list[Callback]:
@@ -18,7 +22,7 @@ def move_behind(trainer: Trainer, guard: Callback) -> None:
     """
     callbacks = callbacks_of(trainer)
     others = [callback for callback in callbacks if callback is not guard]
-    before = [callback for callback in others if not isinstance(callback, Checkpoint)]
-    after = [callback for callback in others if isinstance(callback, Checkpoint)]
+    before = [callback for callback in others if not is_checkpoint(callback)]
+    after = [callback for callback in others if is_checkpoint(callback)]
     # A new list: the Trainer may be walking over the old one.
     trainer.callbacks = [*before, guard, *after]  # type: ignore[attr-defined]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.trainer.callback_order import callbacks_of
+from lightning_gradguard.trainer.packages import MisconfigurationException, is_of_lightning
 
-_LIGHTNING = ("lightning.", "pytorch_lightning.")
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class ConflictError(MisconfigurationException, ValueError):
@@ -32,7 +33,7 @@ def refuse_second_clipping(trainer: Trainer, module: LightningModule) -> None:
             "be clipped twice. Remove `gradient_clip_val` from the Trainer, or `clip` from GradGuard."
         )
     owner = _owner_of(type(module), "configure_gradient_clipping")
-    if not owner.__module__.startswith(_LIGHTNING):
+    if not is_of_lightning(owner):
         raise ConflictError(
             f"`configure_gradient_clipping` must not be overridden where GradGuard clips, got {owner.__qualname__}'s: "
             "gradients would be clipped twice. Remove the method, or `clip` from GradGuard."

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING
+
 from torch.amp.grad_scaler import GradScaler
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def scaler_of(trainer: Trainer) -> GradScaler | None:

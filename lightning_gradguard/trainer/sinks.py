@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.sinks import ConsoleSink, JsonlSink, LoggerSink, MlflowSink, Sink, TensorBoardSink, WandbSink
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.loggers import Logger
 
 
 def all_sinks(trainer: Trainer, own: Sequence[Sink]) -> tuple[Sink, ...]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.trainer.conflicts import ConflictError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 _SUPPORTED = ("SingleDeviceStrategy", "DDPStrategy", "ModelParallelStrategy")
 _REMEDY = {

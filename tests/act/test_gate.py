@@ -10,7 +10,7 @@ from builders import mlp
 from torch.optim import LBFGS, SGD, AdamW
 
 from lightning_gradguard import Guard, Position
-from lightning_gradguard.act import gate
+from lightning_gradguard.act import choice
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -43,7 +43,7 @@ FACTORS = [1.0, 2.0, math.nan, 1.0, 1e8, 1.0, math.inf, 3.0]
 def test_deferred_steps_decide_as_those_decided_at_once(kind, clip, monkeypatch):
     """Same skips, counts and alerts, a step later; the weights agree within the kernel's rounding."""
     at_once, expected = train(kind, FACTORS, clip=clip)
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cuda", "cpu"})
     deferred, told = train(kind, FACTORS, clip=clip)
     assert told.totals == expected.totals
     assert told.totals.num_skipped == 2

@@ -9,13 +9,15 @@ import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
 
-from lightning_gradguard import ClipNorm, Detector, Explosion, Guard, Verdict
-from lightning_gradguard.act import gate
+from lightning_gradguard import ClipNorm, Detector, Explosion, Guard, Position, Verdict
+from lightning_gradguard.act import choice
 from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.gate import Gate
+from lightning_gradguard.act.on_device import OnDevice
+from lightning_gradguard.act.queued import Queued
 from lightning_gradguard.judge.judge import SkipThreshold
-from lightning_gradguard.measure.gradients import Gradients
-from lightning_gradguard.measure.measurement import MicroBatch, measure
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.step import StepMeter
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -38,7 +40,7 @@ STEPS = 50
 
 def run(optimizer_of, settings, devices, monkeypatch):
     """Train with faults; what was decided at each step, and the weights."""
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", devices)
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", devices)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
     optimizer = optimizer_of(model.parameters())
@@ -90,7 +92,7 @@ def test_queued_decisions_equal_immediate_ones_at_every_step(settings, monkeypat
 
 def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
     """The device can't know the norm of such gradients; the host clips them once it does."""
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"cpu"})
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
     parameter = nn.Parameter(torch.zeros(4))
     guard = Guard([("p", parameter)], SGD([parameter], lr=0.1), clip=1.0, explosion=None)
     parameter.grad = torch.full((4,), 1e25)
@@ -111,7 +113,7 @@ class Always(Detector):
 
 def test_detector_with_reasons_of_its_own_is_asked_before_the_step(monkeypatch):
     """What the device can't judge is never left to it."""
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"cpu"})
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
     parameter = nn.Parameter(torch.zeros(4))
     optimizer = AdamW([parameter], fused=True)
     guard = Guard([("p", parameter)], optimizer, detectors=[Always("skip")])
@@ -122,32 +124,34 @@ def test_detector_with_reasons_of_its_own_is_asked_before_the_step(monkeypatch):
     assert torch.equal(parameter.detach(), torch.zeros(4))
 
 
-def meta_gate(optimizer_of, clipper):
-    """A gate over a model without memory: whoever reads a value there gets an error."""
+def meta_step(optimizer_of, clipper):
+    """The way of a model without memory, and a step of it: whoever reads a value there gets an error."""
     model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3)).to("meta")
     optimizer = optimizer_of(model.parameters())
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     watched = WatchedParameters(model.named_parameters(), optimizer)
-    gradients = Gradients(watched.tensors, is_uniform=watched.is_uniform)
-    facts = measure(gradients, [MicroBatch(torch.empty((), device="meta"))])
-    return gate.Gate(watched, clipper, BufferRepair(model.named_buffers()), uses_scaler=False), gradients, facts
+    gate = Gate(watched, clipper, BufferRepair(model.named_buffers()), uses_scaler=False)
+    meter = StepMeter(watched, None)
+    meter.before_backward(torch.empty((), device="meta"))
+    return choice.executor_for(gate, watched), meter.measure(Position(step=0))
 
 
 @pytest.mark.parametrize("clipper", [None, ClipNorm(1.0), ClipNorm(1.0, norm_type=1.0)])
-def test_deferring_on_meta_reads_nothing(clipper, monkeypatch):
+def test_deciding_on_meta_reads_nothing(clipper, monkeypatch):
     """A healthy step of a fused optimizer has no sync: skip, clip and copy of the facts are queued."""
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"meta"})
-    over, gradients, facts = meta_gate(FUSED["adamw"], clipper)
-    assert over.can_defer(gradients)
-    over.defer_(gradients, facts, SkipThreshold(max_norm=10.0, must_be_finite=True))
-    assert facts.pack().device.type == "meta"
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"meta"})
+    executor, step = meta_step(FUSED["adamw"], clipper)
+    assert isinstance(executor, OnDevice)
+    pending = executor.begin_(step, SkipThreshold(max_norm=10.0, must_be_finite=True))
+    assert pending.is_left_to_device
+    assert step.facts.pack().device.type == "meta"
 
 
 @pytest.mark.parametrize("clipper", [None, ClipNorm(1.0)])
 def test_queueing_on_meta_reads_nothing(clipper, monkeypatch):
     """Any other optimizer: everything is queued before the one sync."""
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"meta"})
-    over, gradients, facts = meta_gate(lambda parameters: AdamW(parameters, foreach=True), clipper)
-    assert not over.can_defer(gradients)
-    assert over.queue_clip_(gradients, facts) is not None
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"meta"})
+    executor, step = meta_step(lambda parameters: AdamW(parameters, foreach=True), clipper)
+    assert isinstance(executor, Queued)
+    assert not executor.begin_(step, None).is_left_to_device

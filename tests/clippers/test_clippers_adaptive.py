@@ -26,7 +26,7 @@ from lightning_gradguard import (
     GuardWarning,
     ZClip,
 )
-from lightning_gradguard.act import gate
+from lightning_gradguard.act import choice
 from lightning_gradguard.measure.gradients import Gradients
 
 NUM_STEPS = 60
@@ -543,7 +543,7 @@ def count_of(state):
 def test_clipper_that_needs_the_host_is_not_deferred(make, fused, monkeypatch):
     """On a GPU: the host waits for the norm, so that the history is that of a CPU."""
     model, plain, norms = train(make, fused=fused)
-    monkeypatch.setattr(gate, "DEFERRING_DEVICES", {"cuda", "cpu"})
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cuda", "cpu"})
     other, guard, other_norms = train(make, fused=fused)
     assert torch.equal(weights(model), weights(other))
     assert norms == other_norms

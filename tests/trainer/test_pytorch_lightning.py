@@ -78,3 +78,52 @@ def test_pytorch_lightning_checkpoint_restores_the_guard(tmp_path):
         _trainer(tmp_path, GradGuard(), enable_checkpointing=True, callbacks=[checkpoint]).fit(Model())
     state = torch.load(checkpoint.best_model_path, weights_only=True)["callbacks"]["GradGuard"]
     assert state["guards"][0]["totals"]["num_steps"] == 8
+
+
+def test_pytorch_lightning_checkpoint_of_damaged_weights_is_refused(tmp_path):
+    """And the last good file stays."""
+
+    class Damaged(Model):
+        def training_step(self, batch, batch_idx):
+            return self.line(batch).square().mean()
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            if batch_idx == 8:
+                self.line.weight.data.fill_(math.nan)
+
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, filename="{step}")
+    guard = GradGuard()
+    with pytest.warns(GradientWarning):
+        _trainer(tmp_path, guard, enable_checkpointing=True, callbacks=[checkpoint]).fit(Damaged())
+    assert "checkpoint" in [alert.kind for alert in guard.alerts]
+    assert torch.load(checkpoint.best_model_path, weights_only=True)["state_dict"]["line.weight"].isfinite().all()
+    assert [path.name for path in tmp_path.glob("*.ckpt")] == ["step=8.ckpt"]
+
+
+@pytest.mark.parametrize("max_replays", [0, 3])
+def test_pytorch_lightning_replay_logs_and_prints_nothing(tmp_path, capsys, max_replays):
+    """Means over the epoch are those of a run without replays, and each line comes once."""
+
+    class Inner(pl.LightningModule):
+        def note(self):
+            self.print("seen")
+
+    class Logging(Model):
+        def __init__(self):
+            super().__init__()
+            self.inner = Inner()
+
+        def training_step(self, batch, batch_idx):
+            self.log("count", 1.0, on_step=False, on_epoch=True, reduce_fx="sum", batch_size=8)
+            if batch_idx == 5:
+                self.inner.trainer = self.trainer
+                self.inner.note()
+            return super().training_step(batch, batch_idx)
+
+    guard = GradGuard(max_replays=max_replays)
+    trainer = _trainer(tmp_path, guard)
+    with pytest.warns(GradientWarning, match="Nonfinite at step 5"):
+        trainer.fit(Logging())
+    assert trainer.callback_metrics["count"] == 12
+    assert capsys.readouterr().out.count("seen") == 1
+    assert (guard.alerts[0].culprit is None) == (max_replays == 0)

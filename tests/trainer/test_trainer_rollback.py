@@ -192,7 +192,7 @@ def test_rollback_again_and_again_stops_in_the_last_good_state(tmp_path):
     assert guard.stopped_by.kind == "rollback"
     assert guard.stopped_by.value > 0
     assert all(tensor.isfinite().all() for tensor in net.state_dict().values())
-    assert guard._recovery._num_in_a_row == 3
+    assert "rollback number 3 without a good state in between" in guard.stopped_by.message
 
 
 def test_fourth_rollback_to_a_snapshot_goes_to_the_one_before(tmp_path):
@@ -217,7 +217,7 @@ def test_new_good_snapshot_allows_as_many_rollbacks_again(tmp_path):
     guard = rolling(max_rollbacks=1)
     fit(tmp_path, Net(dict.fromkeys(range(10, 110, 10), "nan")), guard, batches=make_batches(120))
     assert guard.stopped_by is None
-    assert guard._recovery.progress.num_rollbacks == 10
+    assert guard.state_dict()["recovery"]["num_rollbacks"] == 10
 
 
 def test_manual_optimization_with_two_optimizers_takes_both_back(tmp_path):
@@ -334,7 +334,7 @@ def test_replay_from_a_snapshot_is_the_first_pass_bit_for_bit(precision, tmp_pat
         seen: list = []  # noqa: RUF012
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            state = RunState(trainer, pl_module, list(guard._guards.values()))
+            state = RunState(trainer, pl_module, guard._fit.guards)
             if batch_idx == 2:
                 self.kept = state.take()
             if batch_idx in (7, 12):
@@ -405,7 +405,7 @@ def test_rollback_from_disk_is_the_one_from_memory(directory, tmp_path):
     kept = sorted((tmp_path / directory).iterdir())
     assert [path.name for path in kept] == ["step-000000008.ckpt", "step-000000013.ckpt.pending"]
     assert all(torch.load(path, weights_only=True)["state_dict"] for path in kept)
-    assert guard._rollback.latest().name == "step-000000008.ckpt"
+    assert Rollback(directory=tmp_path / directory).latest().name == "step-000000008.ckpt"
 
 
 def test_run_resumed_from_its_latest_snapshot_is_the_one_never_stopped(tmp_path):

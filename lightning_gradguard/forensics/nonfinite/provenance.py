@@ -30,7 +30,8 @@ class Provenance:
         is_hook: whether it is user code that autograd ran beside a node, as a hook on a tensor.
         location: module and line.
         parents: damaged tensors that went in.
-        rows: bad samples, if the tensor has a row for each; None: it has not, or they were not looked for.
+        rows: bad samples as its shape has them, if it has a row for each; None: it has not, or they were not looked for.
+        samples: the samples that its damaged elements belong to, as followed from the batch; None: not known.
         is_sentinel: whether it is, or comes from nothing but, infinities that somebody has put there on purpose.
         inputs: what went in, in words; looked at where damage is born or changes its kind.
         operands: what is known of the values that went in, looked at together with `inputs`.
@@ -39,6 +40,7 @@ class Provenance:
         before: the operators before it, in words.
         needs_grad: whether an input depends on parameters.
         shrinks: whether it, or one that it comes from, has fewer elements than what went in.
+        sequence: number that a forward operator shares with its autograd node; None where autograd does not record.
     """
 
     order: int
@@ -51,6 +53,7 @@ class Provenance:
     location: SourceLocation = field(default_factory=SourceLocation)
     parents: tuple[Provenance, ...] = ()
     rows: tuple[int, ...] | None = None
+    samples: tuple[int, ...] | None = None
     is_sentinel: bool = False
     inputs: tuple[str, ...] = ()
     operands: tuple[Operand, ...] = ()
@@ -59,8 +62,28 @@ class Provenance:
     before: tuple[str, ...] = ()
     needs_grad: bool = True
     shrinks: bool = False
+    sequence: int | None = None
 
     @property
     def is_backward(self) -> bool:
         """Whether it was made in the backward pass."""
         return bool(self.node)
+
+
+@dataclass(frozen=True)
+class Drop:
+    """An operator of the forward pass whose result is finite although damage went in.
+
+    Attributes:
+        order: number of the operator.
+        op: aten operator.
+        location: module and line.
+        dropped: what went in.
+        is_partial: whether only a part of a damaged tensor went in, that is finite itself.
+    """
+
+    order: int
+    op: str
+    location: SourceLocation
+    dropped: Provenance
+    is_partial: bool

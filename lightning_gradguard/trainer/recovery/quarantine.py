@@ -5,9 +5,8 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from lightning.pytorch import Trainer
 from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -16,6 +15,9 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Record
 from lightning_gradguard.recovery.quarantine import Incident, QuarantineFile, WatchedSampler
 from lightning_gradguard.trainer.conflicts import ConflictError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 _MAX_BATCHES = 4096
 """Batches whose samples are remembered: more than an accumulation window, and than a verdict may come late."""
@@ -99,13 +101,20 @@ class Quarantine:
             batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
             if action.skips and verdict.rank in (None, position.rank):
                 to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
+        rows = _certain_rows(record) if self._mode == "skip" else None
+        epoch, step, rank = position.epoch or 0, position.step, position.rank
         self._incidents.extend(
-            Incident(
-                position.epoch or 0, batch_idx or 0, position.step, position.rank, kind, self._samples.get(batch_idx or 0)
-            )
+            Incident(epoch, batch_idx or 0, step, rank, kind, self._samples_of(batch_idx or 0, rows))
             for batch_idx, kind in to_blame.items()
         )
         self._is_due = True
+
+    def _samples_of(self, batch_idx: int, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Those of a batch that are to blame: its rows where these are known, else all of it."""
+        samples = self._samples.get(batch_idx)
+        if samples is None or rows is None or max(rows) >= len(samples):
+            return samples
+        return tuple(samples[row] for row in rows)
 
     def after_batch(self) -> None:
         """List what was noted. Where something was, it is a collective; all ranks have noted at the same steps."""
@@ -157,6 +166,13 @@ class Quarantine:
                 f"`quarantine='skip'` needs one torch DataLoader over a map-style data set, whose sampler shows which "
                 f"samples a batch has, got {what}. Use `quarantine='list'`, which then lists batches without their samples."
             )
+
+
+def _certain_rows(record: Record) -> tuple[int, ...] | None:
+    """The rows that made the damage, if a replay has shown them for certain, and on this rank."""
+    found = (alert.culprit for alert in record.alerts if alert.kind == "nonfinite" and alert.culprit is not None)
+    rank = record.position.rank
+    return next((culprit.samples for culprit in found if culprit.samples and culprit.rank == rank), None)
 
 
 def _of_all_ranks(incidents: list[Incident]) -> list[Incident]:

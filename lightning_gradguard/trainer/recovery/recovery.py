@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
-
-from lightning.pytorch import LightningModule, Trainer
+from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
 from lightning_gradguard.errors import GuardWarning
@@ -16,28 +13,19 @@ from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
 from lightning_gradguard.report.alerting import notice
+from lightning_gradguard.trainer.history import RollbackProgress
 from lightning_gradguard.trainer.recovery.run_state import RunState
 from lightning_gradguard.trainer.recovery.skipping_batches import skip_batches
 from lightning_gradguard.trainer.recovery.snapshot_storage import InMemory, OnDisk, SnapshotStorage
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 _DAMAGING = (NonFinite.name, Explosion.name)
 """Findings after which weights may be damaged, whatever is done about them."""
 
 _MAX_RETURNS = 3
 """Rollbacks to one snapshot before an older one is tried: a fault that goes on for a while is not the snapshot's."""
-
-
-@dataclass
-class Progress:
-    """What a resumed run has to know.
-
-    Attributes:
-        num_rollbacks: so far.
-        cooldown_left: steps for which learning rates are still lowered.
-    """
-
-    num_rollbacks: int = 0
-    cooldown_left: int = 0
 
 
 class Recovery:
@@ -63,7 +51,7 @@ class Recovery:
         guards: Sequence[Guard],
         *,
         armed: Sequence[str],
-        stop: Callable[[Trainer], None],
+        stop: Callable[[], None],
     ) -> None:
         self._settings = rollback
         self._trainer = trainer
@@ -84,7 +72,7 @@ class Recovery:
         self._is_due = False
         self._has_failed = False
         self._is_off = False
-        self.progress = Progress()
+        self.progress = RollbackProgress()
         """What a resumed run has to know."""
 
     def start(self) -> str:
@@ -194,7 +182,7 @@ class Recovery:
                 "Look at the alerts before it: what damages each attempt?",
                 value=back,
             )
-            self._stop(self._trainer)
+            self._stop()
             return
         num_passed = skip_batches(self._trainer, self._settings.skip_batches)
         self.progress.cooldown_left = self._settings.cooldown_steps

@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.recovery.host import copy_to_host, num_bytes, put_back
 from lightning_gradguard.trainer.callback_order import callbacks_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 
 class RunState:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
-
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.recovery.finite import find_nonfinite
 from lightning_gradguard.trainer.callback_order import callbacks_of
+from lightning_gradguard.trainer.packages import is_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, LightningModule, Trainer
 
 _HOOKS = ("on_train_batch_end", "on_train_epoch_end", "on_validation_end", "on_train_end", "on_exception")
 _MAX_NAMES = 3
@@ -19,6 +20,42 @@ _MAX_NAMES = 3
 
 class _RefusedError(Exception):
     """Takes a checkpoint callback out of its hook, before it deletes the file that the refused one was to replace."""
+
+
+class _InPlaceOf:
+    """Stands in for a method of one object; what it is called with goes to a function, with the method as first argument.
+
+    A copy of the object, or one that was pickled, has its own method again.
+
+    Args:
+        target: whose method.
+        name: of the method, or of an attribute that somebody else has put in its place.
+        function: what is called instead.
+    """
+
+    def __init__(self, target: Any, name: str, function: Callable[..., Any]) -> None:
+        self._target = target
+        self._name = name
+        self._function = function
+        self._own = vars(target).get(name)
+        self._method = getattr(target, name)
+        self._is_removed = False
+        setattr(target, name, self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method(*args, **kwargs) if self._is_removed else self._function(self._method, *args, **kwargs)
+
+    def remove(self) -> None:
+        """Put back what was there; whoever has wrapped this in the meantime keeps his wrapper, and this passes calls on."""
+        self._is_removed = True
+        if vars(self._target).get(self._name) is self:
+            if self._own is None:
+                delattr(self._target, self._name)
+            else:
+                setattr(self._target, self._name, self._own)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._target, self._name)
 
 
 class SaveGate:
@@ -41,29 +78,40 @@ class SaveGate:
         self._state = RunState(trainer, module, [])
         self._was_refused = False
         self._is_in_hook = False
-        self._callbacks = [callback for callback in callbacks_of(trainer) if isinstance(callback, Checkpoint)]
+        self._callbacks = [callback for callback in callbacks_of(trainer) if is_checkpoint(callback)]
+        self._save: _InPlaceOf | None = None
+        self._hooks: list[_InPlaceOf] = []
+        self._ends_with: Callback | None = None
         self._exempt: set[str] = set()
         self._exempt = set(self._damaged(weights_only=False))
 
     def attach(self) -> None:
         """Stand in for `trainer.save_checkpoint` and for the hooks of the callbacks that save."""
-        self._trainer.save_checkpoint = self._save  # type: ignore[method-assign]
-        for callback in self._callbacks:
-            for name in _HOOKS:
-                setattr(callback, name, partial(self._run, callback, getattr(callback, name)))
+        self._save = _InPlaceOf(self._trainer, "save_checkpoint", self._look_first)
+        self._hooks = [
+            _InPlaceOf(callback, name, partial(self._run, callback)) for callback in self._callbacks for name in _HOOKS
+        ]
 
-    def detach(self) -> None:
-        """Leave no trace."""
-        vars(self._trainer).pop("save_checkpoint", None)
-        for callback in self._callbacks:
-            for name in _HOOKS:
-                vars(callback).pop(name, None)
+    def detach(self, *, after_exception: bool = False) -> None:
+        """Leave no trace.
 
-    def _save(self, filepath: Any, weights_only: bool | None = None, storage_options: Any | None = None) -> None:  # noqa: FBT001
+        Args:
+            after_exception: whether that can wait until the last of the callbacks has been told of an exception, which
+                follows at once: it may save then.
+        """
+        self._ends_with = self._callbacks[-1] if after_exception and self._callbacks else None
+        if self._ends_with is None:
+            for stand_in in (self._save, *self._hooks):
+                if stand_in is not None:
+                    stand_in.remove()
+
+    def _look_first(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        filepath = kwargs.get("filepath", args[0] if args else None)
+        weights_only = kwargs.get("weights_only", args[1] if len(args) > 1 else None)
         damaged = self._damaged(weights_only=bool(weights_only))
         if self._trainer.strategy.reduce_boolean_decision(not damaged, all=True):
             self._was_refused = False
-            type(self._trainer).save_checkpoint(self._trainer, filepath, weights_only, storage_options)
+            save(*args, **kwargs)
             return
         if not self._was_refused:
             more = f" and {len(damaged) - _MAX_NAMES} more" if len(damaged) > _MAX_NAMES else ""
@@ -73,16 +121,22 @@ class SaveGate:
         if self._is_in_hook:
             raise _RefusedError
 
-    def _run(self, callback: Callback, hook: Callable[..., Any], *args: Any) -> None:
+    def _run(self, callback: Callback, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         before = {name: _copy(value) for name, value in vars(callback).items()}
         self._is_in_hook = True
         try:
-            hook(*args)
+            hook(*args, **kwargs)
         except _RefusedError:
             vars(callback).clear()
             vars(callback).update(before)
+        except BaseException:
+            # Nobody after this one is told of the exception that it was being told of.
+            self._ends_with = callback if self._ends_with is not None else None
+            raise
         finally:
             self._is_in_hook = False
+            if callback is self._ends_with:
+                self.detach()
 
     def _damaged(self, *, weights_only: bool) -> list[str]:
         weights = self._state.weights() if not weights_only else list(self._module.named_parameters())

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from lightning.pytorch import Trainer
-from lightning.pytorch.loops.fetchers import _DataLoaderIterDataFetcher
+from typing import TYPE_CHECKING
+
+from lightning_gradguard.trainer.packages import is_left_to_the_module
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 def skip_batches(trainer: Trainer, num_batches: int) -> int:
@@ -16,7 +20,7 @@ def skip_batches(trainer: Trainer, num_batches: int) -> int:
         How many were passed over.
     """
     loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-    if fetcher is None or isinstance(fetcher, _DataLoaderIterDataFetcher):  # the module fetches its batches itself
+    if fetcher is None or is_left_to_the_module(fetcher):  # the module fetches its batches itself
         return 0
     window = trainer.accumulate_grad_batches
     wanted = -(-num_batches // window) * window

@@ -7,11 +7,9 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.trainer import call
 from torch import distributed as dist
 
 from lightning_gradguard.guard import Guard
@@ -19,7 +17,11 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.recovery.host import available_bytes
 from lightning_gradguard.recovery.rollback import PENDING, SUFFIX, snapshots_in
 from lightning_gradguard.trainer.conflicts import ConflictError
+from lightning_gradguard.trainer.packages import tell_of_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState, random_states
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 RANDOM_KEY = "gradguard_random_states"
 """Where a snapshot on disk holds the random states of all ranks, first rank first."""
@@ -203,7 +205,7 @@ class OnDisk:
         checkpoint = connector._loaded_checkpoint
         states = checkpoint["callbacks"].get("GradGuard", {"guards": []})["guards"]
         connector.restore_model()
-        call._call_callbacks_on_load_checkpoint(self._trainer, checkpoint)
+        tell_of_checkpoint(self._trainer, checkpoint)
         connector.restore_precision_plugin_state()
         connector.restore_optimizers()
         connector.resume_end()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from lightning.pytorch import LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Alert
@@ -15,6 +15,9 @@ from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.window import Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 MAX_BUNDLES = 3
 """Kept in a folder at most: the first ones, since what comes later mostly follows from them."""

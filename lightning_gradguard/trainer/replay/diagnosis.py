@@ -5,9 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,6 +22,9 @@ from lightning_gradguard.forensics.state import State
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.trainer.replay.replay import TOLERANCE, Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 
 class Diagnosis:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
@@ -18,8 +18,12 @@ from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
 from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.layout import Layout, SampleDim, layout_of
+from lightning_gradguard.forensics.nonfinite.proof import Proof
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.nonfinite.rows import Rows
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
@@ -28,8 +32,14 @@ from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
-_MAX_BISECTION_RUNS = 24
-_MAX_BISECTION_SECONDS = 20.0
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_MAX_PROOF_RUNS = 24
+_MAX_PROOF_SECONDS = 20.0
+
+Prepare = Callable[[State], None]
+"""What is done before a replay begins."""
 
 
 class Investigation:
@@ -41,16 +51,25 @@ class Investigation:
         window: the running micro-batches.
         buffers: their values from before the step.
         max_replays: steps that are looked into, >= 0.
+        sample_dim: the dimension of batches that samples lie along, or that of each leaf; None: it is inferred.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair, max_replays: int
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        window: Window,
+        buffers: BufferRepair,
+        max_replays: int,
+        *,
+        sample_dim: SampleDim = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._window = window
         self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
+        self._sample_dim = sample_dim
         self.num_done = 0
         """Steps looked into so far."""
         self._ranks = Ranks.current()
@@ -114,43 +133,59 @@ class Investigation:
 
     def _look(self, optimizer: Optimizer, position: Position) -> _Look:
         held = position.step if self._window.is_held(position.step) else None
-        search = _Search(self._module)
+        # What one rank replays alone may wait for the others.
+        is_alone = self._ranks.size == 1
+        search = _Search(self._module, self._sample_dim, follow_rows=not is_alone)
         begin = time.perf_counter()
         replayed = self._replay.run(optimizer, step=held, observe=search.observe, passed=search.forget)
         seconds = time.perf_counter() - begin
         looked = _Look(replayed, is_late=held is not None)
+        prepare: Prepare = _as_it_is
         reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
         blame = search.blame
-        # What one rank replays alone may wait for the others.
-        is_alone = self._ranks.size == 1
         if blame is not None and blame.is_state and is_alone:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
-            again = _Search(self._module)
+            again = _Search(self._module, self._sample_dim)
             self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=_make_finite)
             if again.blame is not None:
-                blame, reproduced, error = again.blame, False, None
+                search, blame, reproduced, error, prepare = again, again.blame, False, None, _make_finite
         if blame is None:
             return looked
-        is_open = blame.samples is None and blame.phase in ("forward", "backward") and not blame.is_widespread
-        if is_open and len(search.sizes) == 1 and is_alone:
-            blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
-        looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+        proof = None
+        if is_alone:
+            if blame.phase != "weights":
+                search = self._follow_rows(optimizer, held, search, prepare)
+                blame = search.blame or blame
+            proof = self._proof(optimizer, held, search, seconds, prepare)
+        suspects = suspects_of(blame, search.layout, search.rows, proof)
+        looked.culprit = culprit_of(blame, suspects, rank=position.rank, reproduced=reproduced, error=error)
         return looked
 
-    def _bisect(self, optimizer: Optimizer, held: int | None, size: int, seconds: float) -> tuple[int, ...] | None:
-        """The samples without which the step is in order."""
-        if size < 2:
-            return None
+    def _follow_rows(self, optimizer: Optimizer, held: int | None, search: _Search, prepare: Prepare) -> _Search:
+        """Once more, looking at which sample each value belongs to; the search before if this finds something else."""
+        detailed = search
+        # Where two samples meet that never should, time may be the first dimension, and samples lie along the second.
+        for is_other in (False, True):
+            if is_other and (detailed.rows is None or not detailed.rows.mixes or detailed.layout.alternative is None):
+                break
+            again = _Search(self._module, self._sample_dim, follow_rows=True, is_other=is_other)
+            self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=prepare)
+            is_same = again.blame is not None and search.blame is not None and again.blame.is_like(search.blame)
+            if is_same and not (is_other and again.rows is not None and again.rows.mixes):
+                detailed = again
+        return detailed
 
-        def is_bad(keep: Sequence[int]) -> bool:
-            outcome = self._replay.run(optimizer, step=held, change=lambda batch: refill(batch, keep, size))
-            return not outcome.is_finite()
+    def _proof(self, optimizer: Optimizer, held: int | None, search: _Search, seconds: float, prepare: Prepare) -> Proof:
+        """Replays in which samples of the damaged micro-batch take the places of others."""
 
-        runs = min(_MAX_BISECTION_RUNS, int(_MAX_BISECTION_SECONDS / max(seconds, 1e-3)))
-        try:
-            return bisect(is_bad, size, runs)
-        except Exception:  # noqa: BLE001 - a batch that can't be refilled has no single culprits
-            return None
+        def is_bad(rows: Sequence[int]) -> bool:
+            def change(batch: Any) -> Any:
+                return exchanged(batch, search.layout, rows) if batch is search.batch else batch
+
+            return not self._replay.run(optimizer, step=held, change=change, prepare=prepare).is_finite()
+
+        runs = min(_MAX_PROOF_RUNS, int(_MAX_PROOF_SECONDS / max(seconds, 1e-3)))
+        return Proof(is_bad, search.layout.size, runs)
 
 
 @dataclass
@@ -186,11 +221,20 @@ def _trained_by(optimizer: Optimizer) -> list[Tensor]:
 class _Search:
     """Follows the damage through the micro-batches of one replay; the first that shows any is blamed."""
 
-    def __init__(self, module: LightningModule) -> None:
+    def __init__(
+        self, module: LightningModule, sample_dim: SampleDim = None, *, follow_rows: bool = False, is_other: bool = False
+    ) -> None:
         self._module = module
+        self._sample_dim = sample_dim
+        self._follows_rows = follow_rows
+        self._is_other = is_other
         self.blame: Blame | None = None
-        self.sizes: list[int] = []
-        """Samples in each micro-batch."""
+        self.batch: Any = None
+        """That of the micro-batch that is blamed."""
+        self.layout = Layout()
+        """Of that batch."""
+        self.rows: Rows | None = None
+        """What has followed the rows of the last one; None if nothing has."""
         self._damage: Damage | None = None
 
     def forget(self) -> None:
@@ -201,13 +245,16 @@ class _Search:
     @contextmanager
     def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
         """Watch one micro-batch."""
-        batch = Batch.of(micro_batch.batch)
-        self.sizes.append(batch.size)
         if self.blame is not None:
             yield
             return
-        self._damage = damage = Damage(self._module, batch)
-        damage.label(leaves_of(micro_batch.batch), "data")
+        self.batch = micro_batch.batch
+        layout = layout_of(micro_batch.batch, self._sample_dim)
+        self.layout = layout = layout.alternative or layout if self._is_other else layout
+        self.rows = Rows(layout) if self._follows_rows else None
+        batch = Batch.from_layout(layout)
+        self._damage = damage = Damage(self._module, batch, self.rows)
+        damage.label(layout.leaves, "data")
         damage.label(self._module.named_parameters(), "weights")
         damage.label(self._module.named_buffers(), "state")
         damage.label(state.tensors, "state")
@@ -215,7 +262,11 @@ class _Search:
             yield
         grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        self.blame = find_culprit(damage.losses, damaged, batch)
+        self.blame = find_culprit(damage.losses, damaged, batch, damage.drops)
+
+
+def _as_it_is(state: State) -> None:
+    """Nothing has to be done."""
 
 
 @torch.no_grad()

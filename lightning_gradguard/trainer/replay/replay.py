@@ -7,20 +7,21 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import BufferRepair
 from lightning_gradguard.forensics.state import State, unchanged
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.trainer.packages import dummy_logger, is_lightning_module, takes_argument
 from lightning_gradguard.trainer.precision import scaler_of
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
 Observer = Callable[[MicroBatch, State], AbstractContextManager[object]]
 """Called for each micro-batch; the context is entered before its forward and left after its backward pass."""
@@ -54,7 +55,7 @@ def can_replay(trainer: Trainer, module: LightningModule) -> bool:
     Not where a `training_step` fetches its own batches, which uses them up. Nor under DDP with `find_unused_parameters`: its
     reducer notes each parameter that a backward pass reaches, in the replay too, and would wait for it in the next step.
     """
-    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+    if takes_argument(module.training_step, "dataloader_iter", explicit=True):
         return False
     return not getattr(trainer.strategy.model, "find_unused_parameters", False)
 
@@ -127,7 +128,7 @@ class Replay:
         module, trainer = self._module, self._trainer
         args = [change(micro_batch.batch)]
         # As the Trainer does: the second argument may have any name, and may be missing.
-        if is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2):
+        if takes_argument(module.training_step, "batch_idx", min_args=2):
             args.append(micro_batch.batch_idx)
         try:
             with trainer.precision_plugin.train_step_context():
@@ -169,13 +170,13 @@ class Replay:
         """Keep the replay from logging, stepping, and telling callbacks."""
         trainer, module = self._trainer, self._module
         for part in module.modules():
-            if isinstance(part, LightningModule):  # put back with the other attributes
+            if is_lightning_module(part):  # put back with the other attributes
                 for name in ("log", "log_dict", "print"):
                     vars(part)[name] = _nothing
         vars(module)["manual_backward"] = self._backward
         with ExitStack() as stack:
             loggers = trainer.loggers
-            trainer.loggers = [DummyLogger() for _ in loggers]
+            trainer.loggers = [dummy_logger(trainer) for _ in loggers]
             stack.callback(setattr, trainer, "loggers", loggers)
             wrapped = getattr(trainer.strategy, "_lightning_optimizers", [])  # what `self.optimizers()` gives
             for raw, outer in zip(trainer.optimizers, wrapped, strict=True):

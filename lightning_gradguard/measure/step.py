@@ -1,0 +1,139 @@
+"""What is measured around one optimizer's steps: losses before, gradients at, histograms and updates after."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from lightning_gradguard.layout import Bools, Layout
+from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.histogram import HistogramMeter
+from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
+from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.updates import UpdateMeter
+from lightning_gradguard.record import Histograms, Position
+
+# Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
+# never steps reaches it.
+_MAX_MICRO_BATCHES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredStep:
+    """A step whose gradients have been measured; the figures are still on the device.
+
+    Attributes:
+        position: where in the training.
+        gradients: what was measured.
+        facts: what was found.
+        layout: names and sizes of the parameters.
+    """
+
+    position: Position
+    gradients: Gradients
+    facts: Facts
+    layout: Layout
+
+
+class StepMeter:
+    """Measures one optimizer's steps. Never waits for the device.
+
+    Args:
+        parameters: whose gradients.
+        scaling: brings the gradients of fp16 training to their true size; None in any other precision.
+    """
+
+    def __init__(self, parameters: WatchedParameters, scaling: LossScaling | None) -> None:
+        self._parameters = parameters
+        self._scaling = scaling
+        self._updates = UpdateMeter()
+        self._histograms = HistogramMeter()
+        self._micro_batches: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
+        self._has_rivals = False  # other optimizers, whose backward passes are told of as well
+
+    def before_backward(self, loss: Tensor | None) -> None:
+        """Note a backward pass that is about to begin; from the second one on measure what the ones before have left.
+
+        Rank-local.
+        """
+        scale = self._scaling.scale if self._scaling is not None else None
+        sofar = None
+        if self._micro_batches or self._has_rivals:
+            sofar = self._gradients().local_total_norm()
+            sofar = sofar if scale is None else sofar / scale
+        if self._micro_batches:
+            self._micro_batches[-1] = replace(self._micro_batches[-1], total_norm=sofar)
+            sofar = None
+        if loss is None or loss.numel() != 1:
+            self._micro_batches.append(MicroBatch(norm_before=sofar))
+            return
+        value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
+        self._micro_batches.append(MicroBatch(loss=value if scale is None else value / scale, norm_before=sofar))
+
+    def measure(self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False) -> MeasuredStep:
+        """Measure the gradients. One pass over them, at most one collective; with a scaler they are unscaled first.
+
+        Args:
+            position: where in the training.
+            updates: from `read_update_`.
+            with_histogram: whether their elements are counted, too.
+        """
+        self._has_rivals = position.num_optimizers > 1
+        scale = None
+        if self._scaling is not None:
+            scale = self._scaling.scale
+            self._scaling.unscale_()
+        gradients = self._gradients()
+        histogram = self._histograms.count(gradients) if with_histogram and gradients.tensors else None
+        facts = measure(
+            gradients,
+            self._micro_batches,
+            loss_scale=scale,
+            histogram=histogram,
+            some_are_foreign=self._has_rivals,
+            updates=updates,
+        )
+        self._micro_batches.clear()
+        return MeasuredStep(position, gradients, facts, self._parameters.layout)
+
+    def forget(self) -> None:
+        """The backward passes so far belong to no step."""
+        self._micro_batches.clear()
+
+    def start_update_(self) -> None:
+        """Before a step: keep the weights, so that its update can be measured."""
+        self._updates.start_(self._parameters.tensors)
+
+    def read_update_(self) -> Tensor | None:
+        """After it: how far it has moved each parameter; None if that was not measured, or the parameters are others now."""
+        updates = self._updates.read_(self._parameters.tensors)
+        return None if self._parameters.refresh() else updates
+
+    def histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
+        """What was counted, once it is on the host; None where nothing was."""
+        return None if counts is None else self._histograms.read(counts, present, self._parameters.layout)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The update that was measured last, in plain types."""
+        return self._updates.state_dict(self._parameters.tensors)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state."""
+        self._updates.load_state_dict(state)
+
+    def _gradients(self) -> Gradients:
+        watched = self._parameters
+        others = None
+        if watched.excluded:
+            others = Gradients(watched.excluded, sharded=watched.is_sharded, names=watched.excluded_layout.names)
+        return Gradients(
+            watched.tensors,
+            sharded=watched.is_sharded,
+            is_uniform=watched.is_uniform,
+            names=watched.layout.names,
+            others=others,
+        )

@@ -1,0 +1,140 @@
+"""Tells of decided steps: counts them, makes the record, and hands it to listener, sinks and whoever asks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.errors import GradientError
+from lightning_gradguard.judge.judge import Judgement
+from lightning_gradguard.policy import Action
+from lightning_gradguard.record import Histograms, Measurement, Position, Record, Totals
+from lightning_gradguard.report.alerting import alerts_of
+from lightning_gradguard.report.summary import add_alert, count, without_last_step
+from lightning_gradguard.sinks import Sink
+from lightning_gradguard.sinks.base import SafeSink
+
+
+@dataclass(frozen=True, eq=False)
+class DecidedStep:
+    """All that is to be told of a step.
+
+    Attributes:
+        position: where in the training.
+        measurement: what was measured.
+        judgement: what was found, and what is done.
+        clip_coef: norm after clipping over norm before.
+        clipped_norm: global norm after clipping.
+        culprit: who is to blame; None if that is not known, or there is nothing to blame.
+        histograms: of the gradients; None on most steps.
+    """
+
+    position: Position
+    measurement: Measurement
+    judgement: Judgement
+    clip_coef: float
+    clipped_norm: float
+    culprit: Culprit | None = None
+    histograms: Histograms | None = None
+
+
+class Reporter:
+    """What one optimizer's steps have come to, and who is told.
+
+    Args:
+        sinks: where records go. One that fails can't hurt.
+        scalar_interval: every how many steps scalars are due, >= 0; 0: never.
+        listener: gets every record on every rank, before the sinks; what it raises is not caught.
+    """
+
+    def __init__(
+        self, sinks: Sequence[Sink], *, scalar_interval: int, listener: Callable[[Record], None] | None = None
+    ) -> None:
+        self._sinks = [SafeSink(sink) for sink in sinks]
+        self._scalar_interval = scalar_interval
+        self._listener = listener
+        self._notices: list[Alert] = []
+        self.totals = Totals()
+        """Counts so far."""
+        self.alerts: list[Alert] = []
+        """Reported findings, oldest first."""
+        self.last: Record | None = None
+        """The last step."""
+        self.stopped_by: Alert | None = None
+        """What asked for the end of training; None: nothing has."""
+
+    def report(self, step: DecidedStep, *, replaces_last: bool = False) -> Record:
+        """Count a step, and tell.
+
+        Args:
+            step: what is told.
+            replaces_last: whether it is the last one, decided anew.
+
+        Raises:
+            GradientError: where the action is "raise".
+        """
+        if replaces_last:
+            self.totals = without_last_step(self.totals)
+        judgement = step.judgement
+        alerts = (*self._notices, *alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit))
+        self._notices = []
+        self.totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
+        record = Record(
+            step.position,
+            step.measurement,
+            judgement.verdicts,
+            judgement.decision,
+            step.clip_coef,
+            step.clipped_norm,
+            judgement.limit,
+            alerts,
+            self.totals,
+            scalars_due=is_due(step.position.log_step, self._scalar_interval),
+            histograms=step.histograms,
+        )
+        self.last = record
+        if self._listener is not None:
+            self._listener(record)
+        self._tell(record)
+        return record
+
+    def notify(self, alert: Alert) -> None:
+        """Report something that is no finding about gradients; before the first step it waits for that."""
+        if self.last is None:
+            self._notices.append(alert)
+            return
+        self.totals = add_alert(self.totals, alert)
+        self._tell(replace(self.last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The counts, in plain types."""
+        return {**vars(self.totals), "alerts_by_kind": dict(self.totals.alerts_by_kind)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Count on from a saved state."""
+        self.totals = Totals(**state)
+
+    def close(self) -> None:
+        """Let the sinks write out what they hold. They can be used on."""
+        for sink in self._sinks:
+            sink.close()
+
+    def _tell(self, record: Record) -> None:
+        self.alerts.extend(record.alerts)
+        strongest = max(record.alerts, key=lambda alert: alert.action, default=None)
+        if strongest is not None and strongest.action >= Action.STOP and self.stopped_by is None:
+            self.stopped_by = strongest
+        try:
+            for sink in self._sinks:
+                sink.write(record)
+        finally:
+            # Also where warnings are errors, and the console has just raised one.
+            if strongest is not None and strongest.action is Action.RAISE:
+                raise GradientError(strongest)
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that happens every so many steps, counted from 0, happens at this one; never at an interval of 0."""
+    return interval > 0 and (step + 1) % interval == 0

@@ -1,0 +1,291 @@
+"""Everything that belongs to one running fit: made in one place, and taken down in one place however the fit ends."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.alert import Alert
+from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.guard import Environment, Guard
+from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.policy import Action
+from lightning_gradguard.record import Position, Record, Totals
+from lightning_gradguard.report.alerting import notice
+from lightning_gradguard.report.summary import summarize
+from lightning_gradguard.settings import Settings
+from lightning_gradguard.trainer.history import History
+from lightning_gradguard.trainer.options import Options
+from lightning_gradguard.trainer.packages import rank_zero_info
+from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
+from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.recovery.quarantine import Quarantine
+from lightning_gradguard.trainer.recovery.recovery import Recovery
+from lightning_gradguard.trainer.recovery.run_state import set_random_states
+from lightning_gradguard.trainer.recovery.saving import SaveGate
+from lightning_gradguard.trainer.replay.bundles import Bundles
+from lightning_gradguard.trainer.replay.investigation import Investigation
+from lightning_gradguard.trainer.replay.window import Window
+from lightning_gradguard.trainer.sinks import all_sinks
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+class Fit:
+    """One fit of a Trainer, from `setup` to `teardown`.
+
+    Args:
+        trainer: whose fit.
+        module: what it trains.
+        settings: of the guards.
+        options: of the fit.
+        history: what it may go on from.
+    """
+
+    def __init__(
+        self, trainer: Trainer, module: LightningModule, settings: Settings, options: Options, history: History
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._settings = settings
+        self._options = options
+        self._history = history
+        self._guards: dict[int, Guard] = {}
+        self._window = Window()
+        self._investigation: Investigation | None = None
+        self._bundles: Bundles | None = None
+        self._recovery: Recovery | None = None
+        self._save_gate: SaveGate | None = None
+        self._quarantine: Quarantine | None = None
+        self._batch_idx = 0
+        self._batches: list[int] = []
+        self._has_backward = False
+        self._is_finished = False
+        self.last: Record | None = None
+        """The last step."""
+        if options.quarantine is not None:
+            self._quarantine = Quarantine(options.quarantine, trainer)
+            self._quarantine.left_out |= history.left_out
+            self._quarantine.attach()
+
+    @property
+    def has_started(self) -> bool:
+        """Whether training has begun."""
+        return bool(self._guards)
+
+    @property
+    def guards(self) -> list[Guard]:
+        """One for each optimizer."""
+        return list(self._guards.values())
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """Reported findings of all optimizers, oldest first."""
+        return sorted((alert for guard in self._guards.values() for alert in guard.alerts), key=lambda alert: alert.step)
+
+    @property
+    def stopped_by(self) -> Alert | None:
+        """What ended the training; None if nothing did."""
+        return next((guard.stopped_by for guard in self._guards.values() if guard.stopped_by is not None), None)
+
+    @property
+    def totals(self) -> list[Totals]:
+        """Counts of each optimizer."""
+        return [guard.totals for guard in self._guards.values()]
+
+    @property
+    def num_steps(self) -> int:
+        """Decisions so far, those included of which the host has yet to learn."""
+        return sum([guard.num_steps for guard in self._guards.values()])
+
+    def restore(self, history: History) -> None:
+        """Go on from a checkpoint, read before training starts."""
+        self._history = history
+        if self._quarantine is not None:
+            self._quarantine.left_out |= history.left_out
+
+    def start(self) -> None:
+        """Make all that training needs; optimizers and a checkpoint's state are there by now."""
+        trainer, module, options, history = self._trainer, self._module, self._options, self._history
+        buffers = BufferRepair(module.named_buffers())
+        if options.max_replays:
+            left = options.max_replays - history.num_replays
+            self._investigation = Investigation(trainer, module, self._window, buffers, left, sample_dim=options.sample_dim)
+        if options.max_bundle_mib is not None:
+            self._bundles = Bundles(
+                trainer, module, self._window, max_mib=options.max_bundle_mib, guard=self._settings.in_words()
+            )
+        self._make_guards(buffers)
+        if self._quarantine is not None:
+            self._quarantine.start()
+        self._save_gate = SaveGate(trainer, module, self._report_refused_save)
+        self._save_gate.attach()
+        if options.snapshots is not None:
+            self._recovery = Recovery(options.snapshots, trainer, module, self.guards, armed=options.armed, stop=self._stop)
+            self._recovery.progress = replace(history.rollbacks)
+            rank_zero_info(self._recovery.start())
+        if history.random is not None:
+            set_random_states(history.random)
+
+    def begin_batch(self, batch: Any, batch_idx: int) -> None:
+        """Note where we are."""
+        self._batch_idx = batch_idx
+        self._has_backward = False
+        if self._quarantine is not None:
+            self._quarantine.begin_batch(batch_idx)
+        if self._investigation is not None:
+            self._window.open(batch, batch_idx)
+
+    def before_backward(self, loss: Tensor) -> None:
+        """Note the loss; from the second micro-batch on, measure what the ones before have left."""
+        self._has_backward = True
+        self._batches.append(self._batch_idx)
+        if self._options.every_backward:
+            for guard in self._guards.values():
+                guard.before_backward(loss)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """Have the guard decide about a step, write a bad one down, and stop the training where that was decided."""
+        if not self._has_backward and skips_without_backward(self._trainer, self._module):
+            return
+        guard = self._guards[id(optimizer)]
+        num_alerts = len(guard.alerts)
+        try:
+            guard.step(self._position(optimizer))
+        finally:
+            self._batches.clear()
+            self.last = guard.last
+            self._look_back(optimizer, guard, tuple(guard.alerts[num_alerts:]))
+        if guard.stopped_by is not None:
+            self._stop()
+
+    def end_batch(self) -> None:
+        """Go back where that was decided; keep a snapshot where due; let go of batches that no step needs any more."""
+        if self._recovery is not None:
+            self._recovery.after_batch()
+        if self._quarantine is not None:
+            self._quarantine.after_batch()
+        self._window.close(self._trainer.optimizers)
+
+    def flush(self) -> None:
+        """Learn of the last step.
+
+        Raises:
+            GradientError: where its action is "raise".
+        """
+        for guard in self._guards.values():
+            guard.flush()
+
+    def finish(self) -> None:
+        """Say what the run came to, once."""
+        self._window.clear()
+        if self._investigation is not None:
+            self._investigation.clear()
+        if not self._guards or self._is_finished:
+            return
+        self._is_finished = True
+        for guard in self._guards.values():
+            guard.close()
+        if self._recovery is not None:
+            self._recovery.close()
+        rank_zero_info(summarize(self.totals, self.stopped_by))
+
+    def take_down(self, *, in_exception: bool = False) -> None:
+        """Leave nothing on Trainer, optimizers and callbacks.
+
+        Args:
+            in_exception: whether callbacks are being told of an exception: checkpoints that are still to save for it are
+                looked at until then.
+        """
+        if self._save_gate is not None:
+            self._save_gate.detach(after_exception=in_exception)
+        if self._quarantine is not None:
+            self._quarantine.detach()
+        for guard in self._guards.values():
+            guard.detach()
+
+    def history(self) -> History:
+        """What is to be known of it when it is over, and what a checkpoint needs."""
+        if not self._guards:
+            return self._history
+        history = self._history
+        done = 0 if self._investigation is None else self._investigation.num_done
+        return History(
+            guards=[guard.state_dict() for guard in self._guards.values()],
+            totals=self.totals,
+            num_replays=history.num_replays + done,
+            rollbacks=history.rollbacks if self._recovery is None else replace(self._recovery.progress),
+            left_out=history.left_out if self._quarantine is None else set(self._quarantine.left_out),
+            alerts=self.alerts,
+            stopped_by=self.stopped_by,
+            last=self.last,
+        ).of(self._module)
+
+    def _make_guards(self, buffers: BufferRepair) -> None:
+        trainer, module, history = self._trainer, self._module, self._history
+        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks))
+        own = self._options.log_every_n_steps
+        environment = Environment(
+            log_interval(trainer) if own is None else own,
+            buffers,
+            scaler_of(trainer),
+            listener=self._note,
+            investigate=self._investigation,
+        )
+        for index, optimizer in enumerate(trainer.optimizers):
+            parameters = WatchedParameters(module.named_parameters(), optimizer, settings.only)
+            guard = Guard.from_settings(settings.fresh(), parameters, environment)
+            if index < len(history.guards):
+                guard.load_state_dict(history.guards[index])
+                guard.alerts.extend(alert for alert in history.alerts if alert.optimizer == index)
+            self._guards[id(optimizer)] = guard
+
+    def _note(self, record: Record) -> None:
+        if self._recovery is not None:
+            self._recovery.note(record)
+        if self._quarantine is not None:
+            self._quarantine.note(record)
+
+    def _look_back(self, optimizer: Optimizer, guard: Guard, alerts: tuple[Alert, ...]) -> None:
+        """After a step: write it down if there were alerts, and note what a later replay needs."""
+        if self._investigation is not None:
+            if self._bundles is not None:
+                self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
+            if isinstance(optimizer, torch.optim.LBFGS):
+                self._window.reopen()
+            self._investigation.note(optimizer, guard.last)
+        self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+
+    def _position(self, optimizer: Optimizer) -> Position:
+        return Position(
+            step=self.num_steps,
+            epoch=self._trainer.current_epoch,
+            batch_idx=self._batch_idx,
+            batches=tuple(self._batches) if len(self._guards) == 1 else (),
+            optimizer=list(self._guards).index(id(optimizer)),
+            num_optimizers=len(self._guards),
+            rank=self._trainer.global_rank,
+            log_step=log_step(self._trainer),
+        )
+
+    def _stop(self) -> None:
+        if not self._trainer.should_stop and (reason := stop_is_deferred_by(self._trainer)):
+            warnings.warn(
+                f"GradGuard stops the training, but `{reason}` keeps the Trainer going until then. Bad steps stay skipped.",
+                GuardWarning,
+                stacklevel=2,
+            )
+        self._trainer.should_stop = True
+
+    def _report_refused_save(self, message: str) -> None:
+        guard = self.guards[0]
+        remedy = "What was saved before stays. Find what damages the weights, and resume from there."
+        position = guard.last.position if guard.last is not None else Position(step=0)
+        guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))

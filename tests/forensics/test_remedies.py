@@ -99,6 +99,19 @@ def test_what_the_page_calls_safe_is_safe(code, tmp_path):
     assert all(values.isfinite().all() for values in outcome(line, {"z": torch.zeros(2, 2), "one": torch.ones(2, 2)}))
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_remedies_of_all_that_fails_on_a_line_are_told(tmp_path):
+    """With the first alone the line would go on to fail."""
+    inputs = tensors({"x": [1.0, 0.0]}, torch.float32)
+    code = "torch.lgamma(x) - torch.log(x) * x"
+    alert = alert_of(line_of(tmp_path, code, inputs), inputs)
+    assert "got 0 at [1], where it is infinite" in alert.message
+    assert "; on the same line `log` got 0 at [1]" in alert.message
+    for safe in re.findall(r"`([^`]+)`\.", alert.remedy):
+        code = code.replace(f"{safe.partition('(')[0]}(x)", safe)
+    assert all(values.isfinite().all() for values in outcome(line_of(tmp_path, code, inputs), inputs))
+
+
 class Angle(LightningModule):
     """The arc cosine of what autocast has rounded to half precision."""
 

@@ -13,7 +13,7 @@ from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
 
-_NUM_ROWS_SHOWN = 5
+_NUM_ROWS_SHOWN, _NUM_BESIDE_SHOWN = 5, 2
 _DATA_REMEDY = (
     "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
     "by index: a mask does not keep NaN out of gradients."
@@ -61,7 +61,10 @@ def culprit_of(
     happened = "gave a damaged gradient" if provenance.is_custom else happened_in_words(provenance)
     if cause is not provenance:
         happened += f", where `{cause.op}` {happened_in_words(cause)}"
-    message = f"`{op}` {place} {happened}{rows}{way_in_words(blame.way)}"
+    others = beside_in_words(blame.beside, happened)
+    message = f"`{op}` {place} {happened}{rows}{others}{way_in_words(blame.way)}"
+    source = "" if line is None else line.source or ""
+    remedies = dict.fromkeys(_remedy(it, source) for it in (cause, *map(_cause_of, blame.beside)))
     return replace(
         found,
         module=provenance.location.module,
@@ -70,7 +73,7 @@ def culprit_of(
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=_remedy(cause, "" if line is None else line.source or ""),
+        remedy=" ".join(filter(None, remedies)),
         inputs=provenance.inputs,
         before=provenance.before,
         frames=provenance.location.frames,
@@ -99,6 +102,18 @@ def _cause_of(provenance: Provenance) -> Provenance:
     if not provenance.is_backward or known_failure_of(provenance) is not None:
         return provenance
     return next((parent for parent in provenance.parents if not parent.is_backward and parent.operands), provenance)
+
+
+def beside_in_words(births: Sequence[Provenance], told: str) -> str:
+    """What else failed on the same line; as it ends a sentence.
+
+    Args:
+        births: the other damaged results.
+        told: what is told of the culprit already.
+    """
+    sentences = dict.fromkeys(f"`{it.node or it.op}` {happened_in_words(it)}" for it in births)
+    more = [sentence for sentence in sentences if not sentence.endswith(told)][:_NUM_BESIDE_SHOWN]
+    return "".join(f"; on the same line {sentence}" for sentence in more)
 
 
 def key_of(provenance: Provenance) -> str:

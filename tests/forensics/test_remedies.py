@@ -99,6 +99,49 @@ def test_what_the_page_calls_safe_is_safe(code, tmp_path):
     assert all(values.isfinite().all() for values in outcome(line, {"z": torch.zeros(2, 2), "one": torch.ones(2, 2)}))
 
 
+WHOLE_LINES = [
+    (
+        "(x - x.mean(0)) / x.var(0).sqrt()",
+        [[1.0, 2.0], [1.0, 3.0]],
+        ["x / torch.where(y.abs() < 1e-8, 1e-8, y)", "torch.sqrt(x.clamp_min(1e-12))"],
+        "(x - x.mean(0)) / torch.where((s := x.var(0).clamp_min(1e-12).sqrt()).abs() < 1e-8, 1e-8, s)",
+    ),
+    (
+        "(x - x.mean(0)) / x.var(0, correction=0) ** 0.5",
+        [[1.0, 2.0], [1.0, 3.0]],
+        ["x / torch.where(y.abs() < 1e-8, 1e-8, y)", "torch.pow(x.clamp_min(1e-8), p)"],
+        "(x - x.mean(0)) / torch.where((s := x.var(0, correction=0).clamp_min(1e-8) ** 0.5).abs() < 1e-8, 1e-8, s)",
+    ),
+    (
+        "torch.log(torch.acos(x))",
+        [0.5, 1.0],
+        ["torch.log(x.clamp_min(1e-8))", "torch.acos(x.clamp_max(1 - 1e-6))"],
+        "torch.log(torch.acos(x.clamp_max(1 - 1e-6)).clamp_min(1e-8))",
+    ),
+    (
+        "x / x.std(0)",
+        [[1.0, 2.0]],
+        ["torch.std(x, dim, correction=min(1, x.shape[dim] - 1)).clamp_min(1e-8)"],
+        "x / torch.std(x, 0, correction=min(1, x.shape[0] - 1)).clamp_min(1e-8)",
+    ),
+    (
+        "x / x.norm(dim=1, keepdim=True)",
+        [[1.0, 2.0], [0.0, 0.0]],
+        ["x / torch.where(y.abs() < 1e-8, 1e-8, y)"],
+        "x / torch.where((n := x.norm(dim=1, keepdim=True)).abs() < 1e-8, 1e-8, n)",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("code", "x", "remedies", "fixed"), WHOLE_LINES)
+def test_remedies_suffice_for_a_line_of_several_operators(code, x, remedies, fixed, tmp_path):
+    """Also where what is clamped comes from an operator with an infinite slope."""
+    inputs = tensors({"x": x}, torch.float32)
+    assert re.findall(r"`([^`]+)`\.", alert_of(line_of(tmp_path, code, inputs), inputs).remedy) == remedies
+    assert all(values.isfinite().all() for values in outcome(line_of(tmp_path, fixed, inputs), inputs))
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_remedies_of_all_that_fails_on_a_line_are_told(tmp_path):
     """With the first alone the line would go on to fail."""

@@ -15,25 +15,30 @@ def _ops(text: str) -> frozenset[str]:
 
 
 _DIVISOR = "torch.where(y.abs() < {small}, {small}, y)"
-_TIES = "1e-3 * torch.eye(*x.shape[-2:]) * torch.arange(1, x.shape[-1] + 1)"
+_TIES = "1e-3 * torch.eye(*x.shape[-2:]).to(x) * torch.arange(1, x.shape[-1] + 1).to(x)"
 _MATMUL = "addmm mm bmm baddbmm linear matmul addmv mv dot"
 _NLL = _ops("nll_loss_forward nll_loss nll_loss2d_forward")
 
 _ROOT = Fix("Keep the input above 0", "torch.sqrt(x)", "torch.sqrt(x.clamp_min({tiny}))")
 _BASE = Fix("Keep the base above 0", "torch.pow(x, {exponent})", "torch.pow(x.clamp_min({small}), {exponent})")
-_BFLOAT16 = Fix(
-    "Use bfloat16, whose range is that of float32",
-    "with torch.autocast(x.device.type, torch.float16): out = F.linear(x, w)",
-    "with torch.autocast(x.device.type, torch.bfloat16): out = F.linear(x, w)",
-)
+_FLOAT16 = "with torch.autocast(x.device.type, torch.float16): out = F.linear(x, w)"
+_BFLOAT16 = Fix("Use bfloat16, whose range is that of float32", _FLOAT16, _FLOAT16.replace("float16", "bfloat16"))
+
+STEEP = {
+    "sqrt": "torch.sqrt(x.clamp_min({tiny}))",
+    "pow": "torch.pow(x.clamp_min({small}), p)",
+    "acos": "torch.acos(x.clamp_max(1 - {eps}))",
+    "acosh": "torch.acosh(x.clamp_min(1 + {eps}))",
+}
+"""Operators whose slope is infinite where they give 0, and how to write them where that 0 makes another fail: a clamp after
+them passes on a gradient of 0, and 0 times infinity is NaN."""
 
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "float16 overflow of a product", _ops(_MATMUL), (when.half, when.forward, when.fresh),
         "went beyond {max}, the largest number of {dtype}{largest}",
         (_BFLOAT16,
-         Fix("Or compute this part in float32",
-             "with torch.autocast(x.device.type, torch.float16): out = F.linear(x, w)",
+         Fix("Or compute this part in float32", _FLOAT16,
              "with torch.autocast(x.device.type, enabled=False): out = F.linear(x.float(), w.float())")),
     ),
     KnownFailure(
@@ -178,11 +183,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         (Fix("Sum the powers in float64", "torch.cdist(x, y, p)", "torch.cdist(x.double(), y.double(), p).to(x.dtype)"),),
     ),
     KnownFailure(
-        "deviation of a single value", _ops("std var std_mean var_mean"),
+        "deviation of a single value", _ops("std var"),
         (when.forward, when.fresh, when.is_nan, when.single),
         "had a single value, of which there is no deviation",
         (Fix("Correct the count only where there are several", "torch.{op}(x, dim)",
-             "torch.{op}(x, dim, correction=min(1, x.shape[dim] - 1))"),),
+             "torch.{op}(x, dim, correction=min(1, x.shape[dim] - 1)).clamp_min({small})"),),
     ),
     KnownFailure(
         "mean of nothing", _ops("mean"), (when.forward, when.empty("self")),
@@ -272,13 +277,13 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "determinant of 0", _ops("linalg_slogdet"), (when.forward, when.fresh, when.is_inf),
         "got a matrix whose determinant is 0",
         (Fix("Add to its diagonal", "torch.linalg.slogdet(x)[1]",
-             "torch.linalg.slogdet(x + 1e-3 * torch.eye(x.shape[-1]))[1]"),),
+             "torch.linalg.slogdet(x + 1e-3 * torch.eye(x.shape[-1]).to(x))[1]"),),
     ),
     KnownFailure(
         "inverse of a matrix without full rank", _ops("linalg_inv_ex"), (when.forward, when.fresh),
         "found no inverse of its matrix",
         (Fix("Add to its diagonal", "torch.linalg.inv_ex(x)[0]",
-             "torch.linalg.inv_ex(x + 1e-3 * torch.eye(x.shape[-1]))[0]"),),
+             "torch.linalg.inv_ex(x + 1e-3 * torch.eye(x.shape[-1]).to(x))[0]"),),
     ),
     KnownFailure(
         "0 times infinity", _ops("mul"),

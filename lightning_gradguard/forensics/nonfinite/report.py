@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite.blame import Blame, Way
-from lightning_gradguard.forensics.nonfinite.failure import KnownFailure
-from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
+from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
@@ -94,7 +94,17 @@ def happened_in_words(provenance: Provenance) -> str:
 
 def _remedy(provenance: Provenance, source: str) -> str:
     failure = known_failure_of(provenance)
-    return "" if failure is None else failure.remedy(key_of(provenance), provenance, source)
+    if failure is None or not failure.fixes:
+        return ""
+    return " ".join([failure.remedy(key_of(provenance), provenance, source), *_remedies_before(provenance)])
+
+
+def _remedies_before(provenance: Provenance) -> Iterator[str]:
+    """For what the operands at fault come from, where its slope is infinite."""
+    for operand in provenance.operands:
+        if operand.source and operand.at is not None and operand.at.value == 0:
+            safe = code(STEEP[operand.source], operand.source, provenance)
+            yield f"It comes from `{operand.source}`, whose slope is infinite there; there write: `{safe}`."
 
 
 def _cause_of(provenance: Provenance) -> Provenance:

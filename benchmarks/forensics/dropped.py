@@ -169,9 +169,8 @@ class HarmlessNanBesideABirthInTheBackwardPass(Step):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         hidden = self.encoder(batch["x"]) * batch["scale"]
         share = (hidden.detach() / batch["scale"]).nan_to_num()
-        return self.head(
-            hidden.square().sum(1, keepdim=True).sqrt() * share.mean().clamp(1.0, 1.0).expand(BATCH, WIDTH)
-        ).mean()  # <<
+        length = hidden.square().sum(1, keepdim=True).sqrt()  # <<
+        return self.head(length * share.mean().clamp(1.0, 1.0).expand(BATCH, WIDTH)).mean()
 
 
 @case("none")
@@ -183,8 +182,10 @@ class HarmlessNanAlone(Step):
         return super().training_step(batch, batch_idx) + share.mean()
 
 
-@case("backward", "", "LogsumexpBackward0", samples=(5,))
+@case("none")
 class LogsumexpOfNothingLeftOutByIndex(Sequences):
+    """torch guards its gradient; it was labelled as a failure first."""
+
     def batch(self) -> Any:
         batch = super().batch()
         batch["keep"][5] = False
@@ -192,7 +193,7 @@ class LogsumexpOfNothingLeftOutByIndex(Sequences):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         scores = self.encoder(batch["x"])[..., 0].masked_fill(~batch["keep"], -INF)
-        return scores.logsumexp(1)[batch["keep"].any(1)].square().mean()  # <<
+        return scores.logsumexp(1)[batch["keep"].any(1)].square().mean()
 
 
 @case("forward", "ratio", "div", samples=(6, 7), at=Ratio, never=NO_FINITE_INPUTS)

@@ -238,7 +238,7 @@ class AsManyPrototypesAsSamples(Step):
         return F.cross_entropy(similarity, batch["y"])
 
 
-@case("forward", "", "div")
+@case("forward", "", "reciprocal")
 class AsManyClassesAsSamples(Step):
     """One never occurs in training, so that its weight is infinite; samples of it are not bad."""
 
@@ -338,8 +338,10 @@ class ImagesOfSeveralSizes(Step):
         return torch.stack(losses).mean()
 
 
-@case("forward", "norm", "native_batch_norm", samples=(3,))
+@case("none")
 class OneSampleOverflowsTheStatisticsOfAll(Step):
+    """The variance is infinite and all become zero; it was labelled as a failure first."""
+
     def add(self) -> None:
         self.norm = nn.BatchNorm1d(WIDTH)
 
@@ -349,7 +351,7 @@ class OneSampleOverflowsTheStatisticsOfAll(Step):
         return batch
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.head(self.norm(batch["x"])), batch["y"])  # <<
+        return F.cross_entropy(self.head(self.norm(batch["x"])), batch["y"])
 
 
 @case("forward", "", "mse_loss", samples=(6,))

@@ -105,9 +105,9 @@ class ForwardOfAFunctionByHand(_Positive):
         return _Log.apply(batch["x"] * self.head.weight.mean().square()).mean()
 
 
-@case("backward", "", "mul", says=("hook", "mul"))
+@case("backward", "encoder.2", "mul", says=("hook", "mul"))
 class HookThatScalesAGradient(Step):
-    """The node beside which it runs is innocent."""
+    """The node beside which it runs is innocent; the module is the one whose result the hook is on."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         hidden = self.encoder(batch["x"])

@@ -6,6 +6,7 @@ import random
 import re
 import warnings
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -59,9 +60,10 @@ def judge(case: Case) -> Outcome:
     np.random.seed(7)  # noqa: NPY002 - what the cases draw from
     module = case.make()
     guard = GradGuard(**case.guard)
+    folder = TemporaryDirectory()
     silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(max_steps=1, callbacks=[guard], accelerator="cpu", devices=1, **silent)
-    with warnings.catch_warnings():
+    trainer = Trainer(max_steps=1, callbacks=[guard], accelerator="cpu", devices=1, default_root_dir=folder.name, **silent)
+    with folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader([module.batch()], batch_size=None, collate_fn=lambda batch: batch))
     alerts = [alert for alert in guard.alerts if alert.kind == "nonfinite"]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.record import Histograms, Record
+from lightning_gradguard.record import Histograms, Measurement, Record
+from lightning_gradguard.sinks.event_files import LastingRecordWriter, make_lasting
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import description, scalars, tag_prefix
@@ -23,18 +24,24 @@ class TensorBoardSink:
 
     Args:
         writer: gives the writer, which is asked for at the first record: making it creates a folder.
+        settings: of the guard, in words, for the report.
     """
 
-    def __init__(self, writer: SummaryWriter | Callable[[], SummaryWriter]) -> None:
+    def __init__(
+        self, writer: SummaryWriter | Callable[[], SummaryWriter], settings: Mapping[str, str] | None = None
+    ) -> None:
         self._writer = writer
         self._described: set[str] = set()
-        self._tab = TabSeries()
+        self._tab = TabSeries(settings)
+        self._last: Measurement | None = None
+        self._lasting: LastingRecordWriter | None = None
 
     def write(self, record: Record) -> None:
         """Write what is due; a step with an alert is always written, so that its spike is in the picture."""
         step = record.position.log_step
         prefix = tag_prefix(record.position)
-        if record.scalars_due or record.alerts:
+        if (record.scalars_due or record.alerts) and record.measurement is not self._last:
+            self._last = record.measurement  # a notice comes with the measurement of a step that has been written
             self._add(self._page(record), 0)
             self._add(self._scalars(record, prefix), step)
         if record.histograms is not None:
@@ -44,16 +51,23 @@ class TensorBoardSink:
             tag = f"{prefix}/alerts"
             self._add([self._describe(text(tag, _table(alert)), "text") for alert in record.alerts], step)
             self._open().flush()
+        self._raise_error()
 
     def close(self) -> None:
         """Write out what is buffered. The writer belongs to the logger, so it stays open."""
         if isinstance(self._writer, SummaryWriter):
             self._writer.flush()
+            self._raise_error()
 
     def _open(self) -> SummaryWriter:
         if not isinstance(self._writer, SummaryWriter):
             self._writer = self._writer()
+        self._lasting = make_lasting(self._writer)
         return self._writer
+
+    def _raise_error(self) -> None:
+        if self._lasting is not None:
+            self._lasting.raise_error()
 
     def _add(self, values: list[Summary.Value], step: int) -> None:
         if values:
@@ -110,7 +124,7 @@ class TensorBoardSink:
 def _table(alert: Alert) -> str:
     facts = {
         "what": f"{alert.kind}, {alert.action}",
-        "step": f"{alert.step}" if alert.epoch is None else f"{alert.step} (epoch {alert.epoch}, batch {alert.batch_idx})",
+        "step": _where(alert),
         "found": f"{alert.value:.4g}, limit {alert.limit:.4g}",
         **_culprit(alert),
         "what to try": alert.remedy,
@@ -150,3 +164,10 @@ def _cell(text: str) -> str:
     ):
         text = text.replace(character, escaped)
     return " ".join(text.split())
+
+
+def _where(alert: Alert) -> str:
+    if alert.epoch is None:
+        return f"{alert.step}"
+    batch = "" if alert.batch_idx is None else f", batch {alert.batch_idx}"
+    return f"{alert.step} (epoch {alert.epoch}{batch})"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,10 +14,15 @@ if TYPE_CHECKING:
     from lightning.pytorch.loggers import Logger
 
 
-def all_sinks(trainer: Trainer, own: Sequence[Sink]) -> tuple[Sink, ...]:
+def all_sinks(trainer: Trainer, own: Sequence[Sink], settings: Mapping[str, str]) -> tuple[Sink, ...]:
     """`alerts.jsonl`, one sink a logger, the user's own, and the console; on other ranks than the first none.
 
     Must be called on all ranks, since the Trainer agrees on its folder between them.
+
+    Args:
+        trainer: whose loggers and folder.
+        own: the user's.
+        settings: of the guard, in words.
     """
     log_dir = trainer.log_dir
     if not trainer.is_global_zero:
@@ -26,16 +31,16 @@ def all_sinks(trainer: Trainer, own: Sequence[Sink]) -> tuple[Sink, ...]:
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         if log_dir is not None:
             built_in.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
-        built_in.extend(_of_logger(logger) for logger in trainer.loggers)
+        built_in.extend(_of_logger(logger, settings) for logger in trainer.loggers)
     # The console comes last: where warnings are errors it raises, and the others must have the alert by then.
     return (*built_in, *own, ConsoleSink())
 
 
-def _of_logger(logger: Logger) -> Sink:
+def _of_logger(logger: Logger, settings: Mapping[str, str]) -> Sink:
     # By name, since `lightning` and `pytorch_lightning` have distinct classes.
     names = {cls.__name__ for cls in type(logger).__mro__}
     if "TensorBoardLogger" in names:
-        return TensorBoardSink(lambda: logger.experiment)  # type: ignore[attr-defined]  # of the subclass
+        return TensorBoardSink(lambda: logger.experiment, settings)  # type: ignore[attr-defined]  # of the subclass
     if "WandbLogger" in names:
         return WandbSink(logger, importlib.import_module("wandb").Histogram)
     if "MLFlowLogger" in names:

@@ -14,8 +14,8 @@ from torch import nn
 
 from lightning_gradguard.forensics.nonfinite.layout import layout_of, leaves_of
 from lightning_gradguard.forensics.nonfinite.proof import Proof
-from lightning_gradguard.forensics.nonfinite.report import rows_in_words
 from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.wording import rows_in_words
 from lightning_gradguard.forensics.state import unchanged
 from lightning_gradguard.forensics.tensors import describe, flaw_of, range_of
 

@@ -7,8 +7,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning_package import Callback, LightningModule, ModelCheckpoint
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from toys import Net, fit, make_batches, make_trainer

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from lightning_gradguard.forensics.nonfinite.provenance import Drop, Provenance
+from lightning_gradguard.forensics.nonfinite.drops import Drop
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 
 Phase = Literal["data", "weights", "forward", "backward"]

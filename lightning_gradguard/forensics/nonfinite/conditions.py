@@ -121,6 +121,11 @@ def written_down(provenance: Provenance) -> bool:
     return any(not math.isfinite(place.value) for place in numbers)
 
 
+def from_forward(provenance: Provenance) -> bool:
+    """A backward operator has taken in damage of the forward pass."""
+    return backward(provenance) and any(not parent.is_backward for parent in provenance.parents)
+
+
 def is_nan(provenance: Provenance) -> bool:
     """NaN came out."""
     return provenance.flaw.has_nan
@@ -129,6 +134,11 @@ def is_nan(provenance: Provenance) -> bool:
 def is_inf(provenance: Provenance) -> bool:
     """Infinity came out, and no NaN."""
     return provenance.flaw.has_inf
+
+
+def without_nan(provenance: Provenance) -> bool:
+    """No NaN went in."""
+    return not any(parent.flaw.has_nan for parent in provenance.parents)
 
 
 def zero_times_infinity(provenance: Provenance) -> bool:

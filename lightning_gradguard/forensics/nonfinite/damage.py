@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, autograd, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.forensics.nonfinite.drops import Drops
 from lightning_gradguard.forensics.nonfinite.ledger import Ledger
 from lightning_gradguard.forensics.nonfinite.numbers import HALVES
 from lightning_gradguard.forensics.nonfinite.operands import operands_of, saved_by
-from lightning_gradguard.forensics.nonfinite.operators import Call, Operator
-from lightning_gradguard.forensics.nonfinite.provenance import Drop, Origin, Provenance
+from lightning_gradguard.forensics.nonfinite.operators import Operator
+from lightning_gradguard.forensics.nonfinite.provenance import Origin, Provenance
 from lightning_gradguard.forensics.nonfinite.rows import Rows
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 from lightning_gradguard.forensics.nonfinite.source_location import (
@@ -45,6 +46,30 @@ class _Step(NamedTuple):
         return f"{self.op} in {self.module or 'training_step'}: {kind} {list(self.shape)} {self.span}"
 
 
+class _Call(NamedTuple):
+    """An operator that is run.
+
+    Attributes:
+        operator: which.
+        args, kwargs: what it is called with.
+        node: the autograd node that the engine is running; None in a forward pass.
+        has_grad_mode: whether it is recorded by autograd.
+        overwritten: copies of what it writes over, by the tensor's identity.
+    """
+
+    operator: Operator
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    node: Any
+    has_grad_mode: bool
+    overwritten: dict[int, Tensor]
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """The arguments with their names, as they were before."""
+        for name, value in self.operator.named(self.args, self.kwargs):
+            yield name, self.overwritten.get(id(value), value)
+
+
 class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Watches every operator of a step, forward and backward.
 
@@ -70,9 +95,9 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._operators: dict[Any, Operator] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
         self._order = 0
-        self._half: torch.dtype | None = None
-        self.drops: list[Drop] = []
+        self.drops = Drops()
         """Where damage was left behind in the forward pass, in order."""
+        self._half: torch.dtype | None = None
         self.losses: list[Provenance] = []
         """The damaged tensors that `backward()` was called on, in order."""
 
@@ -111,22 +136,20 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(func, torch._ops.OpOverload):
                 return func(*args, **kwargs)
             operator = self._operators[func] = Operator(func)
-        changed = operator.overwrites(args) if self.rows is None else operator.writes(args)
-        overwritten = {id(tensor): tensor.detach().clone() for tensor in changed if plain(tensor) is not None}
-        call = Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
+        overwritten = {id(tensor): tensor.clone() for tensor in operator.overwrites(args)}
+        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
         # What is written in place has to be looked at before; afterwards it is the result.
         earlier = {id(tensor): self._ledger.damage_of(tensor) for tensor in operator.writes(args)}
         result = func(*args, **kwargs)
         if self.rows is not None:
             is_backward = call.node is not None and not call.has_grad_mode
-            number = self._sequence_of(call)
-            self.rows.note(func, operator, args, kwargs, result, is_backward=is_backward, sequence=number)
+            self.rows.note(func, operator, args, kwargs, result, is_backward=is_backward, sequence=self._sequence_of(call))
         # What follows from a loss that is damaged needs no look.
         if not operator.is_view and not (self.losses and call.node is not None):
             self._look(call, result, earlier)
         return result
 
-    def _look(self, call: Call, result: Any, earlier: dict[int, Provenance | None]) -> None:
+    def _look(self, call: _Call, result: Any, earlier: dict[int, Provenance | None]) -> None:
         self._order += 1
         name = call.operator.name
         self._note_place(call)
@@ -157,7 +180,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note_drop(call, earlier)
 
     def _provenance(
-        self, call: Call, tensor: Tensor, flaw: Flaw, inputs: list[Tensor], parents: tuple[Provenance, ...]
+        self, call: _Call, tensor: Tensor, flaw: Flaw, inputs: list[Tensor], parents: tuple[Provenance, ...]
     ) -> Provenance:
         in_engine = self._is_backward(call)
         provenance = Provenance(
@@ -169,8 +192,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_custom=in_engine and isinstance(call.node, torch.autograd.function.BackwardCFunction),
             parents=parents,
             dtype=tensor.dtype,
-            half=self._half,
             sequence=self._sequence_of(call),
+            half=self._half,
         )
         is_put = call.operator.puts_infinity(call.args, call.kwargs)
         provenance.is_sentinel = all(parent.is_sentinel for parent in parents) if parents else is_put
@@ -188,9 +211,9 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             provenance.before = tuple(str(step) for step in self._before)
             provenance.needs_grad = any(value.requires_grad for value in inputs)
             # Infinities that were put there on purpose are in healthy rows too.
-            damaged = tensor.isnan() if changes and parents else tensor
-            provenance.rows = self._rows(damaged, in_engine)
-            provenance.samples = self._samples_at(tensor, tensor.isnan() if changes and parents else None)
+            is_nan = tensor.isnan() if changes and parents else None
+            provenance.rows = self._rows(tensor if is_nan is None else is_nan, in_engine)
+            provenance.samples = self._samples_at(tensor, is_nan)
         elif all(parent.rows is None for parent in parents):
             provenance.rows = self._rows(tensor, in_engine)
         if provenance.samples is None and not any(parent.samples for parent in parents):
@@ -218,7 +241,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _here(self) -> SourceLocation:
         return SourceLocation(self.modules.current, current_line(), () if self.rows is None else current_frames())
 
-    def _is_backward(self, call: Call) -> bool:
+    def _is_backward(self, call: _Call) -> bool:
         """Whether it is the engine that runs an operator, and not a recomputed forward pass."""
         if call.node is None or not call.has_grad_mode:
             return call.node is not None
@@ -243,15 +266,9 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._ledger.put(tensor, provenance)
         return provenance
 
-    def _note_drop(self, call: Call, earlier: dict[int, Provenance | None]) -> None:
-        """Remember that an operator took damage in and gave none away; masks of minus infinity are made for that."""
-        for tensor in tensors_in([*call.operator.reads(call.args, call.kwargs)]):
-            provenance = earlier.get(id(tensor)) or self._ledger.get(tensor)
-            if provenance is None or (provenance.is_sentinel and not provenance.flaw.has_nan):
-                continue
-            is_partial = id(tensor) not in earlier and flaw_of(tensor) is None
-            location = self._here()
-            self.drops.append(Drop(self._order, call.operator.name, location, provenance, is_partial))
+    def _note_drop(self, call: _Call, earlier: dict[int, Provenance | None]) -> None:
+        inputs = ((tensor, earlier.get(id(tensor))) for tensor in tensors_in([*call.operator.reads(call.args, call.kwargs)]))
+        self.drops.note(self._order, call.operator.name, inputs, self._ledger, self._here)
 
     def _note_loss(self, tensor: Tensor) -> None:
         """Autograd begins at a loss by making a one of its shape."""
@@ -263,7 +280,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return
             frame = frame and frame.f_back
 
-    def _note_place(self, call: Call) -> None:
+    def _note_place(self, call: _Call) -> None:
         """Remember where the autograd node was made that an operator of the forward pass belongs to."""
         if call.node is not None and not call.has_grad_mode:
             return
@@ -273,12 +290,12 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_traced = call.node is not None and not self.modules.is_inside
             self._locations[number] = self._location_of(call) if is_traced else self._here()
 
-    def _sequence_of(self, call: Call) -> int | None:
+    def _sequence_of(self, call: _Call) -> int | None:
         if call.node is not None and not call.has_grad_mode:
             return int(call.node._sequence_nr())
         return autograd._get_sequence_nr() - 1 if call.has_grad_mode else None  # type: ignore[attr-defined]
 
-    def _location_of(self, call: Call) -> SourceLocation:
+    def _location_of(self, call: _Call) -> SourceLocation:
         """Where the forward operator of a running node is; with the line of what user code the engine runs itself."""
         made = self._locations.get(call.node._sequence_nr(), SourceLocation())
         line = current_line()
@@ -292,7 +309,7 @@ def _node_name(running: Any) -> str:
     return name.rpartition("::")[2]
 
 
-def _named(call: Call, provenance: Provenance) -> Iterator[tuple[str, Any]]:
+def _named(call: _Call, provenance: Provenance) -> Iterator[tuple[str, Any]]:
     """The operands with their names; in a backward pass those of the forward operator."""
     if provenance.is_backward and not (provenance.is_hook or provenance.is_custom):
         return saved_by(call.node, provenance.op, call.named())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -83,30 +83,6 @@ class Operator:
     def puts_infinity(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether somebody has written NaN or infinity down as its argument, as to `masked_fill`, or made it a constant."""
         return self.is_constant or any(_is_nonfinite_scalar(value) for value in (*args, *kwargs.values()))
-
-
-class Call(NamedTuple):
-    """An operator that is run.
-
-    Attributes:
-        operator: which.
-        args, kwargs: what it is called with.
-        node: the autograd node that the engine is running; None in a forward pass.
-        has_grad_mode: whether it is recorded by autograd.
-        overwritten: copies of what it writes over, by the tensor's identity.
-    """
-
-    operator: Operator
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    node: Any
-    has_grad_mode: bool
-    overwritten: dict[int, Tensor]
-
-    def named(self) -> Iterator[tuple[str, Any]]:
-        """The arguments with their names, as they were before."""
-        for name, value in self.operator.named(self.args, self.kwargs):
-            yield name, self.overwritten.get(id(value), value)
 
 
 def _at(args: Sequence[Any], index: int) -> Any:

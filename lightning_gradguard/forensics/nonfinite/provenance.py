@@ -68,22 +68,3 @@ class Provenance:
     def is_backward(self) -> bool:
         """Whether it was made in the backward pass."""
         return bool(self.node)
-
-
-@dataclass(frozen=True)
-class Drop:
-    """An operator of the forward pass whose result is finite although damage went in.
-
-    Attributes:
-        order: number of the operator.
-        op: aten operator.
-        location: module and line.
-        dropped: what went in.
-        is_partial: whether only a part of a damaged tensor went in, that is finite itself.
-    """
-
-    order: int
-    op: str
-    location: SourceLocation
-    dropped: Provenance
-    is_partial: bool

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
@@ -29,6 +29,7 @@ from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
+from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
@@ -50,7 +51,7 @@ class Investigation:
         module: the one that is trained.
         window: the running micro-batches.
         buffers: their values from before the step.
-        max_replays: steps that are looked into, >= 0.
+        max_replays: steps that are looked into, besides the one that ends the run.
         sample_dim: the dimension of batches that samples lie along, or that of each leaf; None: it is inferred.
     """
 
@@ -59,7 +60,7 @@ class Investigation:
         trainer: Trainer,
         module: LightningModule,
         window: Window,
-        buffers: BufferRepair,
+        buffers: Buffers,
         max_replays: int,
         *,
         sample_dim: SampleDim = None,
@@ -72,30 +73,40 @@ class Investigation:
         self._sample_dim = sample_dim
         self.num_done = 0
         """Steps looked into so far."""
+        self._earlier = EarlierCulprits()
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
-    def note(self, optimizer: Optimizer, record: Record | None) -> None:
-        """A step is done."""
-        self.diagnosis.note(optimizer, record)
+    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
+        """A step has been decided; where `is_pending`, the record is of the one before."""
+        self.diagnosis.note(optimizer, record, is_pending=is_pending)
 
     def clear(self) -> None:
         """Let go of all batches."""
         self.diagnosis.clear()
 
-    def __call__(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
+    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool = False) -> Culprit | None:
         """Who is to blame for a step; None if it can't be told. Its gradients should still be there, to compare with.
 
-        Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
+        What ends the run is looked into however many steps have been before, and is said to agree or not with those. Where
+        several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
         """
-        if self.num_done >= self._max_replays or not can_replay(self._trainer, self._module):
+        is_spent = self.num_done >= self._max_replays
+        if (is_spent and not ends_run) or not can_replay(self._trainer, self._module):
             return None
         self.num_done += 1
+        culprit = self._find(position, measurement, kind)
+        if ends_run:
+            return self._earlier.settle(position.optimizer, kind, culprit)
+        self._earlier.note(position.optimizer, kind, position.step, culprit)
+        return culprit
+
+    def _find(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         optimizer = self._trainer.optimizers[position.optimizer]
         if kind != "nonfinite":
-            return None if self._is_sharded else self._diagnose(optimizer, position, kind)
+            return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
         try:
             looked = self._look(optimizer, position)
@@ -105,11 +116,11 @@ class Investigation:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
 
-    def _diagnose(self, optimizer: Optimizer, position: Position, kind: str) -> Culprit | None:
+    def _diagnose(self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
         found: tuple[Culprit | None, float] = (None, 0.0)
         try:
-            found = self.diagnosis.look(optimizer, position, kind)
+            found = self.diagnosis.look(optimizer, position, measurement, kind)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             _warn(error)
         everyone = [found] * self._ranks.size

@@ -40,7 +40,7 @@ LINES = [
     ("torch.where(m, x / y, 0.0)", {"x": [1.0, 3.0], "y": [1.0, 0.0], "m": [True, False]}, "Div", "a divisor of 0 at [1]"),
     ("torch.pow(x, y)", {"x": [1.0, -2.0], "y": [1.0, 2.0]}, "`PowBackward1`", "by its exponent at a base of -2 at [1]"),
     # what is the pole, and what is not
-    ("torch.lgamma(x)", {"x": [1.0, -1.0]}, "`lgamma`", "got -1 at [1], where it is infinite"),
+    ("torch.lgamma(x)", {"x": [1.0, -1.0]}, "`lgamma`", "got -1 at [1]; it has a pole there"),
     ("torch.lgamma(x)", {"x": [1.0, 1e38]}, "`lgamma`", "gave Inf for finite inputs"),
     ("torch.pow(x, 3)", {"x": [1e-20, 1e13]}, "`pow`", "raised 1e+13 at [1] to the power 3"),
     ("torch.pow(x, -9)", {"x": [0.0, 1.0]}, "`pow`", "raised 0 at [0] to the power -9"),

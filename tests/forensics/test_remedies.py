@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lines import alert_of, fit, line_of, outcome, tensors
 from remedy_examples import EXAMPLES
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 
@@ -148,11 +149,32 @@ def test_remedies_of_all_that_fails_on_a_line_are_told(tmp_path):
     inputs = tensors({"x": [1.0, 0.0]}, torch.float32)
     code = "torch.lgamma(x) - torch.log(x) * x"
     alert = alert_of(line_of(tmp_path, code, inputs), inputs)
-    assert "got 0 at [1], where it is infinite" in alert.message
+    assert "got 0 at [1]; it has a pole at 0" in alert.message
     assert "; on the same line `log` got 0 at [1]" in alert.message
     for safe in re.findall(r"`([^`]+)`\.", alert.remedy):
         code = code.replace(f"{safe.partition('(')[0]}(x)", safe)
     assert all(values.isfinite().all() for values in outcome(line_of(tmp_path, code, inputs), inputs))
+
+
+@pytest.mark.parametrize("code", documentation().RAISING_CODE)
+def test_what_the_page_says_to_raise_raises(code, tmp_path):
+    """So that there is no NaN to explain."""
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        line_of(tmp_path, code, ["z", "one"])(torch.zeros(2, 2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize("is_additive", [True, False])
+def test_attention_kernels_give_no_nan_for_a_masked_row(backend, is_additive):
+    """None of those that a CPU has."""
+    keep = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
+    mask = torch.zeros(3, 3).masked_fill(~keep, -torch.inf) if is_additive else keep
+    x = torch.randn(1, 1, 3, 4, requires_grad=True)
+    with sdpa_kernel(backend):
+        out = torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
 
 
 class Angle(LightningModule):

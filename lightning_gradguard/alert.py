@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from lightning_gradguard.policy import Action
@@ -37,6 +37,21 @@ class ParameterReport:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A call in the user's code, or in a library that it uses.
+
+    Attributes:
+        file, line, source: where it is.
+        function: its name, with the class of its `self`, as `Model.loss`.
+    """
+
+    file: str
+    line: int
+    function: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Culprit:
     """Who made the damage, as far as it could be found.
 
@@ -46,7 +61,7 @@ class Culprit:
             `batch['x']`, for data; the parameter's or buffer's name for weights.
         op: aten operator or autograd node.
         file, line, source: the line of code.
-        samples: bad rows of the batch, or None.
+        samples: bad rows of the batch, where they are certain; None: it is not single ones, or it can't be told.
         rank: the process.
         reproduced: whether a replay gave the same gradients.
         error: relative error of the replayed gradients.
@@ -56,6 +71,8 @@ class Culprit:
         before: the operators before it and what came out of them, in words, oldest first.
         cause: why gradients vanish or explode, in a word ("saturation", "rate", "sample", ...); "" for NaN and Inf.
         factors: lines of a Markdown table: what each layer multiplies the gradient by.
+        probable_samples: rows of the batch that are bad as far as can be guessed; None where they are certain, or not known.
+        frames: the calls that led to the line, innermost first, up to five: your own code, then one for each library.
     """
 
     phase: str
@@ -74,6 +91,8 @@ class Culprit:
     before: tuple[str, ...] = ()
     cause: str = ""
     factors: tuple[str, ...] = ()
+    probable_samples: tuple[int, ...] | None = None
+    frames: tuple[Frame, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,14 +170,14 @@ _NOT_KNOWN: Mapping[str, Any] = {
 }
 
 
-def _fields_of(cls: type, content: Any, *, required: tuple[str, ...]) -> dict[str, Any]:
-    """The values of those fields of a dataclass that a dictionary has."""
+def _fields_of(cls: type, content: Any, *, required: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The values of those fields of a dataclass that a dictionary has; required are those without a default, or these."""
     if not isinstance(content, Mapping):
         raise ValueError("it has no fields")
     values = {}
     for entry in fields(cls):
         if entry.name not in content:
-            if entry.name in required:
+            if entry.default is MISSING if required is None else entry.name in required:
                 raise ValueError(f"`{entry.name}` is missing")
             continue
         try:
@@ -196,17 +215,13 @@ def _all(convert: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return converted
 
 
-def _report(value: Any) -> ParameterReport:
-    return ParameterReport(**_fields_of(ParameterReport, value, required=("name", "norm")))
-
-
-def _culprit(value: Any) -> Culprit:
-    return Culprit(**_fields_of(Culprit, value, required=("phase",)))
+def _made(cls: type) -> Callable[[Any], Any]:
+    return lambda value: cls(**_fields_of(cls, value))
 
 
 _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "Action": Action,
-    "Culprit | None": _or_none(_culprit),
+    "Culprit | None": _or_none(_made(Culprit)),
     "bool": _exactly(bool),
     "float": _number,
     "float | None": _or_none(_number),
@@ -214,7 +229,8 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "int | None": _or_none(_exactly(int)),
     "str": _exactly(str),
     "str | None": _or_none(_exactly(str)),
-    "tuple[ParameterReport, ...]": _all(_report),
+    "tuple[Frame, ...]": _all(_made(Frame)),
+    "tuple[ParameterReport, ...]": _all(_made(ParameterReport)),
     "tuple[int, ...] | None": _or_none(_all(_exactly(int))),
     "tuple[str, ...]": _all(_exactly(str)),
 }

@@ -54,13 +54,16 @@ class GradGuard(Callback):
             samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
         max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
             is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
+        sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
+            name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: it is
+            inferred.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
             a detector has that action, else nothing.
         quarantine: "list" writes batches that caused a skip or a rollback into `<log_dir>/gradguard/quarantine.jsonl`, with
-            their samples where the sampler shows them; "skip" also keeps these samples out of later batches, in this run and
-            when it is resumed; None: neither.
+            their samples where the sampler shows them; "skip" lists the samples that made the damage where they are certain,
+            else all of the batch, and keeps them out of later batches, in this run and when it is resumed; None: neither.
 
     Raises:
         ValueError: if an argument is wrong; when training starts, if a pattern of names matches nothing.
@@ -88,6 +91,7 @@ class GradGuard(Callback):
         histogram_every_n_steps: int | None = 100,
         max_replays: int = 3,
         max_bundle_mib: float | None = 64.0,
+        sample_dim: int | Mapping[str, int | None] | None = None,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
         quarantine: Literal["list", "skip"] | None = None,
@@ -109,6 +113,7 @@ class GradGuard(Callback):
             log_every_n_steps=log_every_n_steps,
             max_replays=max_replays,
             max_bundle_mib=max_bundle_mib,
+            sample_dim=sample_dim,
             rollback=rollback,
             quarantine=quarantine,
             armed=armed_among(self._settings.detectors),

@@ -77,6 +77,10 @@ class Measurement:
         max_abs: largest finite magnitude of an element; measured on an incident only, None otherwise.
         update_ratios: by which part of its size the step before has moved each matrix or kernel, NaN for vectors,
             [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
+        learning_rate: the largest of the optimizer's groups; None at steps that are not logged, and where it is not known.
+        weight_norm: 2-norm of all weights before this step; None at steps that are not logged, and where they are sharded.
+        update_ratio: 2-norm of what the step before has changed of them, over their norm, estimated from a sample; None as
+            for `weight_norm`, and where the step before was skipped.
     """
 
     layout: Layout
@@ -91,6 +95,9 @@ class Measurement:
     overflowed: bool = False
     max_abs: float | None = None
     update_ratios: Floats | None = None
+    learning_rate: float | None = None
+    weight_norm: float | None = None
+    update_ratio: float | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

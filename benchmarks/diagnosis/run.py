@@ -14,12 +14,13 @@ from benchmarks.diagnosis.labels import TUNED_ON
 from benchmarks.diagnosis.trainings import CHECKED, MISTAKEN, NO_CAUSE
 from lightning_gradguard import Explosion, Guard, NonFinite
 from lightning_gradguard.forensics.flow.evidence import Cause, Changed, Evidence
-from lightning_gradguard.forensics.flow.explosion_causes import exchanged, explosion_causes, top_row
+from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
 from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
 from lightning_gradguard.forensics.flow.norm_history import NormHistory
 from lightning_gradguard.forensics.flow.vanishing_causes import vanishing_causes
 from lightning_gradguard.forensics.flow.weight_history import WeightHistory
-from lightning_gradguard.forensics.nonfinite.samples import Batch, refill
+from lightning_gradguard.forensics.nonfinite.layout import layout_of
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
 from lightning_gradguard.forensics.state import unchanged
 from lightning_gradguard.record import Measurement
 
@@ -154,7 +155,7 @@ def collect(scene: _Scene, step: int, measurement: Measurement) -> Evidence:
         evidence = replace(evidence, healthy=there, healthy_norm=there_norm)
     if (top := top_row(flow)) is not None:
         row, _, size = top
-        _, rest, _ = replay(scene, refill(scene.batch, exchanged(row, size), size))
+        _, rest, _ = replay(scene, exchanged(scene.batch, layout_of(scene.batch), with_row_replaced(row, size)))
         evidence = replace(evidence, norm_without_row=rest)
     return evidence
 

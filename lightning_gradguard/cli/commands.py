@@ -6,7 +6,7 @@ import contextlib
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Group
@@ -33,6 +33,11 @@ app = typer.Typer(
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts: one object a line.")]
 _LogDir = Annotated[Path, typer.Argument(help="A run's folder, one above several, or an alerts.jsonl.", exists=True)]
+_Output = Annotated[
+    Path | None,
+    typer.Option("--output", "-o", help="The file; `-` for standard output. Without it, report.html or report.md."),
+]
+_Format = Annotated[Literal["html", "md"], typer.Option("--format", help="html: with plots; md: words and tables.")]
 _Kind = Annotated[
     list[str] | None, typer.Option("--kind", "-k", help="Only alerts of this kind, as `nonfinite`; can be repeated.")
 ]
@@ -184,3 +189,14 @@ def explain(name: _Name = None, as_json: _Json = False) -> None:  # noqa: FBT002
             print_json({"name": title, "text": text})
         else:
             console().print(Markdown(f"## {title}\n\n{text}"))
+
+
+@app.command()
+def report(log_dir: _LogDir, output: _Output = None, format_: _Format = "html", as_json: _Json = False) -> None:  # noqa: FBT002
+    """Write what was found in one file, to read without a server: of one run, or of all below a folder."""
+    from lightning_gradguard.cli.report.command import write_report  # noqa: PLC0415 - reads event files
+
+    try:
+        typer.echo(write_report(log_dir, output, "json" if as_json else format_), nl=False)
+    except (ValueError, OSError) as error:
+        fail(str(error))

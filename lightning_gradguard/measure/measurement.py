@@ -50,6 +50,8 @@ class Facts:
         histogram: a row of counts for each gradient, [num_tensors, row]; None on most steps.
         others: 0 if the gradients that are not measured are finite, else NaN, scalar; None where there are none.
         updates: how far the step before has moved each parameter, [num_parameters]; None where that was not measured.
+        weights: norm of the weights, and the update of the step before over it, [2]; None where it was not measured.
+        learning_rate: the largest; None where it is not wanted or not known.
     """
 
     norms: Tensor
@@ -60,6 +62,8 @@ class Facts:
     histogram: Tensor | None = None
     others: Tensor | None = None
     updates: Tensor | None = None
+    weights: Tensor | None = None
+    learning_rate: float | None = None
 
     def read(self, gradients: Gradients, layout: Layout) -> Measurement:
         """Bring the facts to the host in one copy (one sync); on an incident look closer at the gradients.
@@ -72,7 +76,7 @@ class Facts:
     def pack(self) -> Tensor:
         """All but the histogram in one tensor, float32 or wider [n]. No sync."""
         parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
-        some = (self.loss_scale, self.others, self.updates)
+        some = (self.loss_scale, self.others, self.weights, self.updates)
         parts += [to_device(part.reshape(-1), self.norms.device, self.norms.dtype) for part in some if part is not None]
         return torch.cat(parts)
 
@@ -89,6 +93,7 @@ class Facts:
         # Damage in what is not measured makes the global norm NaN, but none of the norms.
         is_damaged = self.others is not None and not math.isfinite(next(rest))
         total_norm = math.nan if is_damaged else float(values[count])
+        weight_norm, update_ratio = (None, None) if self.weights is None else (_known(next(rest)), _known(next(rest)))
         # Plain lists: for a handful of ranks faster than numpy.
         signs = [[float(value) for value in row] for row in values[count + 1 : end].reshape(self.signs.shape)]
         if self.signs.shape[1] == 1:
@@ -103,6 +108,9 @@ class Facts:
             damage=_damage(signs, self.num_micro_batches, math.isfinite(total_norm)),
             loss_scale=loss_scale,
             update_ratios=None if self.updates is None else np.fromiter(rest, dtype=np.float64),
+            learning_rate=self.learning_rate,
+            weight_norm=weight_norm,
+            update_ratio=update_ratio,
         )
 
     def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
@@ -117,6 +125,10 @@ class Facts:
         return is_bad
 
 
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
 def measure(
     gradients: Gradients,
     micro_batches: Sequence[MicroBatch] = (),
@@ -125,6 +137,8 @@ def measure(
     histogram: Tensor | None = None,
     some_are_foreign: bool = False,
     updates: Tensor | None = None,
+    weights: Tensor | None = None,
+    learning_rate: float | None = None,
 ) -> Facts:
     """The device half: one pass over the gradients. Changes none, never waits for the device.
 
@@ -140,6 +154,8 @@ def measure(
         some_are_foreign: whether backward passes of other optimizers are among `micro_batches`. Those are told by the
             gradients, which they leave as they were.
         updates: how far the step before has moved each parameter, [num_parameters].
+        weights: norm of the weights, and the update of the step before over it, [2].
+        learning_rate: passed on.
     """
     norms, ranks = gradients.norms(), gradients.ranks
     total_norm = total(norms, 2.0)
@@ -160,7 +176,9 @@ def measure(
         ranks.sum_(signs)
     gradients.measured = norms
     others = None if gradients.others is None else gradients.others.damage()
-    return Facts(norms, total_norm, len(micro_batches), signs, loss_scale, histogram, others, updates)
+    return Facts(
+        norms, total_norm, len(micro_batches), signs, loss_scale, histogram, others, updates, weights, learning_rate
+    )
 
 
 def look_closer(measurement: Measurement, gradients: Gradients) -> Measurement:

@@ -15,6 +15,7 @@ from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
 from lightning_gradguard.measure.updates import UpdateMeter
+from lightning_gradguard.measure.weights import WeightMeter, learning_rate
 from lightning_gradguard.record import Histograms, Position
 
 # Backward passes that are remembered between two steps; more than any accumulation window, so only a loop that
@@ -45,12 +46,16 @@ class StepMeter:
     Args:
         parameters: whose gradients.
         scaling: brings the gradients of fp16 training to their true size; None in any other precision.
+        log_interval: every how many steps the weights are measured for the logs, >= 0; 0: never.
     """
 
-    def __init__(self, parameters: WatchedParameters, scaling: LossScaling | None) -> None:
+    def __init__(self, parameters: WatchedParameters, scaling: LossScaling | None, *, log_interval: int = 0) -> None:
         self._parameters = parameters
         self._scaling = scaling
         self._updates = UpdateMeter()
+        self._weights = WeightMeter()
+        self._log_interval = log_interval
+        self._log_step = 0
         self._histograms = HistogramMeter()
         self._micro_batches: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
         self._has_rivals = False  # other optimizers, whose backward passes are told of as well
@@ -89,6 +94,10 @@ class StepMeter:
             self._scaling.unscale_()
         gradients = self._gradients()
         histogram = self._histograms.count(gradients) if with_histogram and gradients.tensors else None
+        self._log_step = position.log_step
+        is_logged = self._is_logged(position.log_step)
+        weights = self._weights.read_(self._parameters.tensors) if is_logged else None
+        self._weights.forget()
         facts = measure(
             gradients,
             self._micro_batches,
@@ -96,6 +105,8 @@ class StepMeter:
             histogram=histogram,
             some_are_foreign=self._has_rivals,
             updates=updates,
+            weights=weights,
+            learning_rate=learning_rate(self._parameters.optimizer) if is_logged else None,
         )
         self._micro_batches.clear()
         return MeasuredStep(position, gradients, facts, self._parameters.layout)
@@ -107,6 +118,11 @@ class StepMeter:
     def start_update_(self) -> None:
         """Before a step: keep the weights, so that its update can be measured."""
         self._updates.start_(self._parameters.tensors)
+
+    def start_sample_(self) -> None:
+        """Before a step that is applied: keep what tells how far it moves the weights, if the next one is logged."""
+        if self._is_logged(self._log_step + 1):
+            self._weights.start_(self._parameters.tensors)
 
     def read_update_(self) -> Tensor | None:
         """After it: how far it has moved each parameter; None if that was not measured, or the parameters are others now."""
@@ -124,6 +140,9 @@ class StepMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._updates.load_state_dict(state)
+
+    def _is_logged(self, step: int) -> bool:
+        return self._log_interval > 0 and (step + 1) % self._log_interval == 0
 
     def _gradients(self) -> Gradients:
         watched = self._parameters

@@ -102,8 +102,14 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         parameters=verdict.parameters,
         culprit=culprit,
         message=f"{verdict.kind.capitalize()} at {_where(position, verdict.micro_batch)}: {verdict.message}{named}. {done}",
-        remedy=culprit.remedy if culprit is not None and culprit.remedy else verdict.remedy,
+        remedy=_remedy(verdict, culprit),
     )
+
+
+def _remedy(verdict: Verdict, culprit: Culprit | None) -> str:
+    """The culprit's own; one who is known to have made NaN has no other than that, as a guess may be wrong."""
+    is_known = culprit is not None and (culprit.remedy or not culprit.cause)
+    return culprit.remedy if culprit is not None and is_known else verdict.remedy
 
 
 def _named(culprit: Culprit) -> str:

@@ -10,13 +10,18 @@ from numpy.typing import NDArray
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, HistogramProto, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
-from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_INT16, DT_STRING
+from tensorboard.compat.proto.types_pb2 import DT_DOUBLE, DT_FLOAT, DT_INT16, DT_STRING, DT_UINT8
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 from lightning_gradguard.layout import Floats
 from lightning_gradguard.tensorboard_plugin.wire import PLUGIN_NAME
 
-_TYPES = {np.dtype(np.float64): DT_DOUBLE, np.dtype(np.float32): DT_FLOAT, np.dtype(np.int16): DT_INT16}
+_TYPES = {
+    np.dtype(np.float64): DT_DOUBLE,
+    np.dtype(np.float32): DT_FLOAT,
+    np.dtype(np.int16): DT_INT16,
+    np.dtype(np.uint8): DT_UINT8,
+}
 
 
 def metadata(plugin: str, description: str = "") -> SummaryMetadata:
@@ -37,7 +42,7 @@ def text(tag: str, content: str) -> Summary.Value:
 
 
 def array(tag: str, is_first: bool, values: NDArray[Any]) -> Summary.Value:  # noqa: FBT001
-    """Numbers for the GradGuard tab; float64, float32 or int16."""
+    """Numbers for the GradGuard tab; float64, float32, int16 or uint8."""
     shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=size) for size in values.shape])
     content = values.astype(values.dtype.newbyteorder("<"), copy=False).tobytes()
     return _of_tab(tag, is_first, TensorProto(dtype=_TYPES[values.dtype], tensor_content=content, tensor_shape=shape))

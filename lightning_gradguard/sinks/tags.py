@@ -15,6 +15,9 @@ DESCRIPTIONS = {
     "num_skipped": "Optimizer steps passed over so far.",
     "num_clipped": "Steps so far whose gradients were made smaller.",
     "num_alerts": "Findings reported so far.",
+    "learning_rate": "Learning rate, the largest of the optimizer's groups.",
+    "weight_norm": "2-norm of all weights of the optimizer, before the step.",
+    "update_ratio": "2-norm of what the step before has changed of the weights, over their 2-norm; estimated from a sample.",
     "num_zero": "Gradient elements that are exactly zero, over all parameters.",
     "num_nan": "Gradient elements that are NaN, over all parameters.",
     "num_inf": "Gradient elements that are infinite, over all parameters.",
@@ -54,6 +57,12 @@ def scalars(record: Record) -> dict[str, float]:
             "clip_coef": record.clip_coef,
             "num_clipped": totals.num_clipped,
         }
+    of_weights = {
+        "learning_rate": measurement.learning_rate,
+        "weight_norm": measurement.weight_norm,
+        "update_ratio": measurement.update_ratio,
+    }
+    values |= {name: figure for name, figure in of_weights.items() if figure is not None}
     if math.isfinite(record.explosion_limit):
         values["explosion_limit"] = record.explosion_limit
     if math.isfinite(record.limit_ratio):

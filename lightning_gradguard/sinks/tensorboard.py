@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.record import Histograms, Record
+from lightning_gradguard.record import Histograms, Measurement, Record
 from lightning_gradguard.sinks.event_files import LastingRecordWriter, make_lasting
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
@@ -24,19 +24,24 @@ class TensorBoardSink:
 
     Args:
         writer: gives the writer, which is asked for at the first record: making it creates a folder.
+        settings: of the guard, in words, for the report.
     """
 
-    def __init__(self, writer: SummaryWriter | Callable[[], SummaryWriter]) -> None:
+    def __init__(
+        self, writer: SummaryWriter | Callable[[], SummaryWriter], settings: Mapping[str, str] | None = None
+    ) -> None:
         self._writer = writer
         self._described: set[str] = set()
-        self._tab = TabSeries()
+        self._tab = TabSeries(settings)
+        self._last: Measurement | None = None
         self._lasting: LastingRecordWriter | None = None
 
     def write(self, record: Record) -> None:
         """Write what is due; a step with an alert is always written, so that its spike is in the picture."""
         step = record.position.log_step
         prefix = tag_prefix(record.position)
-        if record.scalars_due or record.alerts:
+        if (record.scalars_due or record.alerts) and record.measurement is not self._last:
+            self._last = record.measurement  # a notice comes with the measurement of a step that has been written
             self._add(self._page(record), 0)
             self._add(self._scalars(record, prefix), step)
         if record.histograms is not None:

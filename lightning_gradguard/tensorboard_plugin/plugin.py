@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
-import importlib.util
 import json
 import math
 import mimetypes
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tensorboard import errors
 from tensorboard.backend import http_util
 from tensorboard.backend.experiment_id import WSGI_ENVIRON_KEY
@@ -22,8 +18,9 @@ from tensorboard.context import from_environ
 from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
-from lightning_gradguard.tensorboard_plugin import views
-from lightning_gradguard.tensorboard_plugin.data import Run, Series, Snapshot, Source
+from lightning_gradguard.tensorboard_plugin import alerts, assets, bundles, overview, rows, views
+from lightning_gradguard.tensorboard_plugin.data import Series, Snapshot, Source
+from lightning_gradguard.tensorboard_plugin.run import Run
 from lightning_gradguard.tensorboard_plugin.wire import PLUGIN_NAME, Tag
 
 _STATIC = Path(__file__).parent / "static"
@@ -45,7 +42,9 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._provider = context.data_provider
+        self._log_dir = context.logdir
         self._runs: OrderedDict[tuple[str, str], Run] = OrderedDict()
+        self._digests: dict[str, dict[str, overview.Digest]] = {}
         self._lock = threading.Lock()
 
     def frontend_metadata(self) -> base_plugin.FrontendMetadata:
@@ -63,6 +62,9 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
             "/layout": lambda query: views.layout(query.series.snapshot()),
             "/flow": lambda query: views.flow(query.window, query.alerts, query.nodes),
             "/norms": lambda query: views.norms(query.window, query.alerts),
+            "/rows": lambda query: rows.rows(
+                query.series.snapshot(), query.alerts, query.arguments.get("search", ""), query.arguments.get("sort", "")
+            ),
             "/depth": lambda query: views.depth(query.series.snapshot(), query.number("step")),
             "/distribution": _distribution,
             "/alerts": _alerts,
@@ -72,6 +74,8 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
             **files,
             "/plotly.min.js": _plotly,
             "/runs": self._answer(self._list_runs),
+            "/overview": self._answer(lambda request: self._overview(request).table(_SECONDS_PER_READ)),
+            "/curves": self._answer(lambda request: self._overview(request).curves(_names(request), _SECONDS_PER_READ)),
             **{route: self._answer(self._of_run(answer)) for route, answer in answers.items()},
         }
 
@@ -92,7 +96,7 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
             run = self._run(experiment, name)
             with run.lock:
                 run.sync(source, _SECONDS_PER_READ)
-                query = Query(request.args, run, source)
+                query = Query(request.args, run, source, bundles.folder_of(self._log_dir, name))
                 found = {**answer(query), "layout": query.series.layout_key} if run.series else {}
                 return {**found, "version": run.version, "progress": round(run.progress, 3), "is_empty": not run.series}
 
@@ -105,6 +109,11 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
             while len(self._runs) > _MAX_RUNS:
                 self._runs.popitem(last=False)
             return run
+
+    def _overview(self, request: Request) -> overview.Overview:
+        experiment = _experiment(request)
+        digests = self._digests.setdefault(experiment, {})
+        return overview.Overview(self._provider, from_environ(request.environ), experiment, digests, self._lock)
 
     def _list_runs(self, request: Request) -> dict[str, Any]:
         experiment, context = _experiment(request), from_environ(request.environ)
@@ -126,7 +135,7 @@ class GradGuardPlugin(base_plugin.TBPlugin):  # type: ignore[misc]  # tensorboar
         return {
             "runs": sorted(runs, key=lambda run: str(run["name"])),
             "num_others": len(everything) - len(runs),
-            "has_plotly": _plotly_path() is not None,
+            "has_plotly": assets.plotly_path() is not None,
         }
 
 
@@ -137,17 +146,21 @@ class Query:
         arguments: of the address.
         run: what has been read of it.
         source: where more can be read.
+        folder: of the run's event files, if it lies on this machine.
     """
 
-    def __init__(self, arguments: Mapping[str, str], run: Run, source: Source) -> None:
+    def __init__(self, arguments: Mapping[str, str], run: Run, source: Source, folder: Path | None) -> None:
         self.arguments = arguments
         self.run = run
         self.source = source
+        self.folder = folder
 
     @property
     def optimizer(self) -> int:
-        """The optimizer asked for, or the first."""
+        """The optimizer asked for, or that of the alert to begin with, or the first."""
         wanted = self.number("optimizer")
+        if wanted is None and (alert := alerts.headline(self.alerts)) is not None:
+            wanted = alert["optimizer"]
         return int(wanted) if wanted in self.run.series else min(self.run.series)
 
     @property
@@ -161,12 +174,7 @@ class Query:
         return self.series.snapshot().between(self.number("from"), self.number("to"))
 
     @property
-    def alerts(self) -> list[dict[str, Any]]:
-        """Its alerts, oldest first."""
-        return [alert for alert in self.all_alerts if alert["optimizer"] == self.optimizer]
-
-    @property
-    def all_alerts(self) -> list[dict[str, Any]]:
+    def alerts(self) -> list[alerts.Alert]:
         """The alerts of all optimizers, oldest first."""
         return sorted(self.run.alerts.values(), key=lambda alert: (alert["time"], alert["id"]))
 
@@ -190,32 +198,37 @@ def _experiment(request: Request) -> str:
     return str(request.environ.get(WSGI_ENVIRON_KEY, ""))
 
 
+def _names(request: Request) -> list[str]:
+    """The runs asked for: a list in JSON, since a name may hold anything."""
+    try:
+        names = json.loads(request.args.get("runs", "[]"))
+    except ValueError:
+        return []
+    return [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+
+
 def _alerts(query: Query) -> dict[str, Any]:
-    return views.alerts_page(query.all_alerts, query.arguments.get("kind") or None, int(query.number("offset") or 0))
+    return alerts.alerts_page(query.alerts, query.arguments.get("kind") or None, int(query.number("offset") or 0))
 
 
 def _alert(query: Query) -> dict[str, Any]:
-    """One alert: by its id, or the newest."""
-    alerts = query.all_alerts
-    alert = query.run.alerts.get(query.arguments.get("id", ""), alerts[-1] if alerts else None)
+    """One alert: by its id, or the one to begin with."""
+    known = query.alerts
+    alert = query.run.alerts.get(query.arguments.get("id", "")) or alerts.headline(known)
     steps = query.series.snapshot().steps
     return {
-        "alert": None if alert is None else views.full(alert),
-        "num_alerts": len(alerts),
+        "alert": None if alert is None else alerts.full(alert, known) | {"bundle": bundles.bundle_of(query.folder, alert)},
+        "num_alerts": len(known),
         "last_step": int(steps[-1]) if len(steps) else None,
+        "optimizer": query.optimizer,
     }
 
 
 def _distribution(query: Query) -> dict[str, Any]:
-    """Histograms are read from the standard panel's own, so that they are stored once."""
     series = query.series
     wanted = query.number("parameter")
     index = int(wanted) if wanted is not None and 0 <= wanted < len(series.names) else 0
-    folder = "gradients" if len(query.run.series) == 1 else f"gradients/{query.optimizer}"
-    tag = f"{folder}/{series.names[index]}"
-    events = query.source.read([tag], "histograms", views.MAX_HISTOGRAMS).get(tag, ())
-    histograms = [(event.step, np.asarray(event.numpy, dtype=np.float64).reshape(-1, 3)) for event in events]
-    return {"parameter": index, "tag": tag, **views.distribution(histograms, *series.shares(index))}
+    return {"parameter": index, **views.distribution(series.histograms(index), series.snapshot(), index)}
 
 
 def _file(path: Path) -> Callable[..., Any]:
@@ -231,23 +244,10 @@ def _file(path: Path) -> Callable[..., Any]:
 
 @Request.application
 def _plotly(request: Request) -> Response:
-    path = _plotly_path()
+    path = assets.plotly_path()
     if path is None:
         raise errors.NotFoundError("The extra `tensorboard-tab` is not installed.")
     response: Response = http_util.Respond(
-        request, _compressed(path), "text/javascript; charset=utf-8", content_encoding="gzip", expires=3600
+        request, assets.compressed(path), "text/javascript; charset=utf-8", content_encoding="gzip", expires=3600
     )
     return response
-
-
-def _plotly_path() -> Path | None:
-    """The JavaScript inside the installed `plotly`, which is not imported for it."""
-    spec = importlib.util.find_spec("plotly")
-    folders = (spec.submodule_search_locations if spec is not None else None) or []
-    paths = (Path(folder) / "package_data" / "plotly.min.js" for folder in folders)
-    return next((path for path in paths if path.is_file()), None)
-
-
-@cache
-def _compressed(path: Path) -> bytes:
-    return gzip.compress(path.read_bytes(), compresslevel=6)

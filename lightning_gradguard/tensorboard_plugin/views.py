@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -19,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_gradguard.layout import Floats, Ints
+from lightning_gradguard.tensorboard_plugin.alerts import Alert
 from lightning_gradguard.tensorboard_plugin.data import Snapshot
-from lightning_gradguard.tensorboard_plugin.wire import CODES_PER_DECADE, Codes, is_finite_code
+from lightning_gradguard.tensorboard_plugin.wire import CODES_PER_DECADE, INFINITE, NAN, Bins, Codes, is_finite_code
 
 MAX_COLUMNS = 500
 MAX_CELLS = 250_000
@@ -28,12 +28,8 @@ MAX_POINTS = 4_000
 MAX_SAMPLES = 200
 """Steps that medians and quantiles are computed from."""
 MAX_HISTOGRAMS = 200
-ALERTS_PER_PAGE = 100
-_MAX_NAMED = 50
 _FEW_ROWS = 200
 _ROOM = 0.7 * CODES_PER_DECADE
-
-Alert = Mapping[str, Any]
 
 
 def layout(snapshot: Snapshot) -> dict[str, Any]:
@@ -51,12 +47,14 @@ def layout(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def flow(snapshot: Snapshot, alerts: Iterable[Alert], nodes: Sequence[int]) -> dict[str, Any]:
+def flow(
+    snapshot: Snapshot, alerts: Iterable[Alert], nodes: Sequence[int], max_columns: int = MAX_COLUMNS
+) -> dict[str, Any]:
     """Norms of some nodes over time, with what happened in each column."""
     rows = np.array([node for node in nodes if 0 <= node < len(snapshot.tree.labels)], dtype=np.int64)
     steps = snapshot.steps
     is_few = len(rows) < _FEW_ROWS  # then it is quicker to pick them out first
-    bounds = _bounds(len(steps), min(MAX_COLUMNS, MAX_CELLS // max(len(rows), 1)))
+    bounds = _bounds(len(steps), min(max_columns, MAX_CELLS // max(len(rows), 1)))
     largest, smallest = _reduce(snapshot.codes[:, rows] if is_few else snapshot.codes, bounds)
     if not is_few:
         largest, smallest = largest[:, rows], smallest[:, rows]
@@ -68,7 +66,7 @@ def flow(snapshot: Snapshot, alerts: Iterable[Alert], nodes: Sequence[int]) -> d
         "last": int(steps[-1]) if len(steps) else None,
         "largest": _pack(largest.T),
         "smallest": None if is_exact else _pack(smallest.T),
-        "median": np.median(sample, axis=0).tolist() if len(sample) else [],
+        "median": _median(sample),
         "range": _colour_range(largest),
         "marks": _marks(snapshot, alerts, bounds),
     }
@@ -77,15 +75,21 @@ def flow(snapshot: Snapshot, alerts: Iterable[Alert], nodes: Sequence[int]) -> d
 def norms(snapshot: Snapshot, alerts: Iterable[Alert]) -> dict[str, Any]:
     """The curves of the whole model."""
     happened = _steps_of(alerts, snapshot.steps) | (snapshot.fact("skipped") > 0)
-    chosen = _extremes(snapshot, happened)
+    leading = ("global_norm", "clipped_norm", "clip_coef", "explosion_limit")
+    chosen = extremes([snapshot.fact(name) for name in leading], happened)
     curves = {
-        name: _plain(snapshot.fact(name)[chosen]) for name in ("global_norm", "clipped_norm", "explosion_limit", "loss")
+        name: plain(snapshot.fact(name)[chosen])
+        for name in (
+            *("global_norm", "clipped_norm", "explosion_limit", "clip_coef", "loss"),
+            *("learning_rate", "weight_norm", "update_ratio"),
+        )
     }
     return {
         "steps": snapshot.steps[chosen].tolist(),
         "num_steps": len(snapshot.steps),
         **curves,
-        "clip_coef": _plain(snapshot.fact("clip_coef")[chosen]),
+        "clipped_so_far": plain(snapshot.fact("num_clipped")[chosen]),
+        "skipped_so_far": plain(snapshot.fact("num_skipped")[chosen]),
         "skipped": snapshot.steps[snapshot.fact("skipped") > 0][-MAX_POINTS:].tolist(),
         "num_skipped": _last(snapshot.fact("num_skipped")),
         "num_clipped": _last(snapshot.fact("num_clipped")),
@@ -100,7 +104,8 @@ def depth(snapshot: Snapshot, step: float | None) -> dict[str, Any]:
     index = len(snapshot.steps) - 1 if step is None else int(np.abs(snapshot.steps - step).argmin())
     leaves = np.flatnonzero(snapshot.tree.is_leaf)
     sample = snapshot.codes[:: math.ceil(len(snapshot.steps) / MAX_SAMPLES)][:, leaves]
-    quantiles = np.percentile(sample, [10, 50, 90], axis=0).round().astype(np.int16)
+    # Values that were there: between a number and "no gradient" or "NaN" there is none.
+    quantiles = np.percentile(sample, [10, 50, 90], axis=0, method="inverted_cdf").astype(np.int16)
     return {
         "step": int(snapshot.steps[index]),
         "first_step": int(snapshot.steps[0]),
@@ -108,60 +113,48 @@ def depth(snapshot: Snapshot, step: float | None) -> dict[str, Any]:
         "nodes": leaves.tolist(),
         "codes": _pack(snapshot.codes[index, leaves]),
         "quantiles": [_pack(row) for row in quantiles],
-        "global_norm": _plain(snapshot.fact("global_norm")[index : index + 1])[0],
+        "global_norm": plain(snapshot.fact("global_norm")[index : index + 1])[0],
     }
 
 
-def distribution(
-    histograms: Sequence[tuple[int, Floats]], steps: Ints, shares: Floats, bins_per_decade: int = 4
-) -> dict[str, Any]:
-    """Histograms of one parameter over time on common bins, each as parts of its elements.
+def distribution(histograms: Sequence[tuple[int, Bins]], snapshot: Snapshot, parameter: int) -> dict[str, Any]:
+    """Histograms of one parameter over time on common bins, each as parts of its elements, and where it was damaged.
 
     Args:
-        histograms: by step, rows of left edge, right edge, count, as TensorBoard keeps them.
-        steps: of the shares.
-        shares: parts of the elements that are zero, NaN and infinite.
-        bins_per_decade: of the common bins.
+        histograms: as `Series.histograms` gives them.
+        snapshot: the steps of the whole run.
+        parameter: its index.
     """
-    placed = [(step, np.rint(rows[:, 0] * bins_per_decade).astype(np.int64), rows[:, 2]) for step, rows in histograms]
-    lefts = [left for _, left, _ in placed if len(left)]
-    first = min((int(left.min()) for left in lefts), default=0)
-    last = max((int(left.max()) for left in lefts), default=-1)
-    table = np.zeros((len(placed), last - first + 1))
-    for row, (_, left, counts) in enumerate(placed):
-        np.add.at(table[row], left - first, counts / max(counts.sum(), 1.0))
+    chosen = histograms[:: math.ceil(len(histograms) / MAX_HISTOGRAMS) or 1]
+    # A run that was taken up again by another version may have bins of another width: the widest hold them all.
+    per_decade = min((bins.per_decade for _, bins in chosen), default=1)
+    placed = [_placed(bins, per_decade) for _, bins in chosen]
+    full = np.concatenate([where for where, _ in placed]) if placed else np.zeros(0, dtype=np.int64)
+    begin, end = (int(full.min()), int(full.max()) + 1) if len(full) else (0, 0)
+    table = np.zeros((len(chosen), end - begin))
+    for row, (where, shares) in zip(table, placed, strict=True):
+        np.add.at(row, where - begin, shares)
+    apart = np.array([bins.shares[0, :3] for _, bins in chosen]).reshape(-1, 3)
+    codes = snapshot.codes[:, np.flatnonzero(snapshot.tree.parameters == parameter)[0]]
     return {
-        "steps": [step for step, _, _ in placed],
-        "edges": (np.arange(first, last + 2) / bins_per_decade).tolist(),
+        "steps": [step for step, _ in chosen],
+        "num_histograms": len(histograms),
+        "edges": (np.arange(begin, end + 1) / per_decade).tolist(),
         "shares": table.round(5).tolist(),
-        "apart_steps": steps.tolist(),
-        **{name: _plain(shares[:, column]) for column, name in enumerate(("zero", "nan", "inf"))},
+        **{name: plain(apart[:, column]) for column, name in enumerate(("zero", "nan", "inf"))},
+        "nan_steps": snapshot.steps[codes == NAN][-MAX_POINTS:].tolist(),
+        "inf_steps": snapshot.steps[codes == INFINITE][-MAX_POINTS:].tolist(),
+        "num_steps": len(snapshot.steps),
+        "first_step": int(snapshot.steps[0]) if len(snapshot.steps) else None,
+        "last_step": int(snapshot.steps[-1]) if len(snapshot.steps) else None,
     }
 
 
-def alerts_page(alerts: Sequence[Alert], kind: str | None, offset: int) -> dict[str, Any]:
-    """A page of alerts, newest first, and how many there are of each kind."""
-    chosen = [alert for alert in reversed(alerts) if kind is None or alert["kind"] == kind]
-    page = chosen[max(offset, 0) : max(offset, 0) + ALERTS_PER_PAGE]
-    return {
-        "kinds": Counter(alert["kind"] for alert in alerts),
-        "total": len(chosen),
-        "offset": max(offset, 0),
-        "page_size": ALERTS_PER_PAGE,
-        "alerts": [short(alert) for alert in page],
-    }
-
-
-def short(alert: Alert) -> dict[str, Any]:
-    """What a line of the table shows."""
-    names = [parameter["name"] for parameter in alert["parameters"]]
-    keys = ("id", "x", "step", "epoch", "optimizer", "kind", "action", "time", "value", "limit", "message")
-    return {key: alert[key] for key in keys} | {"where": names[0] if names else None, "culprit": alert["culprit"]}
-
-
-def full(alert: Alert) -> dict[str, Any]:
-    """Everything about one alert."""
-    return {**alert, "parameters": alert["parameters"][:_MAX_NAMED], "where": short(alert)["where"]}
+def _placed(bins: Bins, per_decade: int) -> tuple[Ints, Floats]:
+    """Which bins of that width one histogram has elements in, and their shares."""
+    shares = bins.shares[0, 3:]
+    full = np.flatnonzero(shares)
+    return np.floor((bins.first + full) * per_decade / bins.per_decade).astype(np.int64), shares[full]
 
 
 def _bounds(count: int, most: int) -> Ints:
@@ -188,6 +181,11 @@ def _edges(steps: Ints, bounds: Ints) -> list[float]:
     return [*lefts.astype(np.float64).tolist(), end]
 
 
+def _median(codes: Codes) -> list[int]:
+    """Of each column the median of what was there: between a number and "no gradient" there is none."""
+    return np.percentile(codes, 50, axis=0, method="inverted_cdf").astype(int).tolist() if len(codes) else []
+
+
 def _colour_range(codes: Codes) -> list[float]:
     """Decades between which colours differ: what is usual, and at either end room in which an outlier stands out."""
     finite = codes[is_finite_code(codes)]
@@ -199,46 +197,57 @@ def _colour_range(codes: Codes) -> list[float]:
 
 
 def _marks(snapshot: Snapshot, alerts: Iterable[Alert], bounds: Ints) -> list[dict[str, Any]]:
-    """What happened in each column in which something did, under its worst step."""
+    """What happened in each column in which something did, one entry a kind, under its first step.
+
+    Alerts of all optimizers are marked, so that none is missed in the view of another. Beside the kinds of alerts there are
+    "skip" and "resume".
+    """
     if not len(snapshot.steps):
         return []
     edges = snapshot.steps[bounds[:-1]]
-    columns: dict[int, dict[str, Any]] = {}
+    marks: dict[tuple[int, str], dict[str, Any]] = {}
 
-    def column_of(step: float) -> dict[str, Any]:
+    def add(step: float, kind: str, alert: Alert | None = None) -> None:
+        if not snapshot.steps[0] <= step <= snapshot.steps[-1]:
+            return
         column = max(int(np.searchsorted(edges, step, side="right")) - 1, 0)
-        return columns.setdefault(
-            column, {"column": column, "x": int(step), "alerts": 0, "skips": 0, "kinds": [], "id": None}
+        mark = marks.setdefault(
+            (column, kind), {"column": column, "x": int(step), "kind": kind, "count": 0, "optimizers": []}
         )
+        mark["count"] += 1
+        if alert is not None:
+            mark.setdefault("id", alert["id"])
+            if alert["optimizer"] not in mark["optimizers"]:
+                mark["optimizers"].append(alert["optimizer"])
 
     for alert in alerts:
-        if snapshot.steps[0] <= alert["x"] <= snapshot.steps[-1]:
-            mark = column_of(alert["x"])
-            mark["alerts"] += 1
-            if mark["id"] is None:
-                mark["id"], mark["x"] = alert["id"], alert["x"]
-            if alert["kind"] not in mark["kinds"] and len(mark["kinds"]) < 4:
-                mark["kinds"].append(alert["kind"])
+        add(alert["x"], alert["kind"], alert)
     for step in snapshot.steps[snapshot.fact("skipped") > 0]:
-        column_of(step)["skips"] += 1
-    return [columns[column] for column in sorted(columns)]
+        add(step, "skip")
+    for step in snapshot.resumes:
+        add(step, "resume")
+    return [marks[key] for key in sorted(marks)]
 
 
 def _steps_of(alerts: Iterable[Alert], steps: Ints) -> NDArray[np.bool_]:
     return np.isin(steps, [alert["x"] for alert in alerts])
 
 
-def _extremes(snapshot: Snapshot, happened: NDArray[np.bool_]) -> Ints:
-    """Which steps the curves are drawn from: all, or in each stretch the largest and smallest of each curve."""
-    count = len(snapshot.steps)
-    if count <= MAX_POINTS:
+def extremes(curves: Sequence[Floats], happened: NDArray[np.bool_], most: int = MAX_POINTS) -> Ints:
+    """Which steps curves are drawn from: all, or in each stretch the largest and smallest of each curve.
+
+    Args:
+        curves: [num_steps] each.
+        happened: which steps are kept in any case, as far as they are half of `most`.
+        most: number of steps at most.
+    """
+    count = len(happened)
+    if count <= most:
         return np.arange(count)
-    reserved = np.flatnonzero(happened)[-MAX_POINTS // 2 :]
-    curves = ("global_norm", "clipped_norm", "clip_coef", "explosion_limit")
-    bounds = _bounds(count, MAX_POINTS // (4 * len(curves)))
+    reserved = np.flatnonzero(happened)[-most // 2 :]
+    bounds = _bounds(count, most // (4 * len(curves)))
     chosen = [reserved, [0, count - 1]]
-    for name in curves:
-        values = snapshot.fact(name)
+    for values in curves:
         order = np.where(np.isnan(values), np.inf, values)
         for begin, end in pairwise(bounds.tolist()):
             part = order[begin:end]
@@ -251,7 +260,7 @@ def _pack(codes: Codes) -> str:
     return base64.b64encode(np.ascontiguousarray(codes, dtype="<i2").tobytes()).decode()
 
 
-def _plain(values: Floats) -> list[float | str | None]:
+def plain(values: Floats) -> list[float | str | None]:
     """As JSON allows it: NaN and infinities by name; six digits."""
     return [float(f"{value:.6g}") if math.isfinite(value) else str(value) for value in values.tolist()]
 

@@ -8,8 +8,10 @@ its tag every ten events, and a run of any length is read back complete through 
 
 from __future__ import annotations
 
+import json
 import time
-from typing import NamedTuple
+import zlib
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,12 +40,36 @@ FACTS = (
     "num_skipped",
     "num_clipped",
     "num_alerts",
+    "learning_rate",
+    "weight_norm",
+    "update_ratio",
 )
-"""Columns of the series "facts", float64: `decision` is `Alert.step`, `skipped` is 1 for a step passed over."""
+"""Columns of the series "facts", float64: `decision` is `Alert.step`, `skipped` is 1 for a step passed over. Files of
+earlier versions have fewer columns."""
+NUM_FIRST_FACTS = 10
+"""Columns that every file has."""
 
-SERIES = ("layout", "facts", "norms", "alerts", "shares")
-"""`layout` and `alerts` are JSON; `norms` are codes, [num_parameters]; `shares` are the parts of a gradient's elements that
-are zero, NaN and infinite, float32 [num_parameters, 3], NaN where there is no gradient."""
+SERIES = ("layout", "facts", "norms", "alerts", "bins")
+"""`layout` and `alerts` are JSON; `norms` are codes, [num_parameters]; `bins` are histograms, see `pack_bins`."""
+
+
+class Bins(NamedTuple):
+    """Histograms of all parameters at one step, on the bins of whoever counted.
+
+    Attributes:
+        per_decade: bins in a decade of magnitude.
+        first: the first bin, counted from a magnitude of 1.
+        shares: parts of each parameter's elements: zero, NaN, infinite, then one bin after another; NaN where there is no
+            gradient, [num_parameters, 3 + num_bins].
+    """
+
+    per_decade: int
+    first: int
+    shares: Floats
+
+
+_NO_SHARE = 255
+_SHARE_STEPS = 254
 
 
 class Tag(NamedTuple):
@@ -118,6 +144,40 @@ def decode(codes: Codes) -> Floats:
     norms[codes == INFINITE] = np.inf
     norms[(codes == NAN) | (codes == NO_GRADIENT)] = np.nan
     return norms
+
+
+def pack_bins(bins: Bins) -> NDArray[np.uint8]:
+    """Histograms of all parameters in a byte a bin, compressed; before them their shape, in a line of JSON.
+
+    A byte is the root of a share, so that small shares are told from none: exact to 0.4 % of the whole, and never 0 for what
+    is there.
+    """
+    shares = bins.shares
+    is_missing = np.isnan(shares)
+    roots = np.rint(np.sqrt(np.where(is_missing, 0.0, shares)) * _SHARE_STEPS)
+    roots[(shares > 0) & (roots == 0)] = 1
+    roots[is_missing] = _NO_SHARE
+    header = json.dumps([bins.per_decade, bins.first, *shares.shape]).encode()
+    return np.frombuffer(header + b"\n" + zlib.compress(roots.astype(np.uint8).tobytes(), 9), dtype=np.uint8)
+
+
+def unpack_bins(packed: NDArray[Any]) -> Bins:
+    """The histograms from their bytes.
+
+    >>> bins = unpack_bins(pack_bins(Bins(2, -12, np.array([[0.25, 0.0, 0.0, 0.75], [np.nan] * 4]))))
+    >>> bins.per_decade, bins.first, bins.shares.round(2).tolist()
+    (2, -12, [[0.25, 0.0, 0.0, 0.75], [nan, nan, nan, nan]])
+
+    Raises:
+        ValueError: if they are none.
+    """
+    header, _, content = packed.astype(np.uint8).tobytes().partition(b"\n")
+    per_decade, first, *shape = json.loads(header)
+    try:
+        roots = np.frombuffer(zlib.decompress(content), dtype=np.uint8).reshape(shape)
+    except zlib.error as error:
+        raise ValueError("These bytes are no histograms.") from error
+    return Bins(int(per_decade), int(first), np.where(roots == _NO_SHARE, np.nan, (roots / _SHARE_STEPS) ** 2))
 
 
 def is_finite_code(codes: Codes) -> Bools:

@@ -6,11 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite import conditions as when
 from lightning_gradguard.forensics.nonfinite.blame import Blame
-from lightning_gradguard.forensics.nonfinite.known_failures import fault_of, known_failure_of
-from lightning_gradguard.forensics.tensors import Range
+from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.nonfinite.suspects import Suspects
+from lightning_gradguard.forensics.nonfinite.wording import place_in_words, rows_in_words, way_in_words
 
-_NUM_ROWS_SHOWN = 5
+_NUM_BESIDE_SHOWN = 2
 _DATA_REMEDY = (
     "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
     "by index: a mask does not keep NaN out of gradients."
@@ -21,18 +25,52 @@ _WEIGHTS_REMEDY = (
 )
 
 
-def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: float | None = None) -> Culprit:
+_OTHERS: tuple[KnownFailure, ...] = (
+    KnownFailure(
+        "damage of the forward pass",
+        frozenset(),
+        (when.from_forward,),
+        "brought NaN or Inf of the forward pass into the gradients",
+    ),
+    KnownFailure(
+        "number in the code", frozenset(), (when.written_down,), "works with NaN or Inf that is written in the code"
+    ),
+    KnownFailure("out of the finite", frozenset(), (when.fresh,), "gave {what} for finite inputs"),
+    KnownFailure("out of infinity", frozenset(), (when.is_nan, when.without_nan), "made NaN of Inf"),
+    KnownFailure("anything else", frozenset(), (), "gave {what}"),
+)
+"""What is said of an operator that is not in the list, or not with these values: no remedy is known."""
+
+
+def culprit_of(
+    blame: Blame,
+    suspects: Suspects,
+    *,
+    rank: int = 0,
+    reproduced: bool = False,
+    error: float | None = None,
+    root: str = "training_step",
+) -> Culprit:
     """Put a finding into words.
 
     Args:
         blame: what was found.
+        suspects: the samples.
         rank: the process that it was found on.
         reproduced: whether the replay gave the same gradients.
         error: relative error of the replayed gradients.
+        root: the function that runs the step.
     """
     provenance = blame.provenance
-    rows = rows_in_words(blame.samples)
-    found = Culprit(phase=blame.phase, samples=blame.samples, rank=rank, reproduced=reproduced, error=error)
+    rows = rows_in_words(suspects.certain) or rows_in_words(suspects.probable, " probably")
+    found = Culprit(
+        phase=blame.phase,
+        samples=suspects.certain,
+        probable_samples=suspects.probable,
+        rank=rank,
+        reproduced=reproduced,
+        error=error,
+    )
     if blame.phase == "data":
         what = "NaN" if provenance.flaw.has_nan else "Inf"
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
@@ -41,18 +79,17 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         return replace(
             found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=_WEIGHTS_REMEDY
         )
-    known_failure = known_failure_of(provenance)
+    failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
-    where = f"in `{provenance.location.module}`" if provenance.location.module else "in `training_step`"
-    place = f"{where}, {line}," if line is not None else where
-    span = fault_of(provenance)
-    happened = known_failure.happened.format(
-        value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
-    )
-    message = f"`{op}` {place} {happened}{rows}"
-    if provenance.is_custom:
-        message = f"`{op}` {place} gave a damaged gradient{rows}"
+    place = place_in_words(provenance.location, root, is_hook=provenance.is_hook)
+    happened = "gave a damaged gradient" if provenance.is_custom else failure.sentence(provenance)
+    if cause is not provenance:
+        happened += f", where `{cause.op}` {known_failure_of(cause).sentence(cause)}"
+    others = beside_in_words(blame.beside, happened)
+    message = f"`{op}` {place} {happened}{rows}{others}{way_in_words(blame.way, root)}"
+    source = "" if line is None else line.source or ""
+    remedies = dict.fromkeys(remedy_of(it, source) for it in (cause, *blame.beside))
     return replace(
         found,
         module=provenance.location.module,
@@ -61,27 +98,65 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=known_failure.remedy,
+        remedy=" ".join(filter(None, remedies)),
         inputs=provenance.inputs,
         before=provenance.before,
+        frames=provenance.location.frames,
     )
 
 
-def _value(span: Range | None) -> str:
-    return "a value outside its domain" if span is None else str(span)
+def known_failure_of(provenance: Provenance) -> KnownFailure:
+    """The known failure that an operator fell into, or what is said of any other."""
+    key = key_of(provenance)
+    known = (failure for failure in KNOWN_FAILURES if key in failure.ops and failure.fits(provenance))
+    return next(known, None) or next(failure for failure in _OTHERS if failure.fits(provenance))
 
 
-def rows_in_words(rows: Sequence[int] | None) -> str:
-    """As it ends a sentence.
-
-    >>> rows_in_words((3,)), rows_in_words((3, 7)), rows_in_words(None)
-    (' in row 3', ' in rows 3 and 7', '')
+def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
+    """The known failure of a damaged result, and the one whose remedy helps: for a gradient that met damage of its own
+    forward operator that is the forward operator's.
     """
-    if not rows:
+    failure = known_failure_of(provenance)
+    if failure is _OTHERS[0]:
+        own = [parent for parent in provenance.parents if not parent.is_backward and parent.operands]
+        return failure, own[0] if own else provenance
+    return failure, provenance
+
+
+def remedy_of(provenance: Provenance, source: str) -> str:
+    """What makes an operator safe, and what it comes from where that has an infinite slope; "" if nothing is known to.
+
+    Args:
+        provenance: the damaged result.
+        source: the line of code.
+    """
+    failure = known_failure_of(provenance)
+    if not failure.fixes:
         return ""
-    if len(rows) == 1:
-        return f" in row {rows[0]}"
-    shown = [str(row) for row in rows[:_NUM_ROWS_SHOWN]]
-    if len(rows) > _NUM_ROWS_SHOWN:
-        return f" in rows {', '.join(shown)} and {len(rows) - _NUM_ROWS_SHOWN} more"
-    return f" in rows {', '.join(shown[:-1])} and {shown[-1]}"
+    remedies = [failure.remedy(key_of(provenance), provenance, source)]
+    for operand in provenance.operands:
+        is_zero = operand.at is not None and operand.at.value == 0
+        if operand.source and is_zero and operand.name != "result":
+            safe = code(STEEP[operand.source], operand.source, provenance)
+            remedies.append(f"It comes from `{operand.source}`, whose slope is infinite there; there write: `{safe}`.")
+    return " ".join(remedies)
+
+
+def beside_in_words(births: Sequence[Provenance], told: str) -> str:
+    """What else failed on the same line; as it ends a sentence.
+
+    Args:
+        births: the other damaged results.
+        told: what is told of the culprit already.
+    """
+    sentences = dict.fromkeys(f"`{it.node or it.op}` {known_failure_of(it).sentence(it)}" for it in births)
+    more = [sentence for sentence in sentences if not sentence.endswith(told)][:_NUM_BESIDE_SHOWN]
+    return "".join(f"; on the same line {sentence}" for sentence in more)
+
+
+def key_of(provenance: Provenance) -> str:
+    """The operator's name without what differs between its variants."""
+    if not provenance.is_backward or provenance.is_hook:
+        return provenance.op.strip("_").lower()
+    name = provenance.node.partition("Backward")[0]
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_")

@@ -1,7 +1,8 @@
 // Alerts: newest first, by kind; each opens what is known of it and leads to its step in the other views.
 
-import { count, fill, h, number, prose } from "./dom.js";
-import { badge, done, when, where, why } from "./incident.js";
+import { details } from "./culprit.js";
+import { count, fill, h, prose } from "./dom.js";
+import { badge, figures, where } from "./incident.js";
 import { set, state } from "./state.js";
 
 export class AlertsView {
@@ -33,7 +34,7 @@ export class AlertsView {
     const last = page.offset + page.alerts.length;
     fill(
       this.table,
-      h("table", {},
+      h("table", { class: "list" },
         h("thead", {}, h("tr", {}, ["Step", "Kind", "Found", "Where", "Done"].map((title) => h("th", { scope: "col" }, title)))),
         h("tbody", {}, page.alerts.flatMap((alert) => this.rows(alert, open?.alert)))),
       h("div", { class: "tools" },
@@ -59,53 +60,11 @@ export class AlertsView {
     const row = h(
       "tr", { class: isOpen ? "open" : "", "data-alert": alert.id },
       h("td", { class: "number" }, h("button", { class: "link", "aria-expanded": String(isOpen), onclick: pressed }, `${isOpen ? "▾" : "▸"} ${count(alert.x)}`)),
-      h("td", {}, badge(alert.kind)),
-      h("td", {}, why(alert)),
+      h("td", {}, badge(alert.kind), this.tab.numOptimizers > 1 ? h("div", { class: "quiet" }, `optimizer ${alert.optimizer}`) : null),
+      h("td", { class: "found" }, alert.culprit?.message ? prose(alert.culprit.message) : figures(alert)),
       h("td", { class: "name" }, where(alert)),
-      h("td", {}, done(alert)),
+      h("td", {}, alert.done),
     );
-    return isOpen ? [row, h("tr", { class: "details" }, h("td", { colspan: 5 }, this.details(open)))] : [row];
-  }
-
-  details(alert) {
-    const jump = (view) => () => this.tab.incident.go(view);
-    return [
-      h("p", {}, h("strong", {}, prose(alert.message))),
-      h("p", { class: "quiet" }, [new Date(1000 * alert.time).toLocaleString(), when(alert)].filter(Boolean).join(" · ")),
-      alert.culprit && this.culprit(alert.culprit),
-      alert.parameters.length > 0 && this.parameters(alert.parameters),
-      h("p", {}, h("strong", {}, "What to try: "), prose(alert.remedy)),
-      h("div", { class: "tools" },
-        h("button", { onclick: jump("flow") }, "In flow"), h("button", { onclick: jump("norms") }, "In norms"),
-        h("button", { onclick: jump("depth") }, "By depth"),
-        h("button", { onclick: () => set({ view: "distribution", parameter: alert.parameters[0]?.name ?? null }) }, "Its distribution")),
-    ];
-  }
-
-  culprit(culprit) {
-    const place = culprit.file && `${culprit.file}${culprit.line ? `:${culprit.line}` : ""}`;
-    const entries = [
-      ["Phase", culprit.phase], ["Cause", culprit.cause], ["Module", culprit.module || "training_step"], ["Operator", culprit.op], ["File", place],
-      ["Samples", culprit.samples?.length ? culprit.samples.slice(0, 50).join(", ") : null], ["Rank", culprit.rank],
-      ["Replay", culprit.reproduced ? `reproduced${culprit.error === null ? "" : `, relative error ${number(culprit.error)}`}` : "not reproduced"],
-    ];
-    return h("section", { class: "culprit" },
-      h("h3", {}, "Culprit"), culprit.message && h("p", {}, prose(culprit.message)),
-      h("dl", {}, entries.filter(([, value]) => value !== null && value !== undefined && value !== "").map(([name, value]) =>
-        h("div", {}, h("dt", {}, name), h("dd", {}, String(value))))),
-      culprit.source && h("pre", {}, culprit.source),
-      this.lines("What went in", culprit.inputs), this.lines("Before it", culprit.before), this.lines("Layer by layer", culprit.factors), culprit.remedy && h("p", {}, prose(culprit.remedy)));
-  }
-
-  lines(title, lines) {
-    return lines?.length ? [h("h3", {}, title), h("pre", {}, lines.join("\n"))] : null;
-  }
-
-  parameters(parameters) {
-    return h("table", { class: "inner" },
-      h("thead", {}, h("tr", {}, ["Parameter", "Norm", "NaN", "Inf"].map((title) => h("th", { scope: "col" }, title)))),
-      h("tbody", {}, parameters.map((parameter) => h("tr", {},
-        h("td", { class: "name" }, h("button", { class: "link name", title: parameter.name, onclick: () => set({ parameter: parameter.name, view: "distribution" }) }, parameter.name)),
-        h("td", { class: "number" }, number(parameter.norm)), h("td", { class: "number" }, count(parameter.num_nan)), h("td", { class: "number" }, count(parameter.num_inf))))));
+    return isOpen ? [row, h("tr", { class: "details" }, h("td", { colspan: 5 }, details(open, (view) => () => this.tab.incident.go(view))))] : [row];
   }
 }

@@ -1,9 +1,17 @@
 // Distribution: how large the elements of one parameter's gradient are, over time, and how many have no logarithm.
 
-import { count, fill, h } from "./dom.js";
+import { count, fill, h, plain } from "./dom.js";
 import { axis, draw, heightBelow, layout, STEP_AXIS, vertical } from "./plot.js";
 import { set, state } from "./state.js";
-import { colour } from "./theme.js";
+import { colour, colours } from "./theme.js";
+import { scale } from "./heat.js";
+
+// The borders between histograms: in the middle between two steps.
+function edgesOf(steps) {
+  if (steps.length < 2) return steps.flatMap((step) => [step - 0.5, step + 0.5]);
+  const middles = steps.slice(1).map((step, index) => (step + steps[index]) / 2);
+  return [2 * steps[0] - middles[0], ...middles, 2 * steps[steps.length - 1] - middles[middles.length - 1]];
+}
 
 export class DistributionView {
   constructor(tab) {
@@ -24,47 +32,57 @@ export class DistributionView {
     const node = leaves.find((leaf) => paths[leaf] === state.parameter) ?? leaves.find((leaf) => paths[leaf] === culprit) ?? leaves[0];
     if (this.layout !== this.tab.layout) {
       this.layout = this.tab.layout;
-      fill(this.picker, leaves.map((leaf) => h("option", { value: paths[leaf] }, paths[leaf])));
+      fill(this.picker, leaves.map((leaf) => h("option", { value: paths[leaf] }, plain(paths[leaf], 120, false))));
     }
     this.picker.value = paths[node];
     const data = await this.tab.ask("distribution", { parameter: parameters[node] });
     if (turn !== this.turn) return;
     const hasHistograms = data.steps.length > 0;
-    const worst = ["nan", "inf"].reduce((sum, name) => sum + data[name].filter((share) => typeof share === "number" && share > 0).length, 0);
-    fill(
-      this.words,
-      hasHistograms
-        ? `${count(numels[node])} elements in ${ndims[node]} dimension(s), ${count(data.steps.length)} histograms. ` +
-          (worst ? `NaN or Inf in ${worst} of them.` : "No NaN or Inf in any of them.")
-        : "There is no histogram of this parameter yet. They are logged every 100 steps: GradGuard(histogram_every_n_steps=100).",
-    );
-    this.plot.hidden = !hasHistograms;
-    if (!hasHistograms) return;
-    const middle = data.edges.slice(1).map((edge, index) => (edge + data.edges[index]) / 2);
-    const share = (name, text) => ({
-      name: text, type: "scatter", mode: "lines+markers", x: data.apart_steps, y: data[name], yaxis: "y2", marker: { size: 4 },
+    fill(this.words, `${count(numels[node])} elements in ${ndims[node]} dimension${ndims[node] === 1 ? "" : "s"}; `, this.numberOf(data), this.damage(data));
+    const isDamaged = data.nan_steps.length + data.inf_steps.length > 0;
+    this.plot.hidden = !hasHistograms && !isDamaged;
+    if (this.plot.hidden) return;
+    const share = (name, text, more) => ({
+      name: text, type: "scatter", mode: "lines+markers", x: data.steps, y: data[name], yaxis: "y2", marker: { size: 5, ...more },
       line: { width: 1.5, color: colour(name) }, hovertemplate: `%{y:.3%} ${text}<extra></extra>`,
     });
+    const bad = (name, text, steps, symbol) => ({
+      name: `${text} in the gradient`, type: "scatter", mode: "markers", x: steps, y: steps.map(() => 0.5), yaxis: "y9", cliponaxis: false,
+      marker: { symbol, size: 10, color: colour(name) }, hovertemplate: `step %{x:,}: ${text} in this gradient<extra></extra>`, showlegend: steps.length > 0,
+    });
+    const rows = data.edges.slice(1);
     const traces = [
       {
-        type: "heatmap", x: data.steps, y: middle, z: middle.map((_, bin) => data.shares.map((row) => row[bin] || null)),
-        colorscale: [[0, colour("ramp0")], [0.5, colour("ramp1")], [1, colour("ramp2")]], zmin: 0,
-        colorbar: { title: { text: "share", font: { size: 11 } }, tickformat: ".0%", thickness: 12, len: 0.6, y: 0.7, tickfont: { size: 11 } },
+        type: "heatmap", x: edgesOf(data.steps), y: data.edges, z: rows.map((_, bin) => data.shares.map((row) => row[bin] || null)),
+        colorscale: scale(colours("share")), zmin: 0,
+        colorbar: { title: { text: "share", font: { size: 11 } }, tickformat: ".0%", thickness: 12, len: 0.6, y: 0.65, tickfont: { size: 11 } },
         hovertemplate: "step %{x:,}<br>|g| about 1e%{y:.2f}<br>%{z:.2%} of the elements<extra></extra>",
       },
-      share("zero", "zero"), share("nan", "NaN"), share("inf", "Inf"),
+      share("zero", "exactly 0", { symbol: "triangle-down" }), share("nan", "NaN", { symbol: "x" }), share("inf", "Inf", { symbol: "triangle-up" }),
+      bad("nan", "NaN", data.nan_steps, "x"), bad("inf", "Inf", data.inf_steps, "triangle-up"),
     ];
     const settings = layout({
-      height: heightBelow(this.plot, 380, 640), margin: { l: 64, r: 16, t: 10, b: 64 },
-      legend: { orientation: "h", x: 0, y: -0.14, yanchor: "top" },
+      height: heightBelow(this.plot, 380), margin: { l: 64, r: 16, t: 44, b: 40 }, showlegend: true,
       shapes: state.step === null ? [] : [vertical(Number(state.step), "select", { dash: "dot" })],
-      xaxis: axis({ ...STEP_AXIS, anchor: "y2", fixedrange: true }),
-      yaxis: axis({ title: { text: "|g|", font: { size: 11 } }, domain: [0.3, 1], tickprefix: "10<sup>", ticksuffix: "</sup>", fixedrange: true }),
-      yaxis2: axis({ title: { text: "share", font: { size: 11 } }, domain: [0, 0.2], tickformat: ".0%", rangemode: "tozero", fixedrange: true }),
+      xaxis: axis({ ...STEP_AXIS, anchor: "y2", fixedrange: true, range: [data.first_step - 1, data.last_step + 1] }),
+      yaxis: axis({ title: { text: "|g|", font: { size: 11 } }, domain: [0.3, 0.95], tickprefix: "10<sup>", ticksuffix: "</sup>", fixedrange: true, ...(data.edges.length > 5 ? { dtick: Math.ceil(data.edges.length / 24) } : {}) }),
+      yaxis2: axis({ title: { text: "share", font: { size: 11 } }, domain: [0, 0.22], tickformat: ".0%", rangemode: "tozero", fixedrange: true }),
+      yaxis9: { domain: [0.95, 1], range: [0, 1], visible: false, fixedrange: true, anchor: "x" },
     });
     await draw(this.plot, traces, settings, `Gradient magnitudes of ${paths[node]} over ${data.steps.length} histograms.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";
-    this.plot.on("plotly_click", ({ points }) => set({ step: points[0].x }));
+    this.plot.on("plotly_click", ({ points }) => set({ step: Math.round(points[0].x) }));
+  }
+
+  numberOf({ num_histograms: number, steps }) {
+    if (!number) return "no histogram of it has been logged yet (the default is one every 100 steps: histogram_every_n_steps). ";
+    return `${count(number)} histogram${number === 1 ? "" : "s"}${steps.length < number ? `, ${count(steps.length)} of them drawn` : ""}. `;
+  }
+
+  damage({ nan_steps: nan, inf_steps: inf, num_steps: steps }) {
+    const seen = [["NaN", nan], ["Inf", inf]].filter(([, where]) => where.length);
+    if (!seen.length) return `No NaN or Inf in its gradient at any of the ${count(steps)} logged steps.`;
+    return seen.map(([what, where]) => `${what} at ${count(where.length)} of ${count(steps)} logged steps, first at step ${count(where[0])}. `).join("");
   }
 }

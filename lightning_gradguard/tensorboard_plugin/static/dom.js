@@ -17,8 +17,9 @@ export function fill(element, ...children) {
 }
 
 // Plotly reads a little HTML in its texts; names are not HTML.
-export function plain(text, length = 40) {
+export function plain(text, length = 40, escapes = true) {
   const short = text.length > length ? `${text.slice(0, length / 2 - 1)}…${text.slice(-length / 2)}` : text;
+  if (!escapes) return short;
   return short.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 

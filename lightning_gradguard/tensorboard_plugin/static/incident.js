@@ -1,17 +1,8 @@
-// The line above all views: what went wrong, when, where, why, and what to try.
+// The block above all views: what began it, when, where, why, and what to try.
 
 import { count, fill, h, number, prose } from "./dom.js";
-import { kindColour } from "./plot.js";
+import { glyph, kindColour, wordsOf } from "./kinds.js";
 import { set, state } from "./state.js";
-
-const DONE = {
-  log: "written down",
-  warn: "warned of, the step was applied",
-  skip: "the step was skipped",
-  rollback: "rolled back",
-  stop: "the step was skipped and the run stopped",
-  raise: "the step was skipped and the run failed",
-};
 
 export function when(alert) {
   const places = [
@@ -19,33 +10,50 @@ export function when(alert) {
     alert.batch_idx === null || alert.batch_idx === undefined ? null : `batch ${count(alert.batch_idx)}`,
     alert.micro_batch ? `micro-batch ${count(alert.micro_batch)}` : null,
     alert.rank ? `rank ${count(alert.rank)}` : null,
+    // Every optimizer's step is a decision of its own, so with several of them the count is another than the x axis.
+    alert.step === alert.x ? null : `decision ${count(alert.step)} in alerts.jsonl`,
   ];
   return places.filter(Boolean).join(", ");
 }
 
-export const done = (alert) => DONE[alert.action] ?? alert.action;
-
-export function why(alert) {
+// What was found, in figures.
+export function figures(alert) {
   const [value, limit] = [Number(alert.value), Number(alert.limit)];
-  if (alert.kind === "nonfinite") return "NaN or infinite";
+  if (alert.kind === "nonfinite") return "NaN or Inf";
+  if (["rollback", "snapshot", "checkpoint"].includes(alert.kind)) return alert.done;
+  if (!Number.isFinite(limit)) return number(value);
   const ratio = value / limit;
   const times = Number.isFinite(ratio) && ratio >= 2 ? ` (${number(ratio)} times)` : "";
   return `${number(value)}; the limit was ${number(limit)}${times}`;
 }
 
 export function badge(kind) {
-  return h("span", { class: "badge", style: `--kind: ${kindColour(kind)}` }, kind);
+  return h("span", { class: "badge", style: `--kind: ${kindColour(kind)}`, title: wordsOf(kind) }, h("span", { "aria-hidden": "true" }, `${glyph(kind)} `), kind);
+}
+
+export function place(culprit) {
+  const file = String(culprit.file ?? "").split(/[\\/]/).pop();
+  return file ? `${file}${culprit.line ? `:${culprit.line}` : ""}` : null;
+}
+
+// The bad rows, as far as they are known; where they are a guess, it says so.
+export function rowsOf(culprit, most = 10) {
+  const rows = culprit.samples?.length ? culprit.samples : culprit.probable_samples;
+  if (!rows?.length) return null;
+  const named = `row${rows.length === 1 ? "" : "s"} ${rows.slice(0, most).join(", ")}${rows.length > most ? ` and ${rows.length - most} more` : ""}`;
+  return culprit.samples?.length ? named : `probably ${named}`;
 }
 
 // Where in the code, if forensics found it; else the parameters that stand out.
 export function where(alert) {
   const culprit = alert.culprit;
   if (culprit) {
-    const place = culprit.file ? `${culprit.file}${culprit.line ? `:${culprit.line}` : ""}` : null;
+    const file = place(culprit);
     return [
       h("strong", {}, culprit.module || (culprit.phase === "data" ? "the batch" : "training_step")),
       culprit.op ? h("code", {}, culprit.op) : null,
-      place ? h("span", { class: "quiet" }, place) : null,
+      file ? h("span", { class: "quiet", title: culprit.file }, file) : null,
+      rowsOf(culprit) ? h("span", {}, `${rowsOf(culprit)} of the batch`) : null,
     ].filter(Boolean);
   }
   const names = (alert.parameters ?? []).map((parameter) => parameter.name);
@@ -53,7 +61,18 @@ export function where(alert) {
   if (!names.length) return ["the whole model"];
   const shown = names.slice(0, 3).map((name) =>
     h("button", { class: "link name", title: name, onclick: () => set({ parameter: name, view: "flow" }) }, name));
-  return [...shown, names.length > 3 ? h("span", { class: "quiet" }, `and ${names.length - 3} more`) : null].filter(Boolean);
+  const numMore = (alert.num_parameters ?? names.length) - 3;
+  return [...shown, numMore > 0 ? h("span", { class: "quiet" }, `and ${count(numMore)} more`) : null].filter(Boolean);
+}
+
+// The cause first, whatever else the message says.
+export function cause(alert) {
+  const { culprit } = alert;
+  if (!culprit?.message) return [h("strong", {}, figures(alert))];
+  return [
+    h("strong", {}, culprit.cause ? [`${culprit.cause}: `] : [], prose(culprit.message)),
+    culprit.source && h("pre", { class: "source" }, culprit.source),
+  ].filter(Boolean);
 }
 
 export class Incident {
@@ -88,28 +107,45 @@ export class Incident {
     if (!alert) {
       fill(
         this.element,
-        h("div", { class: "headline" }, h("span", { class: "badge fine" }, "no alerts"),
+        h("div", { class: "headline" }, h("span", { class: "badge fine" }, "✔ no alerts"),
           h("span", {}, this.lastStep === null ? "Nothing is logged yet." : `Nothing was found up to step ${count(this.lastStep)}.`)),
       );
       return;
     }
-    const jump = (view) => () => this.go(view);
+    const several = this.tab.numOptimizers > 1 ? `optimizer ${alert.optimizer}` : null;
+    const told = alert.kind === "rollback" ? [] : [h("div", { class: "quiet" }, alert.culprit?.message ? `${figures(alert)}. ` : "", prose(alert.seen))];
     fill(
       this.element,
       h("div", { class: "headline" },
         badge(alert.kind),
         h("strong", {}, `at step ${count(alert.x)}`),
-        h("span", { class: "quiet" }, [when(alert), done(alert)].filter(Boolean).join(" · ")),
+        several && h("strong", {}, several),
+        h("span", { class: "quiet" }, [when(alert), alert.done].filter(Boolean).join(" · ")),
         h("span", { class: "spacer" }),
-        h("span", { class: "quiet" }, this.numAlerts > 1 ? `${state.alert ? "chosen" : "newest"} of ${count(this.numAlerts)} alerts` : "the only alert"),
-        h("button", { onclick: jump("flow") }, "In flow"),
-        h("button", { onclick: jump("norms") }, "In norms"),
-        h("button", { onclick: jump("depth") }, "By depth")),
+        this.turns(alert)),
       h("dl", {},
         h("div", {}, h("dt", {}, alert.culprit ? "Where" : "Where it shows most"), h("dd", {}, where(alert))),
-        h("div", {}, h("dt", {}, "Why"), h("dd", {}, h("strong", {}, why(alert)), h("span", { class: "quiet" }, prose(alert.message)))),
+        h("div", {}, h("dt", {}, "Why"), h("dd", { class: "prose" }, cause(alert), told, this.reason(alert))),
         h("div", {}, h("dt", {}, "What to try"), h("dd", { class: "prose" }, prose(alert.culprit?.remedy || alert.remedy)))),
     );
+  }
+
+  // Why training went back, and the alert of it.
+  reason(alert) {
+    if (!alert.reason) return alert.kind === "rollback" ? h("div", { class: "quiet" }, prose(alert.found)) : null;
+    const open = () => set({ alert: alert.reason.id, step: alert.reason.x });
+    return h("div", {}, prose(`${alert.found} It answers: ${alert.reason.seen} `), h("button", { class: "link", onclick: open }, `${alert.reason.kind} at step ${count(alert.reason.x)}`));
+  }
+
+  turns(alert) {
+    const turn = (id, text, label) => h("button", { disabled: !id, "aria-label": label, onclick: () => set({ alert: id }) }, text);
+    const jump = (view) => () => this.go(view);
+    const which = this.numAlerts === 1 ? "the only alert" : `alert ${count(alert.number)} of ${count(this.numAlerts)}`;
+    return [
+      this.numAlerts > 1 && turn(alert.before, "‹", "the alert before"), h("span", { class: "quiet" }, which), this.numAlerts > 1 && turn(alert.after, "›", "the alert after"),
+      h("button", { onclick: () => set({ view: "alerts", alert: alert.id, kind: null }) }, "Details"),
+      h("button", { onclick: jump("flow") }, "In flow"), h("button", { onclick: jump("norms") }, "In norms"), h("button", { onclick: jump("depth") }, "By depth"),
+    ];
   }
 
   go(view) {

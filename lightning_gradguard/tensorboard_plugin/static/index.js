@@ -8,11 +8,13 @@ import { count, fill, h } from "./dom.js";
 import { FlowView } from "./flow.js";
 import { Incident } from "./incident.js";
 import { NormsView } from "./norms.js";
+import { RunsView } from "./runs.js";
 import { onChange, set, state } from "./state.js";
 import { followTheme } from "./theme.js";
 
 const POLL_MS = 10_000;
 const VIEWS = {
+  runs: ["Runs", RunsView],
   flow: ["Flow", FlowView],
   norms: ["Norms", NormsView],
   distribution: ["Distribution", DistributionView],
@@ -50,9 +52,24 @@ class Tab {
     onChange((changed) => this.onState(changed));
     followTheme(() => this.view?.update());
     setInterval(() => document.hidden || this.refresh(), POLL_MS);
+    window.addEventListener("resize", () => this.onResize());
     listenForReload(() => this.refresh());
     await this.refresh();
     document.body.dataset.ready = "true";
+  }
+
+  onResize() {
+    cancelAnimationFrame(this.frame);
+    this.frame = requestAnimationFrame(() => this.view?.update());
+  }
+
+  get numOptimizers() {
+    return this.runs?.find((run) => run.name === state.run)?.optimizers.length ?? 1;
+  }
+
+  // Whether an alert is about the optimizer that is looked at.
+  isOfOptimizer(alert) {
+    return this.numOptimizers < 2 || String(alert.optimizer) === this.optimizers.value;
   }
 
   get view() {
@@ -77,12 +94,11 @@ class Tab {
     const optimizers = this.runs.find((run) => run.name === state.run)?.optimizers ?? [];
     fill(this.optimizers, optimizers.map((index) => h("option", { value: index }, String(index))));
     this.optimizerLabel.hidden = optimizers.length < 2;
-    this.optimizers.value = state.optimizer ?? String(optimizers[0] ?? "");
     this.numOthers = answer.num_others;
   }
 
   choose(run) {
-    set({ run, optimizer: null, step: null, alert: null, from: null, to: null, open: null, kind: null });
+    set({ run, optimizer: null, step: null, alert: null, from: null, to: null, open: null, kind: null, search: null, sort: null });
   }
 
   ask(route, more = {}) {
@@ -103,6 +119,7 @@ class Tab {
         if (turn !== this.turn) return;
         this.layoutKey = answer.layout;
       }
+      this.optimizers.value = String(answer.optimizer);
       this.incident.draw();
       if (answer.version !== this.version || !this.panel.dataset.view) {
         this.version = answer.version;
@@ -130,6 +147,7 @@ class Tab {
       );
       if (name !== "alerts") return set({ view: "alerts" });
     }
+    this.incident.element.hidden = name === "runs";
     this.views[name] ??= new VIEWS[name][1](this);
     if (this.panel.dataset.view !== name || this.panel.firstElementChild !== this.views[name].element) {
       fill(this.panel, this.views[name].element);

@@ -1,9 +1,27 @@
-// Norms: the whole model before and after clipping, with the limit of an explosion, and how much was clipped.
+// Norms: what one looks at first, on one axis: the norm before and after clipping with its limit, the loss, the learning rate,
+// the weights and how far they move, and what was clipped and skipped.
 
-import { count, fill, h } from "./dom.js";
-import { axis, draw, heightBelow, layout, MARK_AXIS, markTraces, STEP_AXIS, vertical, zooms } from "./plot.js";
+import { count, fill, h, number, plain } from "./dom.js";
+import { Marks } from "./kinds.js";
+import { axis, draw, heightBelow, layout, logAxis, STEP_AXIS, vertical, zooms } from "./plot.js";
 import { set, state } from "./state.js";
 import { colour } from "./theme.js";
+
+const GAP_PX = 12;
+const PANEL_PX = 76;
+const LEGEND_PX = 44;
+
+const real = (values) => values.filter((value) => typeof value === "number");
+
+// The panels below the norms: title, and the curves in it as [name, field, colour, more].
+const PANELS = [
+  ["clip coef.", [["clip coefficient", "clip_coef", "clipped"]], { range: [0, 1.05], nticks: 3 }],
+  ["loss", [["loss", "loss", "quiet"]], "log"],
+  ["learning rate", [["learning rate", "learning_rate", "accent"]], {}],
+  ["update / weight", [["update over weights, of the step before", "update_ratio", "other"]], "log"],
+  ["weight norm", [["weight norm", "weight_norm", "text"]], {}],
+  ["steps so far", [["clipped so far", "clipped_so_far", "clipped"], ["skipped so far", "skipped_so_far", "guilty", { dash: "dash" }]], { rangemode: "tozero" }],
+];
 
 export class NormsView {
   constructor(tab) {
@@ -19,33 +37,45 @@ export class NormsView {
     if (turn !== this.turn) return;
     const { steps } = data;
     const line = (name, y, more, extra = {}) => ({
-      name, type: "scatter", mode: steps.length > 1 ? "lines" : "markers", x: steps, y, line: { width: 1.5, ...more },
+      name, type: "scatter", mode: real(y).length > 1 ? "lines" : "markers", x: steps, y, line: { width: 1.5, ...more }, marker: { color: more.color },
       hovertemplate: "%{y:.4g}", ...extra,
     });
-    const hasLoss = data.loss.some((value) => typeof value === "number");
-    const height = heightBelow(this.plot, 420, 760);
-    const [first, last] = [steps[0] ?? 0, steps[steps.length - 1] ?? 1];
-    const isPositive = data.loss.every((value) => typeof value !== "number" || value > 0);
+    const limitText = data.explosion_limit.map((limit, index) => {
+      const ratio = limit / data.global_norm[index];
+      return Number.isFinite(ratio) ? `${number(ratio)} times the norm here` : "";
+    });
+    const panels = PANELS.filter(([, curves]) => curves.some(([, field]) => real(data[field]).length > 0));
+    const marks = new Marks(data.marks, plain);
+    const below = panels.length * (PANEL_PX + GAP_PX);
+    const main = Math.max(heightBelow(this.plot, 420) - LEGEND_PX - 40 - marks.height - below, 220);
+    const inner = marks.height + main + below;
     const traces = [
       line("global norm", data.global_norm, { color: colour("accent"), width: 2 }),
-      line("after clipping", data.clipped_norm, { color: colour("clipped") }),
-      line("explosion limit", data.explosion_limit, { color: colour("explosion"), dash: "dash" }),
-      line("clip coefficient", data.clip_coef, { color: colour("clipped") }, { yaxis: "y2", showlegend: false }),
-      ...(hasLoss ? [line("loss", data.loss, { color: colour("quiet") }, { yaxis: "y3", showlegend: false })] : []),
-      ...markTraces(data.marks, 0.56 * height - 40),
+      line("after clipping", data.clipped_norm, { color: colour("clipped"), dash: "dot" }),
+      line("explosion limit", data.explosion_limit, { color: colour("explosion"), dash: "dash" }, {
+        text: limitText, hovertemplate: "%{y:.4g}, %{text}<br>  (from the median and spread of the norms before; max_norm, if that is smaller)",
+      }),
+      ...marks.traces("y9"),
+      ...panels.flatMap(([, curves], index) =>
+        curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false }))),
     ];
-    const domains = hasLoss ? [[0.44, 1], [0.23, 0.38], [0, 0.17]] : [[0.3, 1], [0, 0.22], [0, 0.001]];
-    const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, ...more });
+    const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, fixedrange: true, ...more });
+    const panelAxes = panels.map(([title, curves, kind], index) => {
+      const top = (panels.length - index) * (PANEL_PX + GAP_PX) - GAP_PX;
+      const values = curves.map(([, field]) => real(data[field]));
+      const isLog = kind === "log" && values.flat().every((value) => value > 0);
+      return [`yaxis${index + 2}`, titled(title, { domain: [(top - PANEL_PX) / inner, top / inner], nticks: 4, ...(isLog ? logAxis(values, 3) : kind === "log" ? {} : kind) })];
+    });
+    const [first, last] = [steps[0] ?? 0, steps[steps.length - 1] ?? 1];
     const settings = layout({
-      height,
+      height: inner + LEGEND_PX + 40,
       hovermode: "x unified",
-      margin: { l: 64, r: 16, t: 30, b: 40 },
+      margin: { l: 72, r: 16, t: LEGEND_PX, b: 40 },
       shapes: state.step === null ? [] : [vertical(Number(state.step), "select", { dash: "dot" })],
-      xaxis: axis({ ...STEP_AXIS, anchor: hasLoss ? "y3" : "y2", range: [first - 1, last + 0.01 * (last - first) + 1] }),
-      yaxis: titled("norm", { type: "log", domain: domains[0], exponentformat: "power", fixedrange: true }),
-      yaxis2: titled("clip coefficient", { domain: domains[1], range: [0, 1.05], fixedrange: true }),
-      ...(hasLoss ? { yaxis3: titled("loss", { domain: domains[2], fixedrange: true, nticks: 4, type: isPositive ? "log" : "linear", exponentformat: "power" }) } : {}),
-      yaxis9: MARK_AXIS,
+      xaxis: axis({ ...STEP_AXIS, anchor: panels.length ? `y${panels.length + 1}` : "y", range: [first - 1, last + 0.01 * (last - first) + 1] }),
+      yaxis: titled("gradient norm", { ...logAxis([data.global_norm, data.explosion_limit, data.clipped_norm], 8), domain: [below / inner, (below + main) / inner] }),
+      ...Object.fromEntries(panelAxes),
+      yaxis9: marks.axis((below + main) / inner, 1),
     });
     const clipped = `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
     const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${count(data.num_steps)} logged steps are drawn, all extremes among them.` : "";

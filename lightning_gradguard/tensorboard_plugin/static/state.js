@@ -1,7 +1,7 @@
 // What is being looked at. It lives in TensorBoard's own address, so that a link opens the same view.
 
 const PREFIX = "p.gradguard.";
-const KEYS = ["run", "optimizer", "view", "step", "parameter", "alert", "open", "from", "to", "kind", "colour", "cell"];
+const KEYS = ["run", "optimizer", "view", "step", "parameter", "alert", "open", "from", "to", "kind", "colour", "cell", "search", "sort", "shown"];
 
 // The page around the frame; the tab also works without one.
 function outside() {

@@ -30,3 +30,6 @@ export function followTheme(listener) {
 export function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
+
+// A list of colours, from one end of a scale to the other.
+export const colours = (name) => colour(name).split(/\s+/);

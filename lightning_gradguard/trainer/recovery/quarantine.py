@@ -97,13 +97,20 @@ class Quarantine:
             batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
             if action.skips and verdict.rank in (None, position.rank):
                 to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
+        rows = _certain_rows(record) if self._mode == "skip" else None
+        epoch, step, rank = position.epoch or 0, position.step, position.rank
         self._incidents.extend(
-            Incident(
-                position.epoch or 0, batch_idx or 0, position.step, position.rank, kind, self._samples.get(batch_idx or 0)
-            )
+            Incident(epoch, batch_idx or 0, step, rank, kind, self._samples_of(batch_idx or 0, rows))
             for batch_idx, kind in to_blame.items()
         )
         self._is_due = True
+
+    def _samples_of(self, batch_idx: int, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Those of a batch that are to blame: its rows where these are known, else all of it."""
+        samples = self._samples.get(batch_idx)
+        if samples is None or rows is None or max(rows) >= len(samples):
+            return samples
+        return tuple(samples[row] for row in rows)
 
     def after_batch(self) -> None:
         """List what was noted. Where something was, it is a collective; all ranks have noted at the same steps."""
@@ -167,6 +174,13 @@ class Quarantine:
                 f"`quarantine='skip'` needs one torch DataLoader over a map-style data set, whose sampler shows which "
                 f"samples a batch has, got {what}. Use `quarantine='list'`, which then lists batches without their samples."
             )
+
+
+def _certain_rows(record: Record) -> tuple[int, ...] | None:
+    """The rows that made the damage, if a replay has shown them for certain, and on this rank."""
+    found = (alert.culprit for alert in record.alerts if alert.kind == "nonfinite" and alert.culprit is not None)
+    rank = record.position.rank
+    return next((culprit.samples for culprit in found if culprit.samples and culprit.rank == rank), None)
 
 
 def _of_all_ranks(incidents: list[Incident]) -> list[Incident]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
@@ -16,24 +16,31 @@ from torch.optim import Optimizer
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
-from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
+from lightning_gradguard.forensics.nonfinite.proof import Proof
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.nonfinite.samples import exchanged
+from lightning_gradguard.forensics.nonfinite.search import Search
+from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
+from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
+from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_MAX_BISECTION_RUNS = 24
-_MAX_BISECTION_SECONDS = 20.0
+_MAX_PROOF_RUNS = 24
+_MAX_PROOF_SECONDS = 20.0
+
+Prepare = Callable[[State], None]
+"""What is done before a replay begins."""
 
 
 class Investigation:
@@ -45,16 +52,25 @@ class Investigation:
         window: the running micro-batches.
         buffers: their values from before the step.
         max_replays: steps that are looked into, besides the one that ends the run.
+        sample_dim: the dimension of batches that samples lie along, or that of each leaf; None: it is inferred.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, window: Window, buffers: Buffers, max_replays: int
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        window: Window,
+        buffers: Buffers,
+        max_replays: int,
+        *,
+        sample_dim: SampleDim = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._window = window
         self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
+        self._sample_dim = sample_dim
         self.num_done = 0
         """Steps looked into so far."""
         self._earlier = EarlierCulprits()
@@ -65,6 +81,12 @@ class Investigation:
     def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the record is of the one before."""
         self.diagnosis.note(optimizer, record, is_pending=is_pending)
+
+    def time_probe(self, action: Action) -> TimeProbe | None:
+        """What looks whether gradients vanish in time, which no detector can see; None where nothing can be run again."""
+        if self._is_sharded or not can_replay(self._trainer, self._module):
+            return None
+        return TimeProbe(self._module, self._window, self._replay, action)
 
     def clear(self) -> None:
         """Let go of all batches."""
@@ -89,6 +111,9 @@ class Investigation:
 
     def _find(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         optimizer = self._trainer.optimizers[position.optimizer]
+        if (name := self._used_up(optimizer, position)) is not None:
+            _warn_of(f"`{name}` is an iterator, which the step has used up; a list could be replayed")
+            return None
         if kind != "nonfinite":
             return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
@@ -99,6 +124,11 @@ class Investigation:
         if self._ranks.size == 1:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
+
+    def _used_up(self, optimizer: Optimizer, position: Position) -> str | None:
+        """Name of a part of the batches that can be read only once; with several ranks it is left to all of them to fail."""
+        batches = self._window.of(optimizer, position.step) if self._ranks.size == 1 else []
+        return next((name for it in batches for name in iterators_in(it.batch)), None)
 
     def _diagnose(self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
@@ -128,43 +158,59 @@ class Investigation:
 
     def _look(self, optimizer: Optimizer, position: Position) -> _Look:
         held = position.step if self._window.is_held(position.step) else None
-        search = _Search(self._module)
+        # What one rank replays alone may wait for the others.
+        is_alone = self._ranks.size == 1
+        search = _Search(self._module, self._sample_dim, follow_rows=not is_alone)
         begin = time.perf_counter()
         replayed = self._replay.run(optimizer, step=held, observe=search.observe, passed=search.forget)
         seconds = time.perf_counter() - begin
         looked = _Look(replayed, is_late=held is not None)
+        prepare: Prepare = _as_it_is
         reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
         blame = search.blame
-        # What one rank replays alone may wait for the others.
-        is_alone = self._ranks.size == 1
         if blame is not None and blame.is_state and is_alone:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
-            again = _Search(self._module)
+            again = _Search(self._module, self._sample_dim)
             self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=_make_finite)
             if again.blame is not None:
-                blame, reproduced, error = again.blame, False, None
+                search, blame, reproduced, error, prepare = again, again.blame, False, None, _make_finite
         if blame is None:
             return looked
-        is_open = blame.samples is None and blame.phase in ("forward", "backward") and not blame.is_widespread
-        if is_open and len(search.sizes) == 1 and is_alone:
-            blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
-        looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+        proof = None
+        if is_alone:
+            if blame.phase != "weights":
+                search = self._follow_rows(optimizer, held, search, prepare)
+                blame = search.blame or blame
+            proof = self._proof(optimizer, held, search, seconds, prepare)
+        suspects = suspects_of(blame, search.layout, search.rows, proof)
+        looked.culprit = culprit_of(blame, suspects, rank=position.rank, reproduced=reproduced, error=error)
         return looked
 
-    def _bisect(self, optimizer: Optimizer, held: int | None, size: int, seconds: float) -> tuple[int, ...] | None:
-        """The samples without which the step is in order."""
-        if size < 2:
-            return None
+    def _follow_rows(self, optimizer: Optimizer, held: int | None, search: _Search, prepare: Prepare) -> _Search:
+        """Once more, looking at which sample each value belongs to; the search before if this finds something else."""
+        detailed = search
+        # Where two samples meet that never should, time may be the first dimension, and samples lie along the second.
+        for is_other in (False, True):
+            if is_other and (detailed.rows is None or not detailed.rows.mixes or detailed.layout.alternative is None):
+                break
+            again = _Search(self._module, self._sample_dim, follow_rows=True, is_other=is_other)
+            self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=prepare)
+            is_same = again.blame is not None and search.blame is not None and again.blame.is_like(search.blame)
+            if is_same and not (is_other and again.rows is not None and again.rows.mixes):
+                detailed = again
+        return detailed
 
-        def is_bad(keep: Sequence[int]) -> bool:
-            outcome = self._replay.run(optimizer, step=held, change=lambda batch: refill(batch, keep, size))
-            return not outcome.is_finite()
+    def _proof(self, optimizer: Optimizer, held: int | None, search: _Search, seconds: float, prepare: Prepare) -> Proof:
+        """Replays in which samples of the damaged micro-batch take the places of others."""
 
-        runs = min(_MAX_BISECTION_RUNS, int(_MAX_BISECTION_SECONDS / max(seconds, 1e-3)))
-        try:
-            return bisect(is_bad, size, runs)
-        except Exception:  # noqa: BLE001 - a batch that can't be refilled has no single culprits
-            return None
+        def is_bad(rows: Sequence[int]) -> bool:
+            def change(batch: Any) -> Any:
+                return exchanged(batch, search.layout, rows) if batch is search.batch else batch
+
+            return not self._replay.run(optimizer, step=held, change=change, prepare=prepare).is_finite()
+
+        runs = min(_MAX_PROOF_RUNS, int(_MAX_PROOF_SECONDS / max(seconds, 1e-3)))
+        return Proof(is_bad, search.layout.size, runs)
 
 
 @dataclass
@@ -184,52 +230,35 @@ class _Look:
 
 def _warn(error: Exception) -> str:
     failure = f"{type(error).__name__}: {error}"
+    _warn_of(failure)
+    return failure
+
+
+def _warn_of(reason: str) -> None:
     warnings.warn(
-        f"The step could not be replayed ({failure}), so who is to blame is not known. Training goes on. "
+        f"The step could not be replayed ({reason}), so who is to blame is not known. Training goes on. "
         "`max_replays=0` turns replays off.",
         GuardWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return failure
 
 
 def _trained_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-class _Search:
-    """Follows the damage through the micro-batches of one replay; the first that shows any is blamed."""
-
-    def __init__(self, module: LightningModule) -> None:
-        self._module = module
-        self.blame: Blame | None = None
-        self.sizes: list[int] = []
-        """Samples in each micro-batch."""
-        self._damage: Damage | None = None
-
-    def forget(self) -> None:
-        """Another optimizer has stepped: its loss is no concern of this one."""
-        if self._damage is not None:
-            self._damage.losses.clear()
+class _Search(Search):
+    """A search in a replay under a Trainer."""
 
     @contextmanager
     def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
         """Watch one micro-batch."""
-        batch = Batch.of(micro_batch.batch)
-        self.sizes.append(batch.size)
-        if self.blame is not None:
+        with self.watch(micro_batch.batch, state.tensors):
             yield
-            return
-        self._damage = damage = Damage(self._module, batch)
-        damage.label(leaves_of(micro_batch.batch), "data")
-        damage.label(self._module.named_parameters(), "weights")
-        damage.label(self._module.named_buffers(), "state")
-        damage.label(state.tensors, "state")
-        with damage.watch():
-            yield
-        grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
-        damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        self.blame = find_culprit(damage.losses, damaged, batch)
+
+
+def _as_it_is(state: State) -> None:
+    """Nothing has to be done."""
 
 
 @torch.no_grad()

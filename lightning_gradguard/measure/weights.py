@@ -1,0 +1,97 @@
+"""How large the weights are, and how far a step moves them, at the steps that are logged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor
+
+from lightning_gradguard.measure.distributed import is_sharded
+from lightning_gradguard.measure.gradients import to_device
+from lightning_gradguard.measure.shards import Parameter
+
+_SAMPLE_SIZE = 1024
+
+
+class WeightMeter:
+    """Measures the 2-norm of all weights, and of the last update over it, for the logs only: nothing is judged by it.
+
+    The update is estimated from up to 1,024 evenly spaced elements of each tensor, kept from one step to the next; a copy of
+    all weights would take as much memory as they do (`UpdateMeter` makes one where a detector asks for it). No sync.
+    """
+
+    def __init__(self) -> None:
+        self._sampled: Sequence[Parameter] = ()
+        self._before: list[Tensor] = []
+
+    @torch.no_grad()
+    def start_(self, parameters: Sequence[Parameter]) -> None:
+        """Before a step: keep the sample."""
+        self.forget()
+        if not can_measure(parameters):
+            return
+        self._before = [_sample(parameter).clone() for parameter in parameters]
+        self._sampled = parameters
+
+    def forget(self) -> None:
+        """Drop the sample: the next step is not logged."""
+        self._sampled, self._before = (), []
+
+    @torch.no_grad()
+    def read_(self, parameters: Sequence[Parameter]) -> Tensor | None:
+        """The norm of the weights, and the ratio of the step before, NaN where that was not measured, float32 [2].
+
+        Returns:
+            None where the weights are sharded or not plain numbers.
+        """
+        sampled, before = self._sampled, self._before
+        self.forget()
+        if not can_measure(parameters):
+            return None
+        device = parameters[0].device
+        norm = torch.linalg.vector_norm(torch.stack([to_device(_norm(parameter), device) for parameter in parameters]))
+        if sampled is not parameters:
+            return torch.stack([norm, torch.full_like(norm, math.nan)])
+        moved = torch.stack(
+            [
+                to_device(_norm(_sample(parameter) - old), device) * math.sqrt(parameter.numel() / max(old.numel(), 1))
+                for parameter, old in zip(parameters, before, strict=True)
+            ]
+        )
+        return torch.stack([norm, torch.linalg.vector_norm(moved) / norm])
+
+
+def can_measure(parameters: Sequence[Parameter]) -> TypeGuard[Sequence[Tensor]]:
+    """Whether these are dense weights that this rank holds as a whole."""
+    plain = all(
+        isinstance(it, Tensor) and it.layout is torch.strided and it.is_floating_point() and it.dtype.itemsize > 1
+        for it in parameters
+    )
+    return bool(parameters) and plain and not is_sharded(list(parameters))
+
+
+def learning_rate(optimizer: torch.optim.Optimizer | None) -> float | None:
+    """The largest learning rate of an optimizer's groups; None if it has none, or keeps it on a GPU. No sync."""
+    rates = [group["lr"] for group in optimizer.param_groups if "lr" in group] if optimizer is not None else []
+    here = [float(rate) for rate in rates if not isinstance(rate, Tensor) or rate.device.type == "cpu"]
+    return max(here) if here and len(here) == len(rates) else None
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
+    return norm
+
+
+def _sample(parameter: Tensor) -> Tensor:
+    """Evenly spaced elements in the order in which they lie in memory; a view, unless the tensor has holes."""
+    strides: tuple[int, ...] = parameter.stride()
+    order = sorted(range(parameter.ndim), key=lambda dim: -strides[dim])
+    flat = parameter.detach().permute(order).reshape(-1)
+    stride = max(flat.numel() // _SAMPLE_SIZE, 1)
+    # A stride that shares a divisor with the length of the rows would look at few of the columns only.
+    while stride > 1 and any(math.gcd(stride, size) > 1 for size in parameter.shape):
+        stride -= 1
+    return flat[::stride]

@@ -66,15 +66,16 @@ alerts):
 {by_ceiling}
 
 The one in use, "{chosen}", is not the best on these histories: twice the second largest norm finds more at no more
-flags. It was taken because lower multiples raised alarms on healthy small trainings (`mlp_momentum`, `curriculum`,
-`patchtst`). For each source, what the ceiling that is best on all *other* sources does on it:
+flags. It was
+taken because three times it, tried first and without waiting for 64 norms, raised alarms on healthy small trainings
+(`mlp_momentum`, `curriculum`, `patchtst`). For each source, what the ceiling that is best on all *other* sources does on it:
 
 {held_out}"""
 
 _ARCHITECTURES = """## Healthy architectures
 
 Networks of `transformers`, tiny, with random weights, {steps} steps each on characters, digits and noisy waves, with
-AdamW at 0.001. Each alarm would be a false one. Under the rule for single parameters as it was before there were alarms
+AdamW at 0.001. Each alarm would be a false one. The rule for single parameters as it was before raised alarms
 on `bert` (both seeds) and `vit` (one): embeddings whose gradient rose up to 62 times while the network learned to use
 them.
 

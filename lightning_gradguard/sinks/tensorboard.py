@@ -15,6 +15,10 @@ from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, m
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import description, scalars, tag_prefix
 
+_FREE_BYTES, _BYTES_PER_STEP = 40_000, 20
+"""What the histograms of the standard panel may take: of large models they would be most of the file, so those are written
+more rarely than they are counted. The GradGuard tab has all of them, in a hundredth of the room."""
+
 _NORM_EDGES = np.arange(-20.0, 9.0, 0.25)
 
 
@@ -33,6 +37,7 @@ class TensorBoardSink:
         self._described: set[str] = set()
         self._tab = TabSeries(settings)
         self._last: Measurement | None = None
+        self._num_histogram_bytes = 0
 
     def write(self, record: Record) -> None:
         """Write what is due; a step with an alert is always written, so that its spike is in the picture."""
@@ -42,8 +47,10 @@ class TensorBoardSink:
             self._last = record.measurement  # a notice comes with the measurement of a step that has been written
             self._add(self._page(record), 0)
             self._add(self._scalars(record, prefix), step)
-        if record.histograms is not None:
-            self._add(self._distributions(record.histograms, prefix), step)
+        if record.histograms is not None and self._num_histogram_bytes <= _FREE_BYTES + _BYTES_PER_STEP * step:
+            distributions = self._distributions(record.histograms, prefix)
+            self._num_histogram_bytes += sum(value.ByteSize() for value in distributions)
+            self._add(distributions, step)
         self._add(self._tab.values(record), step)
         if record.alerts:
             tag = f"{prefix}/alerts"

@@ -48,7 +48,7 @@ def measure(workload: Workload, *, quick: bool) -> tuple[Timings, int]:
         pausing = PausingTrainer(trainer, module, workload.batches())
         for _ in range(WARMUP):
             pausing.step()
-        guards = guard._fit.guards
+        guards = list(guard._fit.guards)
         state = RunState(trainer, module, guards)
         memory, disk = InMemory(state), OnDisk(trainer, state, guards, Path(folder) / "kept")
         kept = [memory.write(0, None), memory.write(0, None)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -36,6 +37,21 @@ class ParameterReport:
 
 
 @dataclass(frozen=True)
+class Frame:
+    """A call in the user's code, or in a library that it uses.
+
+    Attributes:
+        file, line, source: where it is.
+        function: its name, with the class of its `self`, as `Model.loss`.
+    """
+
+    file: str
+    line: int
+    function: str
+    source: str = ""
+
+
+@dataclass(frozen=True)
 class Culprit:
     """Who made the damage, as far as it could be found.
 
@@ -45,7 +61,7 @@ class Culprit:
             `batch['x']`, for data; the parameter's or buffer's name for weights.
         op: aten operator or autograd node.
         file, line, source: the line of code.
-        samples: bad rows of the batch, or None.
+        samples: bad rows of the batch, where they are certain; None: it is not single ones, or it can't be told.
         rank: the process.
         reproduced: whether a replay gave the same gradients.
         error: relative error of the replayed gradients.
@@ -55,6 +71,8 @@ class Culprit:
         before: the operators before it and what came out of them, in words, oldest first.
         cause: why gradients vanish or explode, in a word ("saturation", "rate", "sample", ...); "" for NaN and Inf.
         factors: lines of a Markdown table: what each layer multiplies the gradient by.
+        probable_samples: rows of the batch that are bad as far as can be guessed; None where they are certain, or not known.
+        frames: the calls that led to the line, innermost first, up to five: your own code, then one for each library.
     """
 
     phase: str
@@ -73,6 +91,8 @@ class Culprit:
     before: tuple[str, ...] = ()
     cause: str = ""
     factors: tuple[str, ...] = ()
+    probable_samples: tuple[int, ...] | None = None
+    frames: tuple[Frame, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -117,16 +137,117 @@ class Alert:
 
         `float()` reads them back.
         """
-        return {key: _jsonable(value) for key, value in asdict(self).items()}
+        return {key: jsonable(value) for key, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Alert:
+        """The other way round, of a dictionary that may come from another version or from a stranger.
+
+        Fields that are not known are passed over, and those that are missing have no value, except the four that make an
+        alert: `step`, `kind`, `action` and `message`.
+
+        Raises:
+            ValueError: if one of these is missing, or a field is of a wrong type; it names the field.
+
+        >>> Alert.from_dict({"step": 3, "kind": "nonfinite", "action": "skip", "message": "NaN.", "value": "NaN"}).value
+        nan
+        """
+        return cls(**{**_NOT_KNOWN, **_fields_of(cls, content, required=("step", "kind", "action", "message"))})
 
 
-def _jsonable(value: Any) -> Any:
+_NOT_KNOWN: Mapping[str, Any] = {
+    "time": math.nan,
+    "epoch": None,
+    "batch_idx": None,
+    "micro_batch": 0,
+    "optimizer": 0,
+    "rank": 0,
+    "value": math.nan,
+    "limit": math.nan,
+    "parameters": (),
+    "culprit": None,
+    "remedy": "",
+}
+
+
+def _fields_of(cls: type, content: Any, *, required: tuple[str, ...]) -> dict[str, Any]:
+    """The values of those fields of a dataclass that a dictionary has."""
+    if not isinstance(content, Mapping):
+        raise ValueError("it has no fields")
+    values = {}
+    for entry in fields(cls):
+        if entry.name not in content:
+            if entry.name in required:
+                raise ValueError(f"`{entry.name}` is missing")
+            continue
+        try:
+            values[entry.name] = _CONVERTERS[str(entry.type)](content[entry.name])
+        except (TypeError, ValueError, OverflowError):
+            raise ValueError(f"`{entry.name}` is not valid") from None
+    return values
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float) and value not in ("NaN", "Infinity", "-Infinity"):
+        raise ValueError
+    return float(value)
+
+
+def _exactly(of_type: type) -> Callable[[Any], Any]:
+    def checked(value: Any) -> Any:
+        if type(value) is not of_type:
+            raise ValueError
+        return value
+
+    return checked
+
+
+def _or_none(convert: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda value: None if value is None else convert(value)
+
+
+def _all(convert: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
+    def converted(value: Any) -> tuple[Any, ...]:
+        if not isinstance(value, (list, tuple)):
+            raise ValueError
+        return tuple(convert(entry) for entry in value)
+
+    return converted
+
+
+def _report(value: Any) -> ParameterReport:
+    return ParameterReport(**_fields_of(ParameterReport, value, required=("name", "norm")))
+
+
+def _culprit(value: Any) -> Culprit:
+    return Culprit(**_fields_of(Culprit, value, required=("phase",)))
+
+
+_CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "Action": Action,
+    "Culprit | None": _or_none(_culprit),
+    "bool": _exactly(bool),
+    "float": _number,
+    "float | None": _or_none(_number),
+    "int": _exactly(int),
+    "int | None": _or_none(_exactly(int)),
+    "str": _exactly(str),
+    "str | None": _or_none(_exactly(str)),
+    "tuple[ParameterReport, ...]": _all(_report),
+    "tuple[int, ...] | None": _or_none(_all(_exactly(int))),
+    "tuple[str, ...]": _all(_exactly(str)),
+}
+"""What is made of a value, by the annotation of its field."""
+
+
+def jsonable(value: Any) -> Any:
+    """A tree as strict JSON allows it; see `Alert.to_dict`."""
     if isinstance(value, Action):
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _jsonable(entry) for key, entry in value.items()}
+        return {key: jsonable(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
+        return [jsonable(entry) for entry in value]
     return value

@@ -16,6 +16,7 @@ from lightning_gradguard.errors import GradientError
 from lightning_gradguard.policy import Action, ActionName
 from lightning_gradguard.record import Record
 from lightning_gradguard.recovery import Rollback
+from lightning_gradguard.saved_state import mended_alerts
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.trainer.callback_order import move_behind
@@ -25,10 +26,12 @@ from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options, armed_among
 from lightning_gradguard.trainer.packages import Callback
 from lightning_gradguard.trainer.recovery.snapshot_storage import random_states_in
-from lightning_gradguard.trainer.strategies import refuse_strategy
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
+
+_ALERTS_KEY = "gradguard_alerts"
+_MAX_SAVED_ALERTS = 100
 
 
 class GradGuard(Callback):
@@ -51,13 +54,16 @@ class GradGuard(Callback):
             samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
         max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
             is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
+        sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
+            name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: it is
+            inferred.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
             a detector has that action, else nothing.
         quarantine: "list" writes batches that caused a skip or a rollback into `<log_dir>/gradguard/quarantine.jsonl`, with
-            their samples where the sampler shows them; "skip" also keeps these samples out of later batches, in this run and
-            when it is resumed; None: neither.
+            their samples where the sampler shows them; "skip" lists the samples that made the damage where they are certain,
+            else all of the batch, and keeps them out of later batches, in this run and when it is resumed; None: neither.
 
     Raises:
         ValueError: if an argument is wrong; when training starts, if a pattern of names matches nothing.
@@ -85,6 +91,7 @@ class GradGuard(Callback):
         histogram_every_n_steps: int | None = 100,
         max_replays: int = 3,
         max_bundle_mib: float | None = 64.0,
+        sample_dim: int | Mapping[str, int | None] | None = None,
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
         quarantine: Literal["list", "skip"] | None = None,
@@ -106,6 +113,7 @@ class GradGuard(Callback):
             log_every_n_steps=log_every_n_steps,
             max_replays=max_replays,
             max_bundle_mib=max_bundle_mib,
+            sample_dim=sample_dim,
             rollback=rollback,
             quarantine=quarantine,
             armed=armed_among(self._settings.detectors),
@@ -160,7 +168,6 @@ class GradGuard(Callback):
         if stage != "fit":
             return
         self._end()  # an earlier fit that was left without a word
-        refuse_strategy(trainer)
         if self._settings.clipper is not None:
             refuse_second_clipping(trainer, pl_module)
         move_behind(trainer, self)
@@ -170,16 +177,21 @@ class GradGuard(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep a checkpoint's state until there are guards to take it."""
-        random = self._history.random
+        before = self._history
         self._history = History.from_state(state_dict)
-        self._history.random = random
+        self._history.random, self._history.alerts = before.random, before.alerts
         if self._fit is not None:
             self._fit.restore(self._history)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Keep the random states of a snapshot until training starts."""
+        """Keep the random states of a snapshot, and the alerts, until training starts."""
         if self._fit is None or not self._fit.has_started:
             self._history.random = random_states_in(checkpoint)
+            self._history.alerts = mended_alerts(checkpoint.get(_ALERTS_KEY))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Add the last alerts, for `alerts` after a resume; nothing is decided by them, so they are not in the state."""
+        checkpoint[_ALERTS_KEY] = [alert.to_dict() for alert in self.alerts[-_MAX_SAVED_ALERTS:]]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make a guard for each optimizer, and all else that training needs."""

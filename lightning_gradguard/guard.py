@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 
 from lightning_gradguard.act.base import Executor
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.choice import executor_for
 from lightning_gradguard.act.closures import InClosure
 from lightning_gradguard.act.gate import Gate
 from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
-from lightning_gradguard.clippers import Clipper
+from lightning_gradguard.clippers import Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
@@ -27,8 +27,23 @@ from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
+
+
+class Investigate(Protocol):
+    """Says who is to blame for a finding of some kind."""
+
+    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool) -> Culprit | None:
+        """Asked while the step's gradients are still there, if they ever are.
+
+        Args:
+            position: where the step stands.
+            measurement: of its gradients.
+            kind: "nonfinite", "explosion" or "vanishing".
+            ends_run: whether the finding ends the training, so that it needs an answer more than any other.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,21 +52,24 @@ class Environment:
 
     Attributes:
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
-        buffers: what a skipped forward pass may have damaged.
+        buffers: what the forward pass of a skipped step has changed.
         scaler: what scales the loss in fp16 training.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
-        investigate: says who is to blame for a finding of some kind; asked while the step's gradients are still there, if
-            they ever are.
+        clips_later: whether somebody else clips after the guard.
+        investigate: says who is to blame for a finding.
+        archive: writes a step with these alerts down, and gives them back with where that is; called before they are told.
 
     Raises:
         ValueError: if `log_every_n_steps` is wrong.
     """
 
     log_every_n_steps: int
-    buffers: BufferRepair
+    buffers: Buffers
     scaler: GradScaler | None = None
     listener: Callable[[Record], None] | None = None
-    investigate: Callable[[Position, Measurement, str], Culprit | None] | None = None
+    clips_later: bool = False
+    investigate: Investigate | None = None
+    archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None
 
     def __post_init__(self) -> None:
         require_int("log_every_n_steps", self.log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
@@ -76,8 +94,8 @@ class Guard:
         histogram_every_n_steps: how often histograms are, >= 1; None: never.
         sinks: where records go: objects with `write(record)` and `close()`, or functions of a record. Alerts are
             warned of whatever they are.
-        named_buffers: the model's buffers, as `model.named_buffers()` gives them, to repair those that a skipped
-            forward pass has made non-finite.
+        named_buffers: the model's buffers, as `model.named_buffers()` gives them: a skipped step puts their values back, as
+            they were when the last step was applied.
         scaler: what scales the loss in fp16 training. The guard unscales the gradients by it before it looks at them (give
             `optimizer` too), and leaves the calibration of its scale alone.
 
@@ -131,7 +149,7 @@ class Guard:
         settings.refuse_rollback()
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
         parameters = WatchedParameters(named_parameters, optimizer, settings.only)
-        environment = Environment(log_every_n_steps, BufferRepair(named_buffers), scaler)
+        environment = Environment(log_every_n_steps, Buffers(named_buffers), scaler)
         self._set_up(settings, parameters, environment)
 
     @classmethod
@@ -145,12 +163,20 @@ class Guard:
         optimizer, scaler = parameters.optimizer, environment.scaler
         scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
         self._histogram_interval = settings.histogram_every_n_steps or 0
+        if isinstance(settings.clipper, Grouped):
+            settings.clipper.check(parameters.model_names)
         self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
+        self._parameters = parameters
+        self._detectors = settings.detectors
         self._judge = Judge(settings.detectors)
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
         self._executor: Executor = executor_for(self._gate, parameters)
         self._reporter = Reporter(
-            settings.sinks, scalar_interval=environment.log_every_n_steps, listener=environment.listener
+            settings.sinks,
+            scalar_interval=environment.log_every_n_steps,
+            listener=environment.listener,
+            archive=environment.archive,
+            clips_later=environment.clips_later,
         )
         self._investigate = environment.investigate
         self._pending: PendingStep | None = None
@@ -197,7 +223,6 @@ class Guard:
         """
         self._meter.before_backward(loss)
 
-    @torch.no_grad()
     def step(self, position: Position | None = None) -> Record:
         """Inspect the gradients, then clip them, or keep the optimizer from applying them.
 
@@ -214,6 +239,13 @@ class Guard:
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
+        record = self.decide(position)
+        self.leave()
+        return record
+
+    @torch.no_grad()
+    def decide(self, position: Position | None = None) -> Record:
+        """`step` without its end, for adapters that have something to do in between; `leave` has to follow."""
         if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
             return self._evaluate_again(self.last)
         if (end := self._end_learnt_late()) is not None:
@@ -231,6 +263,10 @@ class Guard:
             self._watch_update(is_applied=True)
             return self.last
         return self._conclude(pending)
+
+    def leave(self) -> None:
+        """Take an optimizer that is not torch's out of a bad step that it is inside of; an exception does it."""
+        self._executor.leave()
 
     def _conclude(self, pending: PendingStep, *, is_repeated: bool = False) -> Record:
         """Judge a measured step, carry out what is decided, and tell."""
@@ -280,6 +316,7 @@ class Guard:
         """Baselines, streaks and counts in plain types, so that a resumed run decides as one that ran through."""
         self.flush()
         return {
+            "version": VERSION,
             "judge": self._judge.state_dict(),
             "clipper": self._gate.state_dict(),
             "updates": self._meter.state_dict(),
@@ -289,12 +326,18 @@ class Guard:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state.
 
-        Whatever is configured otherwise than in the run that saved it starts afresh, with a warning.
+        Whatever is damaged, or configured otherwise than in the run that saved it, starts afresh, with a warning.
         """
+        state = mended_guard_state(state, self._detectors, self._gate.clipper, self._parameters.layout)
         self._reporter.load_state_dict(state["totals"])
         self._judge.load_state_dict(state["judge"])
         self._meter.load_state_dict(state["updates"])
         self._gate.load_state_dict(state["clipper"])
+
+    def go_on_from(self, other: Guard) -> None:
+        """Take over counts, alerts and baselines of the guard of an optimizer that has been replaced."""
+        self.load_state_dict(other.state_dict())
+        self.alerts.extend(other.alerts)
 
     def return_to(self, state: dict[str, Any]) -> None:
         """Judge and clip as at a saved state; counts and alerts go on."""
@@ -324,4 +367,7 @@ class Guard:
         kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
         if self._investigate is None or not kinds:
             return None
-        return self._investigate(position, measurement, kinds[0] if measurement.is_finite else "nonfinite")
+        action = judgement.decision.action
+        ends_run = action is not None and action >= Action.STOP
+        kind = kinds[0] if measurement.is_finite else "nonfinite"
+        return self._investigate(position, measurement, kind, ends_run=ends_run)

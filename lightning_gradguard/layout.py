@@ -17,13 +17,16 @@ Ints = NDArray[np.int64]
 _MIN_SQUARED, _MAX_SQUARED = 1e-140, 1e140
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name as the user wrote it, without what `torch.compile` puts in between.
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
-    >>> clean_name("net._orig_mod.0.weight")
-    'net.0.weight'
+
+def clean_name(name: str) -> str:
+    """A parameter's name as the user wrote it, without what `torch.compile`, FSDP1 and checkpointing put in between.
+
+    >>> clean_name("net._orig_mod.0.weight"), clean_name("_fsdp_wrapped_module.head.bias")
+    ('net.0.weight', 'head.bias')
     """
-    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def module_of(name: str) -> str:
@@ -117,6 +120,14 @@ class Layout:
             names=tuple(names),
             numels=np.array([int(np.prod(size, dtype=np.int64)) for size in sizes], dtype=np.int64),
             ndims=np.array([len(size) for size in sizes], dtype=np.int64),
+        )
+
+    def is_like(self, other: Layout) -> bool:
+        """Whether names and sizes are the same."""
+        return (
+            self.names == other.names
+            and np.array_equal(self.numels, other.numels)
+            and np.array_equal(self.ndims, other.ndims)
         )
 
     @cached_property

@@ -83,10 +83,11 @@ class Policy:
 
     Args:
         action: what happens once `patience` is exhausted.
-        patience: consecutive hits before `action` is taken, >= 1. Until then the guard warns (or logs, where
-            `action` is milder). 1 acts at once.
-        cooldown: steps of silence after an alert, >= 0. Hits inside it are still acted on, and counted.
-            0 reports every hit.
+        patience: consecutive hits before `action` is taken, >= 1. Until then the guard warns; where `action` is "warn" or
+            "log" it says nothing. 1 acts at once.
+        cooldown: steps without a hit after which the next one counts as something new, >= 0. Hits up to then belong to one
+            condition: it is reported when it begins, when its action gets stronger, and when it is over. They are still
+            acted on, and counted. 0 reports every hit.
         stop_after: hits in a row at which training stops, whatever `action` is, >= 1. None: never.
 
     Raises:

@@ -156,6 +156,9 @@ class Verdict:
         micro_batch: the backward pass that was first, from 0.
         rank: the process that was first; None if that can't be told.
         is_advisory: whether it is worth a warning at most, whatever the detector's action: the step is applied.
+        is_note: whether it is only logged, once, whatever the action, and counts as no hit.
+        is_dire: whether nothing is learned as long as it lasts: it is then reported again and again, each time after twice
+            as many steps.
     """
 
     kind: str
@@ -167,6 +170,25 @@ class Verdict:
     micro_batch: int = 0
     rank: int | None = None
     is_advisory: bool = False
+    is_note: bool = False
+    is_dire: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A condition that is over: a detector's hits, of which none was more than its cooldown after the one before.
+
+    Attributes:
+        kind: the detector's name.
+        lasted: steps of this optimizer from its first hit to its last, both included.
+        num_found: hits among them.
+        steps_ago: steps since the last one.
+    """
+
+    kind: str
+    lasted: int
+    num_found: int
+    steps_ago: int
 
 
 @dataclass(frozen=True)
@@ -176,14 +198,16 @@ class Decision:
     Attributes:
         action: the strongest action of this step's verdicts; None if there were none.
         actions: one per verdict, in their order.
-        alerting: whether each verdict is reported (or silent, inside its cooldown), in their order.
+        alerting: whether each verdict is reported (or silent, since it lasts or patience holds it back), in their order.
         skip: whether the optimizer step is passed over.
+        ended: conditions that are over and are reported.
     """
 
     action: Action | None = None
     actions: tuple[Action, ...] = ()
     alerting: tuple[bool, ...] = ()
     skip: bool = False
+    ended: tuple[Ended, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -196,7 +220,7 @@ class Totals:
         num_overflows: steps at which a GradScaler's scale was too large.
         num_clipped: steps whose gradients were made smaller.
         num_alerts: reported findings.
-        num_repeats: findings inside a cooldown, counted but not reported.
+        num_repeats: findings that were not reported, since they lasted or patience held them back.
         alerts_by_kind: reported findings by kind.
     """
 
@@ -239,8 +263,9 @@ class Record:
         measurement: the gradients before clipping.
         verdicts: what the detectors found.
         decision: what was done about it.
-        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step.
-        clipped_norm: global norm after clipping; equals the norm before for a skipped step.
+        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step. None where Trainer or
+            module clip later, since what comes of that is not seen.
+        clipped_norm: global norm after clipping; equals the norm before for a skipped step. None as above.
         explosion_limit: the norm above which this step would have been an explosion; infinite without a limit.
         alerts: the reported findings.
         totals: counts up to and with this step.
@@ -252,10 +277,21 @@ class Record:
     measurement: Measurement
     verdicts: tuple[Verdict, ...]
     decision: Decision
-    clip_coef: float
-    clipped_norm: float
+    clip_coef: float | None
+    clipped_norm: float | None
     explosion_limit: float
     alerts: tuple[Alert, ...]
     totals: Totals
     scalars_due: bool = False
     histograms: Histograms | None = None
+
+    @property
+    def limit_ratio(self) -> float:
+        """The explosion limit over the global norm: how many times as large the step could have been.
+
+        Infinite without a limit and where the norm is 0, NaN where the norm is not finite.
+        """
+        norm = self.measurement.global_norm
+        if not math.isfinite(norm):
+            return math.nan
+        return self.explosion_limit / norm if norm > 0.0 else math.inf

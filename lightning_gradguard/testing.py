@@ -57,6 +57,8 @@ def inject(
         raise ValueError(f"`fault` must be 'nan', 'inf' or 'explosion', got {fault!r}.")
     require_int("step", step, at_least=0, remedy="0 is the first backward pass.")
     require_float("factor", factor, above=0.0, remedy="The default is 1e6.")
+    if rank is not None:
+        require_int("rank", rank, at_least=0, remedy="For all ranks pass None.")
     name, target = _find(model, parameter)
     damage = _Damage(fault, step, rank, factor)
     owner, _, leaf = name.rpartition(".")
@@ -87,6 +89,9 @@ class _Damage:
         self._num_seen = 0
 
     def __call__(self, grad: Tensor) -> Tensor:
+        size = Ranks.current().size
+        if self._rank is not None and self._rank >= size:  # how many there are may not have been known before
+            raise ValueError(f"`rank` must be one of the {size} that there are, got {self._rank}. The first is 0.")
         is_now = self._num_seen == self._step
         self._num_seen += 1
         if not is_now or self._rank not in (None, Ranks.current().rank):

@@ -21,4 +21,5 @@ def _deterministic():
 @pytest.fixture(autouse=True, scope="session")
 def _quiet():
     """Lightning's banners would bury a failure."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -21,19 +21,19 @@ SOURCES.pop(NAME)
 
 LAYERS = (
     # plain words, without torch
-    *("policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
+    *("json_lines", "policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
     # gradients -> measure -> judge -> act -> report
     *("measure", "statistics", "detectors", "judge", "clippers", "act", "sinks", "report"),
     # looking into a bad step, and going back
-    *("forensics", "recovery"),
+    *("torch_files", "forensics", "recovery"),
     # the pipeline, and Lightning around it
-    *("settings", "guard", "trainer", "callback"),
+    *("settings", "saved_state", "guard", "trainer", "callback"),
     # tools
     *("testing", "cli"),
 )
 """The package from the bottom up: each may import those before it. `docs/architecture.md` draws the same list."""
 
-WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "tensorboard_plugin")
+WITHOUT_TORCH = ("json_lines", "policy", "layout", "alert", "record", "errors", "tensorboard_plugin")
 """Are loaded where torch is not wanted, or not there."""
 
 NEVER = {
@@ -54,8 +54,8 @@ ALONE = {
     "lightning": ("trainer.packages",),
     "pytorch_lightning": ("trainer.packages",),
     "lightning_fabric": ("trainer.packages",),
-    "tensorboard": ("sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
-    "torch.utils.tensorboard": ("sinks.tensorboard",),
+    "tensorboard": ("sinks.event_files", "sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
+    "torch.utils.tensorboard": ("sinks.event_files", "sinks.tensorboard"),
     "typer": ("cli",),
     "rich": ("cli",),
 }

@@ -33,7 +33,7 @@ def main() -> None:
         for seed in (*SEEDS, *(FRESH_SEEDS if KINDS[kind].is_healthy else ()))
     ]
     for kind, seed in track(runs, "Trainings", console=console):
-        recorded(kind, seed)
+        recorded(KINDS[kind], seed)
     halves = [half(name) for name in names]
     for one in halves:
         for sheet in (by_fault(one), by_detector(one), by_rule(one)):

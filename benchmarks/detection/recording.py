@@ -46,14 +46,14 @@ class Recording:
         return [float("nan") if step.loss is None else step.loss for step in self.measurements]
 
 
-def recorded(name: str, seed: int) -> Recording:
+def recorded(kind: Kind, seed: int, steps: int = STEPS) -> Recording:
     """A run from the cache; if it is not there, it is run."""
-    path = CACHE / f"{name}-{seed}-{_digest(KINDS[name].build.__module__)}.npz"
+    path = CACHE / f"{kind.name}-{seed}-{_digest(kind.build.__module__)}.npz"
     if not path.exists():
-        recording = run(KINDS[name], seed)
+        recording = run(kind, seed, steps)
         CACHE.mkdir(parents=True, exist_ok=True)
         _save(recording, path)
-    return _load(path, KINDS[name], seed)
+    return _load(path, kind, seed)
 
 
 def run(kind: Kind, seed: int, steps: int = STEPS) -> Recording:
@@ -180,4 +180,4 @@ def _measurement(columns: dict[str, np.ndarray], layout: Layout, step: int) -> M
 def all_of(names: frozenset[str], seeds: tuple[int, ...]) -> Iterator[Recording]:
     """Recordings of these kinds, in the order of the list."""
     for name, seed in itertools.product([name for name in KINDS if name in names], seeds):
-        yield recorded(name, seed)
+        yield recorded(KINDS[name], seed)

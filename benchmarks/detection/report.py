@@ -10,6 +10,7 @@ from pathlib import Path
 from benchmarks.detection.recording import all_of
 from benchmarks.detection.rules import PEERS, gradguard, with_updates
 from benchmarks.detection.score import Score, score
+from benchmarks.detection.sheet import Sheet, percent
 from benchmarks.detection.split import FRESH_SEEDS, HALVES, SEEDS
 from benchmarks.detection.trainings import KINDS
 from lightning_gradguard import Explosion, NonFinite
@@ -49,20 +50,6 @@ class Half:
     fresh: Score
 
 
-@dataclass(frozen=True)
-class Sheet:
-    """One table: a title, columns, and rows of text."""
-
-    title: str
-    columns: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        """As a pipe table."""
-        lines = [self.columns, ["---", *["---:"] * (len(self.columns) - 1)], *self.rows]
-        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def half(name: str) -> Half:
     """Score everything on one half; what is not recorded yet is run first."""
     recordings = list(all_of(HALVES[name], SEEDS))
@@ -84,7 +71,7 @@ def by_fault(of: Half) -> Sheet:
         [
             fault,
             str(len(delays)),
-            _percent(of.ours.recall_of(fault)),
+            percent(of.ours.recall_of(fault)),
             _number(of.ours.delay_of(fault)),
             ", ".join(name for name, found in of.each.items() if found.recall_of(fault) > 0) or "none",
         ]
@@ -100,8 +87,8 @@ def by_rule(of: Half) -> Sheet:
     rows = [
         [
             name,
-            _percent(found.recall),
-            *(_percent(found.recall_of(fault)) for fault in faults),
+            percent(found.recall),
+            *(percent(found.recall_of(fault)) for fault in faults),
             f"{found.alarms_per_10_000:.1f}",
             f"{sum(not key.startswith(_SICK) for key in found.alarmed)} / {found.healthy_runs}",
         ]
@@ -117,7 +104,7 @@ def by_detector(of: Half) -> Sheet:
     rows = [
         [
             name,
-            *(_percent(found.recall_of(fault)) for fault in faults),
+            *(percent(found.recall_of(fault)) for fault in faults),
             f"{found.alarms_per_10_000:.1f}",
             f"{sum(not key.startswith(_SICK) for key in found.alarmed)} / {found.healthy_runs}",
         ]
@@ -141,7 +128,7 @@ def curve(names: Sequence[str]) -> Sheet:
             [
                 f"{ratio:g}",
                 f"{z:g}",
-                *(_percent(found.recall_of(fault)) for fault in found.delays),
+                *(percent(found.recall_of(fault)) for fault in found.delays),
                 f"{found.alarms_per_10_000:.1f}",
                 f"{sum(not key.startswith(_SICK) for key in found.alarmed)} / {found.healthy_runs}",
             ]
@@ -194,10 +181,6 @@ def _listed(found: Score) -> str:
 
 def _count(*, healthy: bool) -> int:
     return sum(kind.is_healthy == healthy for kind in KINDS.values())
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.0f} %"
 
 
 def _number(value: float | None) -> str:

@@ -1,8 +1,13 @@
 """What is wrong with each training, written down before the rules that are to find it.
 
-Causes are those of `lightning_gradguard.forensics.causes`. Rules may be tuned on the first table, the trainings of
-`benchmarks.detection`; those of `benchmarks.diagnosis.trainings`, labelled at their functions, only check them.
+Causes are those of `lightning_gradguard.forensics.flow`. Rules may be tuned on the first table, the trainings of
+`benchmarks.detection`. Those of `benchmarks.diagnosis.trainings` are labelled at their functions. Nothing is wrong with the
+healthy ones of `benchmarks.detection`: an alert is forced on them, and the right answer is that there is no cause.
 """
+
+from benchmarks.detection.trainings import KINDS
+
+HEALTHY = tuple(name for name, kind in KINDS.items() if kind.is_healthy)
 
 TUNED_ON = {
     # vanishing

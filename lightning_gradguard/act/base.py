@@ -31,5 +31,8 @@ class Executor(Protocol):
     def finish_(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Clipped:
         """Carry out what was decided, or take note of what the device has done."""
 
+    def leave(self) -> None:
+        """Take the optimizer out of a bad step that it is inside of; the last thing to do about a step."""
+
     def detach(self) -> None:
         """Take its own hooks off the optimizer."""

@@ -1,62 +1,212 @@
-"""Repair of what a bad forward pass did to the model's buffers."""
+"""A model's buffers as they were before a step, to be put back when the step is skipped."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-MAX_NUMEL = 1 << 16
-"""Buffers above this many elements are not copied: they are tables (positions, masks), not running statistics."""
+_LARGE = 1 << 20
+"""Elements from which on a buffer is copied only when it is seen to have changed: mostly a table that never does."""
+
+_HUGE = 1 << 28
+"""Bytes from which on a buffer is not even copied once before it has been seen to change: mostly a whole data set."""
 
 
-class BufferRepair:
-    """Puts back buffers that a skipped step has made non-finite.
+@dataclass(eq=False)
+class _Slot:
+    """One buffer: where it hangs, which tensor it was when last remembered, and a copy of its values.
 
-    One NaN batch makes the running mean and variance of a BatchNorm layer NaN for good, since they average over all
-    batches; skipping the optimizer step doesn't undo that.
-
-    Args:
-        named_buffers: the model's buffers. Floating-point ones of up to `MAX_NUMEL` elements are remembered, at the cost
-            of two copies each, and of one kernel a step for all of them.
+    `version` counts changes in place. Kernels of normalisation layers don't count theirs, so only large buffers go by it.
     """
 
-    def __init__(self, named_buffers: Iterable[tuple[str, Tensor]]) -> None:
-        self._buffers = {
-            name: buffer for name, buffer in named_buffers if buffer.is_floating_point() and 0 < buffer.numel() <= MAX_NUMEL
-        }
-        self._live = list(self._buffers.values())
-        self._saved = [buffer.detach().clone() for buffer in self._live]
-        self._candidates = [saved.clone() for saved in self._saved]
+    holder: MutableMapping[str, Any]
+    name: str
+    live: Tensor | None = None
+    saved: Tensor | None = None
+    version: int | None = None
+
+    @property
+    def now(self) -> Tensor | None:
+        """The tensor that hangs there now."""
+        return self.holder.get(self.name)
+
+
+class Buffers:
+    """Remembers all buffers before a step, and puts them back: values, and the tensors where others were assigned.
+
+    Skipping an optimizer's step undoes nothing of what the forward pass did: one bad batch would stay in the running
+    statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. What was
+    registered during a bad step stays. Of any layout and dtype; a buffer that shares its memory is put back as a whole.
+
+    Memory: a copy of each buffer, but for those of 256 MiB and more that were never seen to change. Time: a copy of
+    each buffer of up to 2^20 elements a step, of larger ones after a change.
+
+    Args:
+        named_buffers: the buffers, where only their values can be put back, as in a loop of one's own.
+        module: whose buffers, by name, are put back; looked through again when submodules or buffers were added.
+        follows_steps: whether each applied step calls for another copy: where nobody says that a step begins, and where
+            several optimizers share a forward pass.
+    """
+
+    def __init__(
+        self,
+        named_buffers: Iterable[tuple[str, Tensor]] = (),
+        *,
+        module: nn.Module | None = None,
+        follows_steps: bool = True,
+    ) -> None:
+        self._module = module
+        self._given: dict[str, Any] = dict(named_buffers)
+        self._tree: list[tuple[Any, list[Any]]] = []
+        self._counts: list[tuple[Any, int]] = []
+        self._slots: list[_Slot] = []
+        self.follows_steps = follows_steps
+        self._collect()
+        self.remember()
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Take the present values down. They count once the step they come from is confirmed. No sync."""
-        if self._live:
-            torch._foreach_copy_(self._candidates, self._live)
+        """Take the present values down: what is put back until the next call. No sync."""
+        if self._has_changed():
+            self._collect()
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for slot in self._slots:
+            now = slot.now
+            is_same = now is slot.live
+            slot.live = now
+            if now is None or (is_same and _is_untouched(slot, now)):
+                continue
+            if not is_same and slot.saved is None and _num_bytes(now) >= _HUGE:
+                slot.version = now._version
+                continue
+            slot.version = None if now.is_inference() else now._version
+            if slot.saved is not None and _is_plain(now) and slot.saved.shape == now.shape and slot.saved.dtype == now.dtype:
+                targets.append(slot.saved)
+                sources.append(_distinct(now))
+            else:
+                slot.saved = _distinct(now).clone()
+        if targets:
+            torch._foreach_copy_(targets, sources)
 
-    def confirm(self) -> None:
-        """The step after which values were last remembered was in order: they are what is put back from now on."""
-        self._saved, self._candidates = self._candidates, self._saved
+    def note_boundary(self) -> None:
+        """One step has ended, and the next has not begun."""
+        if self.follows_steps:
+            self.remember()
 
     @torch.no_grad()
-    def repair_(self) -> tuple[str, ...]:
-        """Put back what is not finite now but was when last confirmed; the names of those. One sync."""
-        if not self._live:
-            return ()
-        damaged = torch.stack([(~live.isfinite() & saved.isfinite()).any().cpu() for live, saved in self._pairs()])
-        names = [name for name, bad in zip(self._buffers, damaged.tolist(), strict=True) if bad]
-        for (live, saved), bad in zip(self._pairs(), damaged.tolist(), strict=True):
-            if bad:
-                live.copy_(saved)
-        return tuple(names)
+    def restore_(self) -> None:
+        """Put back tensors and values, in place. No sync."""
+        targets: list[Tensor] = []
+        sources: list[Tensor] = []
+        for slot in self._slots:
+            if slot.now is not slot.live:
+                slot.holder[slot.name] = slot.live
+            if slot.live is None or slot.saved is None:
+                continue
+            # Not counted as a change in place: a graph that is still to be run backward may hold the buffer.
+            target = _distinct(slot.live.data)
+            if _is_plain(target) and target.shape == slot.saved.shape:
+                targets.append(target)
+                sources.append(slot.saved)
+            else:
+                _write_back(slot, target)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+
+    @property
+    def can_select(self) -> bool:
+        """Whether the device can put them back by itself."""
+        pairs = [(slot.now, slot.saved) for slot in self._slots if slot.live is not None]
+        return all(
+            now is not None
+            and saved is not None
+            and _is_plain(now)
+            and _distinct(now).shape == saved.shape
+            and now.dtype == saved.dtype
+            for now, saved in pairs
+        )
 
     @torch.no_grad()
-    def rewind_(self) -> None:
-        """Put all back to the values last confirmed, for a replay of the step. No sync."""
-        if self._live:
-            torch._foreach_copy_(self._live, self._saved)
+    def select_(self, is_bad: Tensor) -> None:
+        """Have the device put the values back if `is_bad`, bool scalar. No sync; a handful of kernels a dtype."""
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for slot in self._slots:
+            now = slot.now
+            if now is not None and slot.saved is not None and now.numel():
+                targets, saved = groups.setdefault((now.device, now.dtype), ([], []))
+                targets.append(_distinct(now.data))
+                saved.append(slot.saved)
+        for (device, _), (targets, saved) in groups.items():
+            present = torch.cat([target.reshape(-1) for target in targets])
+            before = torch.cat([values.reshape(-1) for values in saved])
+            chosen = torch.where(is_bad.to(device, non_blocking=True), before, present)
+            pieces = torch.split_with_sizes(chosen, [target.numel() for target in targets])
+            torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
-        return list(zip(self._live, self._saved, strict=True))
+    @torch.no_grad()
+    def repair_(self) -> None:
+        """Put back only what is not finite now and was before. A sync for each buffer of floating-point numbers."""
+        for slot in self._slots:
+            now, saved = slot.now, slot.saved
+            if now is None or saved is None or not _is_plain(now) or not now.is_floating_point() or now.itemsize == 1:
+                continue
+            target = _distinct(now.data)
+            if target.shape == saved.shape and bool((~target.isfinite() & saved.isfinite()).any()):
+                target.copy_(saved)
+
+    def _has_changed(self) -> bool:
+        """Whether submodules or buffers have been added or replaced. Tens of nanoseconds a submodule."""
+        for children, before in self._tree:
+            if list(children.values()) != before:
+                return True
+        return any(len(buffers) != count for buffers, count in self._counts)
+
+    def _collect(self) -> None:
+        known = {(id(slot.holder), slot.name): slot for slot in self._slots}
+        holders: list[Any] = [self._given]
+        self._tree, self._counts = [], []
+        if self._module is not None:
+            modules = list(self._module.modules())
+            holders = [module._buffers for module in modules]
+            self._tree = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
+            self._counts = [(holder, len(holder)) for holder in holders]
+        self._slots = [
+            known.get((id(holder), name)) or _Slot(holder, name) for holder in holders for name in list(holder.keys())
+        ]
+
+
+def _is_untouched(slot: _Slot, now: Tensor) -> bool:
+    return slot.version is not None and now.numel() > _LARGE and slot.version == now._version
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is dense, of a dtype with arithmetic, and no subclass: what one kernel copies together."""
+    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+
+
+def _distinct(tensor: Tensor) -> Tensor:
+    """Without the dimensions that `expand` has made: those elements share their memory, and can't be written one by one."""
+    if tensor.layout is not torch.strided or tensor.is_nested or type(tensor) is not Tensor:
+        return tensor
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() if tensor.layout is torch.strided and not tensor.is_nested else 0
+
+
+def _write_back(slot: _Slot, target: Tensor) -> None:
+    """One that is copied by itself: in place where that can be, else by a new tensor."""
+    assert slot.saved is not None
+    try:
+        target.copy_(slot.saved)
+    except (RuntimeError, NotImplementedError):  # another shape by now, or a layout that can't be written to
+        slot.holder[slot.name] = slot.saved.clone()

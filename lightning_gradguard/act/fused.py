@@ -34,7 +34,9 @@ class FusedKernel:
         """
         groups = self._optimizer.param_groups
         has_momentum = any(group.get("momentum") for group in groups)
-        return not has_momentum or len(self._optimizer.state) >= sum(len(group["params"]) for group in groups)
+        # FSDP1 leaves an empty tensor where a rank holds nothing of a parameter; it never gets a state.
+        num_tensors = sum(parameter.numel() > 0 for group in groups for parameter in group["params"])
+        return not has_momentum or len(self._optimizer.state) >= num_tensors
 
     def scale(self, coef: Tensor) -> None:
         """Have the next step multiply the gradients by `coef`, scalar. No sync."""

@@ -8,16 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.fused import FusedKernel
 from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
 from lightning_gradguard.judge.judge import state_for
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.measure.step import MeasuredStep
 from lightning_gradguard.record import Measurement
 
 
-def skip_(parameters: Iterable[Tensor]) -> None:
+def skip_(parameters: Iterable[Parameter]) -> None:
     """Take the gradients away, so that the optimizer passes the parameters over.
 
     Every torch optimizer leaves a parameter without a gradient alone: its value, its state, its step counter and its
@@ -27,26 +28,47 @@ def skip_(parameters: Iterable[Tensor]) -> None:
         parameter.grad = None
 
 
+_KNOWN = ("torch.", "lightning.", "lightning_fabric.", "pytorch_lightning.", "deepspeed.")
+"""Where optimizers come from whose `step` is torch's, wraps it, or is replaced by an engine of its own."""
+
+
+def is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer's `step` is torch's own, so that it is known what it does; Lightning's wrappers pass it on."""
+    definers = (cls.__module__ for cls in type(optimizer).__mro__ if "step" in vars(cls))
+    return all(module.startswith(_KNOWN) for module in definers)
+
+
 class Gate:
     """Lets the steps of one optimizer through, clipped, or keeps them from being applied.
 
     Args:
         parameters: whose gradients.
         clipper: what clips them; None for nothing.
-        buffers: what a skipped forward pass may have damaged.
+        buffers: what the forward pass of a skipped step has changed.
         uses_scaler: whether a GradScaler steps the optimizer; it takes the two attributes of the kernel for itself.
     """
 
     def __init__(
-        self, parameters: WatchedParameters, clipper: Clipper | None, buffers: BufferRepair, *, uses_scaler: bool
+        self, parameters: WatchedParameters, clipper: Clipper | None, buffers: Buffers, *, uses_scaler: bool
     ) -> None:
         optimizer = parameters.optimizer
-        self._parameters = parameters
+        self._watched = parameters
         self.buffers = buffers
         self.clipper = clipper
         # The kernel scales all gradients of the optimizer, also those that are excluded.
-        can_fuse = FusedKernel.fits(optimizer) and not uses_scaler and parameters.only.keeps_all
+        can_fuse = (
+            optimizer is not None
+            and is_of_torch(optimizer)
+            and FusedKernel.fits(optimizer)
+            and not uses_scaler
+            and parameters.only.keeps_all
+        )
         self.kernel = FusedKernel(optimizer) if optimizer and can_fuse else None
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """All parameters of the optimizer."""
+        return self._watched.everything
 
     @property
     def clips_unseen(self) -> bool:
@@ -59,9 +81,9 @@ class Gate:
             self.kernel.clear()
 
     def skip_(self) -> None:
-        """Keep the step from being applied. One sync where there are buffers."""
-        skip_(self._parameters.everything)
-        self.buffers.repair_()
+        """Keep the step from being applied. No sync."""
+        skip_(self.parameters)
+        self.buffers.restore_()
 
     def clip_(self, step: MeasuredStep, measurement: Measurement, *, is_entry: bool = True) -> Clipped:
         """Let the step through, clipped. At most one sync but for those of the clipper's own.
@@ -71,8 +93,6 @@ class Gate:
             measurement: of it.
             is_entry: whether the step is one in a clipper's history; a damaged one never is.
         """
-        self.buffers.remember()
-        self.buffers.confirm()
         gradients, norm = step.gradients, step.facts.total_norm
         if self.clipper is None or not gradients.tensors:
             return Clipped(coef=1.0, norm=measurement.global_norm)
@@ -121,6 +141,8 @@ class Gate:
 
     def _clip_(self, clipper: Clipper, step: MeasuredStep, norm: Tensor) -> Clipped:
         if self.kernel is None or not isinstance(clipper, FactorClipper):
+            if not type(clipper).__module__.startswith("lightning_gradguard."):
+                step.gradients.begin_change_()  # one of the user's may write to the tensors
             return clipper.clip_(step.gradients, norm)
         factor, clipped = clipper.factor(step.gradients, norm)
         if clipped.coef < 1.0:

@@ -27,24 +27,27 @@ class OnDevice:
     def begin_(self, step: MeasuredStep, threshold: SkipThreshold | None) -> PendingStep:
         """Queue clipping, skipping, and the copy of the figures."""
         kernel = self._gate.kernel
-        if threshold is None or kernel is None or not kernel.can_skip:
+        buffers = self._gate.buffers
+        if threshold is None or kernel is None or not kernel.can_skip or not buffers.can_select:
             return self._queued.begin_(step, threshold)
-        kernel.skip(step.facts.exceeds(threshold.max_norm, must_be_finite=threshold.must_be_finite))
-        self._gate.buffers.remember()
+        is_bad = step.facts.exceeds(threshold.max_norm, must_be_finite=threshold.must_be_finite)
+        kernel.skip(is_bad)
+        # Before the next forward pass can read them, and the host knows of nothing.
+        buffers.select_(is_bad)
+        buffers.note_boundary()
         coef = self._gate.coefficient(step)
         kernel.scale(coef)
         return PendingStep.of(step, Transfer.start(step.facts, coef), is_left_to_device=True)
 
     def finish_(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Clipped:
-        """Repair buffers or take them for good, now that it is known what the device has done."""
+        """Say what the device has done."""
         if not pending.is_left_to_device:
             return self._queued.finish_(pending, measurement, decision)
-        if decision.skip:
-            self._gate.buffers.repair_()
-            return Clipped(coef=1.0, norm=measurement.global_norm)
-        self._gate.buffers.confirm()
-        coef = pending.coef()
+        coef = 1.0 if decision.skip else pending.coef()
         return Clipped(coef, norm=measurement.global_norm * coef)
+
+    def leave(self) -> None:
+        """The optimizer is not inside its step, or ends it by itself."""
 
     def detach(self) -> None:
         """It has none."""

@@ -32,7 +32,12 @@ class OnHost:
             self._gate.skip_()
             return Clipped(coef=1.0, norm=measurement.global_norm)
         assert pending.step is not None
-        return self._gate.clip_(pending.step, measurement)
+        clipped = self._gate.clip_(pending.step, measurement)
+        self._gate.buffers.note_boundary()
+        return clipped
+
+    def leave(self) -> None:
+        """The optimizer is not inside its step, or ends it by itself."""
 
     def detach(self) -> None:
         """It has none."""

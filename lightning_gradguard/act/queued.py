@@ -25,7 +25,6 @@ class Queued:
     def begin_(self, step: MeasuredStep, threshold: SkipThreshold | None) -> PendingStep:  # noqa: ARG002 - the protocol
         """Queue the clipping, and the copy of the figures."""
         gate = self._gate
-        gate.buffers.remember()
         coef = gate.coefficient(step)
         if gate.clipper is not None and gate.kernel is not None:
             gate.kernel.scale(coef)
@@ -39,10 +38,15 @@ class Queued:
             self._gate.skip_()
             return Clipped(coef=1.0, norm=measurement.global_norm)
         if measurement.overflowed and pending.step is not None:  # the device could not know the norm
-            return self._gate.clip_(pending.step, measurement)
-        self._gate.buffers.confirm()
-        coef = pending.coef()
-        return Clipped(coef, norm=measurement.global_norm * coef)
+            clipped = self._gate.clip_(pending.step, measurement)
+        else:
+            coef = pending.coef()
+            clipped = Clipped(coef, norm=measurement.global_norm * coef)
+        self._gate.buffers.note_boundary()
+        return clipped
+
+    def leave(self) -> None:
+        """The optimizer is not inside its step, or ends it by itself."""
 
     def detach(self) -> None:
         """It has none."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from lightning_gradguard.torch_files import UnreadableError, load_plain, parts_of
 
 _ABSURD = 1e6
 _OUTLIER = 1e4
@@ -46,10 +47,6 @@ class Health:
     findings: tuple[Finding, ...]
 
 
-class UnreadableError(ValueError):
-    """A file that can't be read without running code of it, or at all."""
-
-
 def read(path: Path, *, trust: bool = False) -> Any:
     """Load a checkpoint onto the CPU.
 
@@ -61,19 +58,18 @@ def read(path: Path, *, trust: bool = False) -> Any:
         UnreadableError: with what to do about it.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trust)
-    except pickle.UnpicklingError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if "Unpickler error" in line), _first_line(error))
-        raise UnreadableError(
-            f"{path} can't be read as tensors and plain types alone ({reason.split(' was not')[0]}). It may hold objects, "
-            "such as hyperparameters of a class of yours; reading these runs code from the file. If you trust it: `--trust`."
-        ) from error
-    except (RuntimeError, OSError, EOFError) as error:
-        raise UnreadableError(f"{path} is no checkpoint that torch can read: {_first_line(error)}.") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+        return load_plain(path)
+    except UnreadableError as error:
+        if error.foreign is None:
+            raise
+        if not trust:
+            raise UnreadableError(
+                f"{error} To read such objects is to run code from the file. If you trust it: `--trust`.", error.foreign
+            ) from None
+    try:
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # the file's own code may raise anything
+        raise UnreadableError(f"{path} can't be read: {type(error).__name__}: {str(error).partition(chr(10))[0]}") from error
 
 
 def examine(content: Any) -> Health:
@@ -90,30 +86,46 @@ def examine(content: Any) -> Health:
             if value != value:  # noqa: PLR0124 - NaN
                 findings.append(Finding(name, "", "is NaN"))
             continue
+        values = _values_of(value)
+        if values is None:
+            continue
         num_tensors += 1
-        num_elements += value.numel()
-        if (problem := _problem_of(name, value)) is not None:
+        num_elements += values.numel()
+        if (problem := _problem_of(name, value, values)) is not None:
             findings.append(Finding(name, str(list(value.shape)), problem))
     return Health(num_tensors, num_elements, tuple(findings))
 
 
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Tensor | float]]:
-    if isinstance(value, Tensor):
-        if (value.is_floating_point() or value.is_complex()) and value.numel():
+def _leaves(content: Any) -> Iterator[tuple[str, Tensor | float]]:
+    """Tensors and numbers by name, in the file's order; what a trusted file holds twice is looked at once."""
+    seen: set[int] = set()
+    waiting = [("", content)]
+    while waiting:
+        name, value = waiting.pop()
+        if isinstance(value, (Tensor, float)):
             yield name, value
-    elif isinstance(value, float):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _leaves(entry, f"{name}[{key!r}]" if name else str(key))
-    elif isinstance(value, (list, tuple)):
-        for index, entry in enumerate(value):
-            yield from _leaves(entry, f"{name}[{index}]")
+        elif isinstance(value, (Mapping, list, tuple)) and id(value) not in seen:
+            seen.add(id(value))
+            if isinstance(value, Mapping):
+                entries = [(f"{name}[{key!r}]" if name else str(key), entry) for key, entry in value.items()]
+            else:
+                entries = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+            waiting.extend(reversed(entries))
 
 
-def _problem_of(name: str, tensor: Tensor) -> str | None:
-    values = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    values = values.to_dense().float() if values.dtype.itemsize < 4 or values.layout is not torch.strided else values
+def _values_of(tensor: Tensor) -> Tensor | None:
+    """The numbers of a tensor, none of them more often than it is stored; None where there are none to be looked at."""
+    parts = parts_of(tensor.detach())
+    if not parts or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or not parts[0].numel():
+        return None
+    values = torch.view_as_real(parts[0]) if parts[0].is_complex() else parts[0]
+    storage = values.untyped_storage()
+    if values.numel() * values.element_size() > storage.nbytes():  # expanded
+        values = torch.empty(0, dtype=values.dtype).set_(storage)
+    return values.float() if values.element_size() < 4 else values
+
+
+def _problem_of(name: str, tensor: Tensor, values: Tensor) -> str | None:
     if name.startswith("callbacks") and not tensor.dim() and not bool(tensor.isnan()):
         return None  # as a plain number: ModelCheckpoint keeps its best score so far as a tensor
     num_nan, num_inf = int(values.isnan().sum()), int(values.isinf().sum())

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipped, Clipper, clipped_to
-from lightning_gradguard.measure.distributed import local_weight, sum_pieces_
+from lightning_gradguard.measure.distributed import local_weight
 from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.units import spread, sum_pieces_, unit_norms
 from lightning_gradguard.policy import require_float
 
 
@@ -55,13 +56,15 @@ class AGC(Clipper):
         part = gradients.select([index for index, name in enumerate(gradients.names) if not self._excludes(name)])
         parameters = part.parameters
         # The guard passes float64 where float32 can't hold the norms; then it can't hold those of units either.
-        of_weights = _unit_norms([local_weight(parameter) for parameter in parameters], global_norm.dtype)
-        of_gradients = _unit_norms(part.tensors, global_norm.dtype)
+        of_weights = unit_norms([local_weight(parameter) for parameter in parameters], parameters, global_norm.dtype)
+        of_gradients = unit_norms(part.tensors, parameters, global_norm.dtype)
         sum_pieces_(of_weights + of_gradients, parameters + parameters)
+        part.begin_change_()
         for device in dict.fromkeys(tensor.device for tensor in part.tensors):
             rows = [index for index, tensor in enumerate(part.tensors) if tensor.device == device]
             coefs = self._coefs([of_weights[row] for row in rows], [of_gradients[row] for row in rows])
-            torch._foreach_mul_([part.tensors[row] for row in rows], coefs)
+            tensors = [part.tensors[row] for row in rows]
+            torch._foreach_mul_(tensors, spread(coefs, tensors, [parameters[row] for row in rows]))
         gradients.measured = None
         after = gradients.total_norm(wide=global_norm.dtype is torch.float64)
         return clipped_to(float(global_norm), [float(after)])
@@ -79,16 +82,3 @@ class AGC(Clipper):
 
     def _excludes(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.exclude)
-
-
-def _unit_norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """2-norm of each output unit, in `dtype` or wider; shaped so that it multiplies the tensor. No sync."""
-    return [
-        torch.linalg.vector_norm(
-            tensor,
-            dim=tuple(range(1, tensor.ndim)) or None,
-            keepdim=True,
-            dtype=torch.promote_types(tensor.dtype, dtype),
-        )
-        for tensor in tensors
-    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,6 +14,7 @@ from lightning_gradguard.clippers.base import Clipped, Clipper, clipped_to
 from lightning_gradguard.clippers.norm import ClipNorm
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.measure.gradients import Gradients, total
+from lightning_gradguard.measure.name_filter import refuse_idle_patterns
 
 
 class Grouped(Clipper):
@@ -62,6 +63,14 @@ class Grouped(Clipper):
         is_left = {pattern for pattern, clipper in self.groups.items() if clipper is None} | {None}
         left = [float(norms[index]) for pattern in is_left for index in members.get(pattern, [])]
         return clipped_to(before, [*(clipped.norm for clipped in done), *sorted(left)])
+
+    def check(self, names: Sequence[str]) -> None:
+        """See that each pattern says something about these names.
+
+        Raises:
+            ValueError: if one matches none of them.
+        """
+        refuse_idle_patterns("clip", self.groups, names)
 
     def state_dict(self) -> dict[str, Any]:
         """That of each group's clipper, by pattern."""

@@ -17,8 +17,9 @@ class Detector(ABC):
 
     Args:
         action: what happens on a hit.
-        patience: consecutive hits before acting, >= 1; until then it warns.
-        cooldown: steps of silence after an alert, >= 0.
+        patience: consecutive hits before acting, >= 1. Until then it warns, or is silent where `action` is no stronger.
+        cooldown: steps without a hit after which the next hit is news, >= 0. Until then all are one condition, reported when
+            it begins, when its action gets stronger, and when it is over. 0: every hit is reported.
         stop_after: training stops at that many hits in a row, whatever the action; None: never.
 
     Raises:
@@ -46,7 +47,7 @@ class Detector(ABC):
         action: Action | ActionName = "warn",
         *,
         patience: int = 1,
-        cooldown: int = 0,
+        cooldown: int = 50,
         stop_after: int | None = None,
     ) -> None:
         self.policy = Policy(to_action(action, parameter="action"), patience, cooldown, stop_after)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.parameter_outliers import ParameterOutliers
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
 from lightning_gradguard.statistics.baseline import LogBaseline
@@ -17,6 +15,10 @@ from lightning_gradguard.statistics.trend import Trend
 
 _RECENT = 16
 _LATEST = 5
+_LOG_CEILING = math.log(5.0)  # in multiples of `ratio`
+_LOG_ABOVE_HIGH = math.log(4.0)
+_LOG_CLIMB = math.log(3.0)
+_LONE_GROWTH = 6.0  # in multiples of `ratio`
 
 
 class Explosion(Detector):
@@ -27,6 +29,10 @@ class Explosion(Detector):
     alarms on healthy runs: a ratio where gradients are noisy, a z-score where they hardly vary. A norm that falls never
     fires, and multiplying the loss by a constant changes no verdict.
 
+    Where gradients are very noisy, `z` deviations can be thousands of times the median, and nothing would be found. So once
+    the window is full, the limit is at most four times its second largest norm (or `ratio` times the median, if that is
+    more), and at most five times `ratio` times its median: a spike of 30 times the usual norm is always found.
+
     Why these defaults: over 51 healthy and 36 exploding trainings the rule z > 8 with a ratio > 5 over the last 64
     norms raised no false alarm and found what any history-based rule on the global norm found; z > 6 alone raised two
     false alarms, ratio > 5 alone fifteen. A second median over the last 16 norms follows models that start to learn
@@ -34,14 +40,16 @@ class Explosion(Detector):
     median over the last 5 follows faster still.
 
     A norm that grows by a few percent at every step is followed by any median. So a norm that has risen `ratio` times over
-    64 steps, without a pause and together with the loss, is a hit as well, an advisory one (see below).
+    64 steps, without a pause and together with the loss, is a hit as well, an advisory one (see below). So is one that has
+    risen six times `ratio` times, unless the loss falls.
 
     The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
     `min_share` of the global norm. It must have left its history against the norm of all others, too: where a whole network
-    starts to learn, each of its parameters rises. That sees what the global norm hides: the spike of one layer, and one that
-    grows slowly, whose rise the others cover for longer than the global history takes to get used to it. Such a finding is
-    advisory: it warns, and neither skips nor stops, whatever the action. So a step is skipped exactly where the global norm
-    is above `limit()`, which a GPU can tell by itself without waiting for the host.
+    starts to learn, each of its parameters rises. And it must be far above the whole window, or stay outside for three
+    steps, since some parameters of healthy networks leap now and then. That sees what the global norm hides: the spike of
+    one layer, and one that grows slowly, whose rise the others cover for longer than the global history takes to get used
+    to it. Such a finding is advisory: it warns, and neither skips nor stops, whatever the action. So a step is skipped
+    exactly where the global norm is above `limit()`, which a GPU can tell by itself without waiting for the host.
 
     What it can't see is a network that is sick from its first step on: there is no history to compare with, and gradients
     have no natural size. `max_norm` is for those who know their model.
@@ -57,8 +65,9 @@ class Explosion(Detector):
             data or of the loss does that), >= 2. It never happens where the action ends the training. Parameters
             learn their new level in the `warmup_steps` that follow.
         min_share: share of the global norm that a parameter must carry to be looked at alone, > 0 and <= 1. None: parameters
-            are not looked at alone. It costs 264 bytes of memory for each parameter.
-        patience, cooldown, stop_after: see `Detector`. After an alert, ten steps of silence.
+            are not looked at alone. At the default it outweighs all others together. It costs 264 bytes of memory for each
+            parameter.
+        patience, cooldown, stop_after: see `Detector`.
 
     Raises:
         ValueError: for values outside these ranges, and if both limits are None.
@@ -80,7 +89,7 @@ class Explosion(Detector):
         window: int = 64,
         warmup_steps: int = 16,
         adapt_after: int = 20,
-        min_share: float | None = 0.05,
+        min_share: float | None = 0.7,
         patience: int = 1,
         cooldown: int = 10,
         stop_after: int | None = None,
@@ -112,9 +121,10 @@ class Explosion(Detector):
         self._grows = False
         self._limit = self._max_norm
         self._flagged: list[float] = []
-        self._min_share = math.inf if min_share is None or ratio is None else min_share
-        self._parameters = LogBaselines(window=window, warmup=warmup_steps, ratio=ratio or math.inf, z=z)
-        self._num_advised = 0
+        self._parameters = None
+        if min_share is not None and ratio is not None:
+            baselines = LogBaselines(window=window, warmup=warmup_steps, ratio=ratio, z=z)
+            self._parameters = ParameterOutliers(baselines, min_share=min_share, adapt_after=adapt_after, kind=self.name)
 
     def limit(self) -> float:
         """The smaller of the absolute limit and, after the warm-up, the relative one."""
@@ -130,7 +140,9 @@ class Explosion(Detector):
             return None
         if norm <= limit and not measurement.overflowed:
             self._flagged.clear()
-            return self._observe_growth(measurement) or self._observe_parameters(measurement)
+            if (growth := self._observe_growth(measurement)) is not None or self._parameters is None:
+                return growth
+            return self._parameters.observe(measurement)
         verdict = Verdict(
             kind=self.name,
             value=norm,
@@ -151,10 +163,10 @@ class Explosion(Detector):
         norm = measurement.global_norm
         self._baseline.add(norm)
         has_block = self._trend.add(norm, measurement.loss)
-        self._grows = has_block and self._ratio is not None and self._trend.grows(by=self._ratio)
+        self._grows = has_block and self._ratio is not None and self._is_growth(self._ratio)
         self._set_limit()
-        if self._min_share <= 1.0:
-            self._parameters.add(measurement.log_norms, _log(norm))
+        if self._parameters is not None:
+            self._parameters.learn(measurement)
 
     def state_dict(self) -> dict[str, Any]:
         """History and the current run of hits."""
@@ -162,8 +174,7 @@ class Explosion(Detector):
             "baseline": self._baseline.state_dict(),
             "flagged": list(self._flagged),
             "trend": {**self._trend.state_dict(), "grows": self._grows},
-            "parameters": self._parameters.state_dict(),
-            "num_advised": self._num_advised,
+            "parameters": None if self._parameters is None else self._parameters.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -173,21 +184,28 @@ class Explosion(Detector):
         self._trend.load_state_dict(state["trend"])
         self._grows = state["trend"]["grows"]
         self._set_limit()
-        self._parameters.load_state_dict(state["parameters"])
-        self._num_advised = state["num_advised"]
+        if self._parameters is not None and state["parameters"] is not None:
+            self._parameters.load_state_dict(state["parameters"])
+
+    def _is_growth(self, ratio: float) -> bool:
+        trend = self._trend
+        return trend.grows(by=ratio) or (trend.norm_grows(by=_LONE_GROWTH * ratio) and not trend.loss_has_fallen)
 
     def _observe_growth(self, measurement: Measurement) -> Verdict | None:
-        if not self._grows:
+        if not self._grows or self._ratio is None:
             return None
         self._grows = False  # until the next block of steps is complete
-        (norm_before, norm), (loss_before, loss) = self._trend.ends
+        norm_before, norm = self._trend.norm_ends
+        if (losses := self._trend.loss_ends) is None:
+            loss = "; the loss is not known"
+        else:
+            loss = f", and the loss has gone from {losses[0]:.3g} to {losses[1]:.3g}"
         return Verdict(
             kind=self.name,
             value=norm,
-            limit=self._ratio * norm_before if self._ratio is not None else math.inf,
+            limit=(1.0 if self._trend.grows(by=self._ratio) else _LONE_GROWTH) * self._ratio * norm_before,
             message=(
-                f"the global gradient norm keeps growing, from {norm_before:.3g} to {norm:.3g} over the last 64 steps, and "
-                f"the loss with it, from {loss_before:.3g} to {loss:.3g}"
+                f"the global gradient norm keeps growing, from {norm_before:.3g} to {norm:.3g} over the last 64 steps{loss}"
             ),
             remedy="Lower the learning rate, or end its warm-up earlier. Clipping alone only slows it down.",
             parameters=measurement.largest(),
@@ -195,53 +213,24 @@ class Explosion(Detector):
             is_advisory=True,
         )
 
-    def _observe_parameters(self, measurement: Measurement) -> Verdict | None:
-        if self._min_share > 1.0:
-            return None
-        found = self._parameters.exceeded(measurement.log_norms, _log(measurement.global_norm))
-        if len(found):
-            found = found[measurement.norms[found] >= self._min_share * measurement.global_norm]
-        if not len(found):
-            self._num_advised = 0
-            return None
-        limits = self._parameters.limits()
-        worst = found[np.argmax(measurement.log_norms[found] - limits[found])]
-        norm, usual = float(measurement.norms[worst]), math.exp(self._parameters.median(worst))
-        others = f", as are {len(found) - 1} others" if len(found) > 1 else ""
-        verdict = Verdict(
-            kind=self.name,
-            value=norm,
-            limit=math.exp(min(limits[worst], 700.0)),
-            message=(
-                f"the gradient of `{measurement.names[worst]}` has norm {norm:.3g}, {norm / usual:.3g} times its usual "
-                f"{usual:.3g}{others}, while the global norm {measurement.global_norm:.3g} is within its limit"
-            ),
-            remedy=(
-                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. Clip with `clip=`, or "
-                "lower the learning rate of its group."
-            ),
-            parameters=tuple(
-                ParameterReport(measurement.names[index], float(measurement.norms[index]))
-                for index in sorted(found, key=lambda index: -measurement.norms[index])[:5]
-            ),
-            micro_batch=measurement.last_micro_batch,
-            is_advisory=True,
-        )
-        self._num_advised += 1
-        if self._num_advised >= self._adapt_after:
-            self._parameters.forget(found)
-            self._num_advised = 0
-        return verdict
-
     def _set_limit(self) -> None:
         self._limit = self._max_norm
         if self._ratio is None or len(self._baseline) < self._warmup_steps:
             return
         center = self._baseline.median
-        if self._trend.loss_falls:
+        if loss_falls := self._trend.loss_falls:
             center = max(center, self._baseline.latest(_LATEST))
         log_limit = center + self._baseline.distance(self._ratio, self._z)
+        if self._baseline.is_full:
+            log_limit = min(log_limit, self._log_ceiling(math.log(self._ratio), center, loss_falls=loss_falls))
         self._limit = min(self._max_norm, math.exp(min(log_limit, 700.0)))  # exp overflows beyond 709
+
+    def _log_ceiling(self, log_ratio: float, center: float, *, loss_falls: bool) -> float:
+        """What the limit may not exceed however noisy the history is."""
+        usual = self._baseline.whole_median
+        if loss_falls and center > usual + _LOG_CLIMB:
+            usual = center
+        return min(usual + log_ratio + _LOG_CEILING, max(center + log_ratio, self._baseline.high + _LOG_ABOVE_HIGH))
 
     def _follow_shift(self, norm: float) -> None:
         if self.policy.action >= Action.STOP:
@@ -252,7 +241,8 @@ class Explosion(Detector):
             self._flagged.clear()
             self._trend.restart()
             self._set_limit()
-            self._parameters.forget(np.arange(len(self._parameters.limits())))
+            if self._parameters is not None:
+                self._parameters.forget()
 
     def _describe(self, norm: float, limit: float) -> str:
         if norm <= limit:
@@ -261,7 +251,3 @@ class Explosion(Detector):
             return f"the global gradient norm is {norm:.3g}, above max_norm={limit:g}"
         usual = math.exp(self._baseline.median)
         return f"the global gradient norm is {norm:.3g}, {norm / usual:.3g} times its usual {usual:.3g} (limit {limit:.3g})"
-
-
-def _log(norm: float) -> float:
-    return math.log(norm) if norm > 0.0 else -math.inf

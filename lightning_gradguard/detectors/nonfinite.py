@@ -19,7 +19,8 @@ class NonFinite(Detector):
     Args:
         action: what happens on a hit.
         patience: consecutive hits before acting, >= 1. Anything above 1 applies damaged updates; think twice.
-        cooldown: steps of silence after an alert. 0, the default, reports every one: each costs a step.
+        cooldown: steps after which the next hit is news. 1, the default, tells of hits in a row as one condition, and of all
+            others one by one: each costs a step.
         stop_after: hits in a row at which training stops. After five, the cause is not one bad batch.
 
     >>> NonFinite("skip").policy.stop_after
@@ -33,7 +34,7 @@ class NonFinite(Detector):
         action: Action | ActionName = "skip",
         *,
         patience: int = 1,
-        cooldown: int = 0,
+        cooldown: int = 1,
         stop_after: int | None = 5,
     ) -> None:
         super().__init__(action, patience=patience, cooldown=cooldown, stop_after=stop_after)

@@ -15,7 +15,8 @@ class Overflow(Detector):
 
     A scaler finds its scale by overflowing: it then skips the step and halves the scale. That is counted, and no alarm:
     from an initial scale of 2^20 four in a row were seen in a healthy run. Many in a row, or a scale that has shrunk to
-    nothing, mean that the gradients themselves are damaged. Without a scaler it never fires.
+    nothing, mean that the gradients themselves are damaged; as long as that lasts, every step is lost, and it is reported
+    again after 25, 50, 100, 200, ... steps. Without a scaler it never fires.
 
     Args:
         action: what happens on a hit. The step itself is skipped by the scaler in any case.
@@ -72,6 +73,7 @@ class Overflow(Detector):
             ),
             parameters=measurement.nonfinite,
             micro_batch=measurement.last_micro_batch,
+            is_dire=True,
         )
 
     def state_dict(self) -> dict[str, Any]:

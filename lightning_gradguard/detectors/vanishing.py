@@ -18,6 +18,7 @@ from lightning_gradguard.record import Measurement, Verdict
 
 _MIN_DEPTH = 4
 _MIN_DECADES = 2.0
+_MAX_UNUSED = 0.5
 
 
 class Vanishing(Detector):
@@ -31,7 +32,11 @@ class Vanishing(Detector):
       last two. It needs four modules.
     - *dead*: a module's gradient is exactly zero while that of another parameter is not, as behind dead ReLU units or a
       `detach()`, or where all weights are zero and only the last bias learns.
-    - *floor*: the whole gradient is below `min_norm`, while the loss is not zero.
+    - *floor*: the whole gradient is below `min_norm`, while the loss is not zero, as where fp16 has underflowed. Nothing is
+      learned as long as it lasts, so it is reported again after 25, 50, 100, 200, ... steps.
+
+    A module whose gradient has been zero since the first step has not died: it may be a branch that is not in use. Where
+    that is so for at most half of the modules, it is one note, which is only logged.
 
     The first two compare modules with each other, so a model that has converged, whose gradients are small everywhere, does
     not fire, and multiplying the loss by a constant changes no verdict.
@@ -47,8 +52,7 @@ class Vanishing(Detector):
         min_norm: floor for the global norm, > 0. It is far below anything that training still feels.
         persistence: steps that a symptom must last before it is a hit, >= 1.
         warmup_steps: steps before which no decay is reported, >= 0.
-        patience, cooldown, stop_after: see `Detector`; they count from the first hit on. After an alert, 200 steps
-            of silence, since the state lasts.
+        patience, cooldown, stop_after: see `Detector`; they count from the first hit on.
 
     Raises:
         ValueError: for values outside these ranges.
@@ -90,6 +94,9 @@ class Vanishing(Detector):
         # A least-squares line rises at most 1.5 times as far as what it is fitted to.
         self._even_decades = min(_MIN_DECADES / 1.5, -math.log10(min_ratio))
         self._num_seen = 0
+        self._has_lived: Bools | None = np.zeros(0, dtype=np.bool_)
+        """Which modules with a matrix have ever had a gradient that is not zero; None: all of them."""
+        self._is_noted = False
         self._lasting: dict[str, int] = {}
         """For how many steps in a row each symptom has been there; a dead module goes by `dead:<path>`."""
 
@@ -100,8 +107,14 @@ class Vanishing(Detector):
         self._num_seen += 1
         depth = _Depth(measurement)
         symptoms = []
-        if not depth.is_even(self._even_decades):
-            symptoms = [f"dead:{module}" for module in depth.dead]
+        if depth.is_even(self._even_decades):
+            self._has_lived = None
+        else:
+            unused = self._unused(depth)
+            if unused and not self._is_noted and self._num_seen >= self._persistence:
+                self._is_noted = True
+                return self._note(unused, depth)
+            symptoms = [f"dead:{module}" for module in depth.dead if module not in unused]
             if self._fades(depth):
                 symptoms.append("decay")
         if measurement.global_norm < self._min_norm and measurement.loss != 0.0:
@@ -115,13 +128,45 @@ class Vanishing(Detector):
         return self._verdict(lasting, depth, measurement)
 
     def state_dict(self) -> dict[str, Any]:
-        """How long each symptom has lasted."""
-        return {"num_seen": self._num_seen, "lasting": dict(self._lasting)}
+        """How long each symptom has lasted, and which modules have never had a gradient."""
+        has_lived = None if self._has_lived is None else self._has_lived.tolist()
+        return {
+            "num_seen": self._num_seen,
+            "lasting": dict(self._lasting),
+            "has_lived": has_lived,
+            "is_noted": self._is_noted,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._num_seen = state["num_seen"]
         self._lasting = dict(state["lasting"])
+        # An earlier version told no difference: what is dead then, was reported already.
+        has_lived = state.get("has_lived")
+        self._has_lived = None if has_lived is None else np.array(has_lived, dtype=np.bool_)
+        self._is_noted = state.get("is_noted", False)
+
+    def _unused(self, depth: _Depth) -> tuple[str, ...]:
+        """Modules that have had a gradient of zero since the first step, if they are at most half of all."""
+        if self._has_lived is None:
+            return ()
+        if len(self._has_lived) != len(depth.alive):
+            self._has_lived = np.zeros(len(depth.alive), dtype=np.bool_)
+        self._has_lived |= depth.alive
+        unused = tuple(compress(depth.names, (depth.trained & ~self._has_lived).tolist()))
+        return unused if depth.dead and len(unused) <= _MAX_UNUSED * depth.trained.sum() else ()
+
+    def _note(self, unused: Sequence[str], depth: _Depth) -> Verdict:
+        others = f" and {len(unused) - 1} other modules" if len(unused) > 1 else ""
+        return Verdict(
+            self.name,
+            value=0.0,
+            limit=math.ulp(0.0),
+            message=f"the gradient of `{unused[0]}`{others} has been exactly zero since the first of {self._num_seen} steps",
+            remedy="If this branch is meant to learn, look whether its output reaches the loss; else freeze or remove it.",
+            parameters=depth.reports(unused),
+            is_note=True,
+        )
 
     def _fades(self, depth: _Depth) -> bool:
         if len(depth.decades) < _MIN_DEPTH:
@@ -155,7 +200,7 @@ class Vanishing(Detector):
                 "Use ReLU-like activations, residual connections or normalisation, and an initialisation that keeps the "
                 "variance."
             )
-        return Verdict(self.name, value, limit, message, remedy, depth.reports(modules))
+        return Verdict(self.name, value, limit, message, remedy, depth.reports(modules), is_dire="floor" in lasting)
 
 
 class _Depth:
@@ -173,7 +218,7 @@ class _Depth:
     @cached_property
     def decades(self) -> Floats:
         """log10 of the rms of the modules with a gradient that is not zero, in model order."""
-        return np.log10(self._norms[self._alive] / self._measurement.layout.weight_roots[self._alive])
+        return np.log10(self._norms[self.alive] / self._measurement.layout.weight_roots[self.alive])
 
     @cached_property
     def slope(self) -> float:
@@ -184,25 +229,32 @@ class _Depth:
     def _norms(self) -> Floats:
         return self._measurement.layout.weights.norms(self._measurement.norms)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All modules with a matrix or kernel, in model order."""
+        return self._measurement.layout.weights.names
+
     @cached_property
-    def _trained(self) -> Bools:
+    def trained(self) -> Bools:
+        """Which of them have a gradient."""
         return self._measurement.layout.weights.any(self._measurement.has_grad)
 
     @cached_property
-    def _alive(self) -> Bools:
-        return self._trained & (self._norms > 0)
+    def alive(self) -> Bools:
+        """Which of them have one that is not zero."""
+        return self.trained & (self._norms > 0)
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
         """Those with a gradient that is not zero, in model order."""
-        return tuple(compress(self._measurement.layout.weights.names, self._alive.tolist()))
+        return tuple(compress(self.names, self.alive.tolist()))
 
     @cached_property
     def dead(self) -> tuple[str, ...]:
         """Modules whose gradient is exactly zero; empty if everything is."""
-        if len(self.decades) == int(self._trained.sum()) or self._measurement.global_norm == 0.0:
+        if len(self.decades) == int(self.trained.sum()) or self._measurement.global_norm == 0.0:
             return ()
-        return tuple(compress(self._measurement.layout.weights.names, (self._trained & ~self._alive).tolist()))
+        return tuple(compress(self.names, (self.trained & ~self.alive).tolist()))
 
     def describe(self) -> str:
         """The decay in words, with the module where the gradient is lost on its way from the output."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth
+from lightning_gradguard.alert import Alert
+from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
+from lightning_gradguard.torch_files import UnreadableError, load_plain
 
 FORMAT = 1
 SUFFIX = ".bundle.pt"
@@ -35,6 +37,8 @@ class Bundle:
         model: the module's state before the step; None if it did not fit.
         optimizer: the optimizer's state before the step; None if it did not fit.
         weight_growths: how the weights had moved.
+        healthy_norms: global gradient norms of the healthy steps before, oldest first.
+        is_from_start: whether `weight_growths` goes back to before the first step.
         left_out: what is not in here, and why.
     """
 
@@ -46,6 +50,8 @@ class Bundle:
     model: dict[str, Any] | None = None
     optimizer: dict[str, Any] | None = None
     weight_growths: list[dict[str, Any]] = field(default_factory=list)
+    healthy_norms: list[float] = field(default_factory=list)
+    is_from_start: bool = False
     left_out: list[str] = field(default_factory=list)
 
     def take(self, name: str, value: Any, room: int) -> int:
@@ -71,28 +77,77 @@ class Bundle:
         return tuple(WeightGrowth(**growth) for growth in self.weight_growths)
 
     def save(self, path: Path) -> None:
-        """Write the file whole, or not at all. Its folder is made."""
+        """Write the file whole, or not at all, for its owner's eyes only: it holds data. Its folder is made.
+
+        Raises:
+            OSError, RuntimeError: if it can't be written.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             content = {_IN_FILE.get(name, name): value for name, value in vars(self).items()}
-            torch.save(plain_tree({"gradguard_bundle": FORMAT, **content}, []), draft)
+            draft.unlink(missing_ok=True)
+            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                torch.save(plain_tree({"gradguard_bundle": FORMAT, **content}, []), file)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(draft, path)  # noqa: PTH105 - atomic, whether the target exists or not
         finally:
             draft.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: Path) -> Bundle:
-        """Read a file; runs no code of it.
+        """Read a file, which may be a stranger's: no code of it is run, and what it holds is checked.
 
         Raises:
-            ValueError: if it is no bundle, or one of another version.
+            UnreadableError: if it is no bundle, or not a whole one.
         """
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        if not isinstance(content, dict) or content.pop("gradguard_bundle", None) != FORMAT:
-            raise ValueError(f"`{path}` is not a bundle of format {FORMAT}. Bundles lie in `<log_dir>/gradguard/*{SUFFIX}`.")
-        names = {key: name for name, key in _IN_FILE.items()}
-        return cls(**{names.get(str(key), str(key)): value for key, value in content.items()})
+        content = load_plain(path)
+        if not isinstance(content, dict) or content.get("gradguard_bundle") != FORMAT:
+            raise UnreadableError(
+                f"`{path}` is not a bundle of format {FORMAT}. Bundles lie in `<log_dir>/gradguard/*{SUFFIX}`."
+            )
+        parts = {entry.name: content.get(_IN_FILE.get(entry.name, entry.name)) for entry in fields(cls)}
+        try:
+            bundle = cls(**{name: value for name, value in parts.items() if value is not None})
+            bundle.alert = {"step": 0, "parameters": [], **bundle.alert}
+            Alert.from_dict(bundle.alert)
+            wrong = next((name for name, is_well in _checks(bundle) if not is_well), None)
+        except (TypeError, ValueError) as error:
+            raise UnreadableError(f"{path} is a bundle whose alert is damaged: {error}.") from error
+        if wrong is not None:
+            raise UnreadableError(f"{path} is a bundle whose `{wrong}` is damaged.")
+        return bundle
+
+
+def _checks(bundle: Bundle) -> Iterator[tuple[str, bool]]:
+    """The parts, and whether each is of its type."""
+    yield "guard", _is_table_of(bundle.guard, str)
+    yield "versions", _is_table_of(bundle.versions, str)
+    yield "batches", isinstance(bundle.batches, list) and all(map(_is_micro_batch, bundle.batches))
+    yield "model", bundle.model is None or _is_table_of(bundle.model, object)
+    yield "optimizer", bundle.optimizer is None or isinstance(bundle.optimizer, dict)
+    yield "left_out", isinstance(bundle.left_out, list) and all(isinstance(part, str) for part in bundle.left_out)
+    yield "motions", isinstance(bundle.weight_growths, list) and all(map(_is_growth, bundle.weight_growths))
+
+
+def _is_table_of(value: Any, of_type: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(key, str) and isinstance(it, of_type) for key, it in value.items())
+
+
+def _is_micro_batch(value: Any) -> bool:
+    if not isinstance(value, dict) or not {"batch", "batch_idx", "rng"} <= value.keys():
+        return False
+    return isinstance(value["batch_idx"], int) and isinstance(value["rng"], Tensor)
+
+
+def _is_growth(value: Any) -> bool:
+    try:
+        growth = WeightGrowth(**value)
+    except TypeError:
+        return False
+    numbers = (growth.norm, growth.num_steps, growth.update, 0 if growth.before is None else growth.before)
+    return isinstance(growth.name, str) and all(isinstance(number, (int, float)) for number in numbers)
 
 
 def versions() -> dict[str, str]:

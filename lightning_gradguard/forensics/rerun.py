@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -15,14 +15,18 @@ from torch import Tensor, nn
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.bundle import Bundle
 from lightning_gradguard.forensics.flow.evidence import Evidence
-from lightning_gradguard.forensics.flow.exploded import exploded
-from lightning_gradguard.forensics.flow.factors import culprit_of as culprit_of_cause
+from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
 from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
-from lightning_gradguard.forensics.flow.vanished import vanished
+from lightning_gradguard.forensics.flow.norm_history import usual_of
+from lightning_gradguard.forensics.flow.report import culprit_of as culprit_of_cause
+from lightning_gradguard.forensics.flow.vanishing_causes import vanishing_causes
 from lightning_gradguard.forensics.nonfinite.blame import find_culprit
 from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.layout import layout_of
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.samples import Batch, leaves_of
+from lightning_gradguard.forensics.nonfinite.rows import Rows
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import unchanged
 
 
@@ -87,18 +91,19 @@ def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
 
     @contextmanager
     def watch(entry: dict[str, Any]) -> Iterator[None]:
-        batch = Batch.of(entry["batch"])
-        damage = Damage(module, batch)
-        damage.label(leaves_of(entry["batch"]), "data")
+        layout = layout_of(entry["batch"])
+        batch, rows = Batch.from_layout(layout), Rows(layout)
+        damage = Damage(module, batch, rows)
+        damage.label(layout.leaves, "data")
         damage.label(module.named_parameters(), "weights")
         damage.label(module.named_buffers(), "state")
         with damage.watch():
             yield
         grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
         damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        blame = find_culprit(damage.losses, damaged, batch)
+        blame = find_culprit(damage.losses, damaged, batch, damage.drops)
         if blame is not None:
-            found.append(culprit_of(blame))
+            found.append(culprit_of(blame, suspects_of(blame, layout, rows, None)))
 
     losses, norm = _run(module, bundle.batches, watch)
     return Rerun(losses, norm, found[0] if found else None)
@@ -121,9 +126,37 @@ def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
     if bundle.healthy is not None:
         _, healthy_norm = _run(module, [{**bundle.batches[-1], "batch": bundle.healthy}], watch)
         healthy_flow = meters[-1].flow
-    evidence = Evidence(bundle.alert["step"], flow, norm, healthy_flow, healthy_norm, bundle.weights_have_moved())
-    causes = vanished(evidence) if kind == "vanishing" else exploded(evidence)
+    evidence = Evidence(
+        bundle.alert["step"],
+        flow,
+        norm,
+        healthy_flow,
+        healthy_norm,
+        _norm_without_row(module, bundle, flow),
+        usual_of(bundle.healthy_norms),
+        bundle.weights_have_moved(),
+        bundle.is_from_start,
+    )
+    causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
     return Rerun(losses, norm, culprit_of_cause(causes, flow, rank=0, error=None, tolerance=0.0))
+
+
+def _norm_without_row(module: nn.Module, bundle: Bundle, flow: Flow) -> float | None:
+    """The gradient's norm with the row that counts most replaced by another; None if no single one does."""
+    found = top_row(flow)
+    if found is None or len(bundle.batches) != 1:
+        return None
+    (entry,) = bundle.batches
+    row, _, size = found
+    try:
+        layout = layout_of(entry["batch"])
+        if layout.size != size:
+            return None
+        rest = exchanged(entry["batch"], layout, with_row_replaced(row, size))
+        _, norm = _run(module, [{**entry, "batch": rest}], lambda _: nullcontext())
+    except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
+        return None
+    return norm
 
 
 def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[tuple[float, ...], float]:

@@ -11,7 +11,6 @@ from typing import Any
 from lightning_gradguard.detectors import Detector, NonFinite
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.judge.decision import Streak, decide
-from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Measurement, Verdict
 
 
@@ -57,6 +56,7 @@ class Judge:
 
     def __init__(self, detectors: Sequence[Detector]) -> None:
         self._detectors = tuple(detectors)
+        self._names = tuple(detector.name for detector in detectors)
         self._asking = [detector for detector in detectors if type(detector).needs_update is not Detector.needs_update]
         self._streaks = tuple(Streak() for _ in self._detectors)
         self._streaks_before = self._streaks
@@ -101,6 +101,7 @@ class Judge:
             [detector.policy for detector in self._detectors],
             self._streaks_before,
             found,
+            kinds=self._names,
             must_skip=measurement.is_scaler_overflow,
         )
         if measurement.is_finite and not decision.skip:
@@ -117,7 +118,7 @@ class Judge:
                 detector.name: {
                     "type": type(detector).__qualname__,
                     "state": detector.state_dict(),
-                    "streak": [streak.hits, streak.alerted_at, streak.alerted_action and streak.alerted_action.value],
+                    "streak": streak.state_dict(),
                 }
                 for detector, streak in zip(self._detectors, self._streaks, strict=True)
             },
@@ -133,8 +134,7 @@ class Judge:
         if saved is None or state is None:
             return Streak()
         detector.load_state_dict(state)
-        hits, alerted_at, action = saved["streak"]
-        return Streak(hits, alerted_at, action and Action(action))
+        return Streak.from_state(saved["streak"])
 
 
 def state_for(part: object, saved: dict[str, Any] | None, name: str) -> dict[str, Any] | None:

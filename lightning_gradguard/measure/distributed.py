@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from lightning_gradguard.measure.shards import FlatShard, Parameter
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -35,19 +37,26 @@ class Ranks:
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks, in place. A collective; a no-op for one rank."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+        return self._reduce_(tensor, dist.ReduceOp.SUM) if self.size > 1 else tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Largest over all ranks, in place. A collective; a no-op for one rank."""
-        if self.size > 1:
-            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return self._reduce_(tensor, dist.ReduceOp.MAX) if self.size > 1 else tensor
+
+    def _reduce_(self, tensor: Tensor, op: Any) -> Tensor:
+        # Gradients that are offloaded to the CPU are measured there, where NCCL can't reach.
+        if tensor.device.type == "cpu" and dist.get_backend() == "nccl":
+            on_gpu = tensor.cuda()
+            dist.all_reduce(on_gpu, op)
+            return tensor.copy_(on_gpu)
+        dist.all_reduce(tensor, op)
         return tensor
 
 
-def is_sharded(tensors: Sequence[Tensor]) -> bool:
-    """Whether any of them is a DTensor (FSDP2, tensor parallelism)."""
+def is_sharded(tensors: Sequence[Parameter]) -> bool:
+    """Whether a rank may hold a part only of any of them: DTensors (FSDP2, tensor parallelism) and shards."""
+    if any(isinstance(tensor, FlatShard) for tensor in tensors):
+        return True
     if Ranks.current().size == 1:
         return False
     # Importing DTensor takes most of a second; whoever has one has imported it.
@@ -65,7 +74,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def local_shard_(parameter: Tensor, ranks: Ranks) -> tuple[Tensor | None, float]:
+def local_shard_(parameter: Parameter, ranks: Ranks) -> tuple[Tensor | None, float]:
     """What this rank holds of a parameter's gradient, and which share of it counts here.
 
     A shard that several ranks hold alike (replicas) must count once in a sum over all ranks. So each counts with the
@@ -75,6 +84,8 @@ def local_shard_(parameter: Tensor, ranks: Ranks) -> tuple[Tensor | None, float]
     Returns:
         The local tensor, sharing memory with `.grad`, and the share.
     """
+    if isinstance(parameter, FlatShard):
+        return parameter.grad, parameter.share
     from torch.distributed.tensor import DTensor, Replicate  # noqa: PLC0415
 
     grad = parameter.grad
@@ -87,16 +98,18 @@ def local_shard_(parameter: Tensor, ranks: Ranks) -> tuple[Tensor | None, float]
     return grad.to_local(), _num_shards(grad) / ranks.size
 
 
-def local_weight(parameter: Tensor) -> Tensor:
+def local_weight(parameter: Parameter) -> Tensor:
     """What this rank holds of a parameter, in the shape of what it holds of its gradient. No sync.
 
     Of a parameter with a sparse gradient only the rows that the gradient has, copied; a collective only where a DTensor is
     laid out otherwise than its gradient.
     """
+    if isinstance(parameter, FlatShard):
+        return parameter.weight()
     weight, grad = parameter.detach(), parameter.grad
     assert grad is not None
     if grad.is_sparse:
-        return weight[tuple(grad._indices())]
+        return weight[tuple(grad.coalesce()._indices())]
     if not is_sharded([parameter]):
         return weight
     from torch.distributed.tensor import DTensor  # noqa: PLC0415
@@ -108,47 +121,13 @@ def local_weight(parameter: Tensor) -> Tensor:
     return weight.to_local()
 
 
-def local_share(parameter: Tensor, ranks: Ranks) -> tuple[Tensor, float]:
+def local_share(parameter: Parameter, ranks: Ranks) -> tuple[Tensor, float]:
     """What this rank holds of a parameter, and which share of it counts in a sum over ranks; see `local_shard_`. No sync."""
+    if isinstance(parameter, FlatShard):
+        return parameter.weight(), parameter.share
     whole = parameter.detach()
     num_shards = _num_shards(whole) if is_sharded([whole]) else 1  # type: ignore[arg-type]
     return local_part(whole), num_shards / ranks.size
-
-
-def sum_pieces_(norms: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
-    """From 2-norms of pieces of output units to those of whole units, in place.
-
-    An output unit is an index of the first dimension; a vector is one unit. Sharding a matrix by rows leaves its units
-    whole; by columns, and of vectors in any way, it leaves each rank a piece. No sync; a collective for each mesh and set of
-    its dimensions by which units are split, among those ranks.
-
-    Args:
-        norms: of what this rank holds, one tensor for each parameter.
-        parameters: whose gradients' placements count.
-    """
-    if not is_sharded(parameters):
-        return
-    from torch.distributed.tensor import DTensor, Shard  # noqa: PLC0415
-
-    groups: dict[Any, list[Tensor]] = {}
-    for norm, parameter in zip(norms, parameters, strict=True):
-        grad = parameter.grad
-        if not isinstance(grad, DTensor):
-            continue
-        dims = tuple(
-            dim
-            for dim, placement in enumerate(grad.placements)
-            if not placement.is_replicate() and (grad.ndim <= 1 or not isinstance(placement, Shard) or placement.dim > 0)
-        )
-        if dims:
-            groups.setdefault((grad.device_mesh, dims, norm.dtype), []).append(norm)
-    for (mesh, dims, _), members in groups.items():
-        squares = torch.cat([member.reshape(-1) for member in members]).square()
-        for dim in dims:
-            dist.all_reduce(squares, group=mesh.get_group(dim))
-        pieces = torch.split_with_sizes(squares.sqrt(), [member.numel() for member in members])
-        for member, whole in zip(members, pieces, strict=True):
-            member.copy_(whole.view_as(member))
 
 
 def _num_shards(tensor: DTensor) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_gradguard.layout import Bools, Layout
 from lightning_gradguard.measure.distributed import Ranks, local_shard_
+from lightning_gradguard.measure.shards import Parameter
 
 _WIDE = (torch.float64, torch.complex128)
 
@@ -22,12 +23,12 @@ _WIDE = (torch.float64, torch.complex128)
 class Gradients:
     """The gradients of some parameters, as dense tensors that can be measured and changed in place.
 
-    A sparse gradient is coalesced (and stored back), then stands for its values; a DTensor stands for its local shard.
-    Nothing is cloned.
+    A sparse gradient stands for its values in a coalesced copy, which takes its place only when it is changed: another order
+    of summing would change a healthy training in the last bit. A DTensor stands for its local shard. Nothing else is copied.
 
     Args:
-        parameters: tensors with a `.grad` or None there.
-        sharded: whether there are DTensors among them.
+        parameters: tensors or shards with a `.grad` or None there.
+        sharded: whether there are DTensors or shards among them.
         is_uniform: whether all are known to share device and dtype, which saves a look at each.
         names: one per parameter; empty: they go by their position.
         others: gradients of the same optimizer that are not measured, but must be finite, too.
@@ -41,7 +42,7 @@ class Gradients:
 
     def __init__(
         self,
-        parameters: Sequence[Tensor],
+        parameters: Sequence[Parameter],
         *,
         sharded: bool = False,
         is_uniform: bool = False,
@@ -54,16 +55,22 @@ class Gradients:
         self._parameters = parameters
         self._names = names
         self._is_uniform = is_uniform
-        grads = [parameter.grad for parameter in parameters]
         shares = None
         if sharded:
             shards = [local_shard_(parameter, self.ranks) for parameter in parameters]
             grads = [shard for shard, _ in shards]
             shares = [share for shard, share in shards if shard is not None]
+        else:
+            grads = [parameter.grad for parameter in parameters]
         self.tensors = [grad for grad in grads if grad is not None]
+        self._coalesced: dict[int, tuple[Parameter, Tensor]] = {}
         if True in [grad.is_sparse for grad in self.tensors]:
-            grads = [_coalesce_(parameter) for parameter in parameters]
-            self.tensors = [grad for grad in grads if grad is not None]
+            grads = [grad if grad is None or not grad.is_sparse else grad.coalesce() for grad in grads]
+            pairs = zip(parameters, grads, strict=True)
+            sparse = [(parameter, grad, grad._values()) for parameter, grad in pairs if grad is not None and grad.is_sparse]
+            self._coalesced = {id(values): (parameter, grad) for parameter, grad, values in sparse}
+            values_of = {id(grad): values for _, grad, values in sparse}
+            self.tensors = [values_of.get(id(grad), grad) for grad in grads if grad is not None]
         self.present: Bools = np.ones(len(grads), dtype=np.bool_)
         if len(self.tensors) < len(grads):
             self.present[:] = [grad is not None for grad in grads]
@@ -86,7 +93,7 @@ class Gradients:
         return Layout.of(names, (tuple(parameter.shape) for parameter in self._parameters))
 
     @property
-    def parameters(self) -> list[Tensor]:
+    def parameters(self) -> list[Parameter]:
         """Those that have a gradient, as the user passed them, [num_tensors]."""
         return [it for it, is_here in zip(self._parameters, self.present.tolist(), strict=True) if is_here]
 
@@ -165,25 +172,36 @@ class Gradients:
 
     def scale_(self, coef: Tensor | float) -> None:
         """Multiply every gradient by one factor, in place. No sync where `coef` is on the gradients' device."""
-        self.measured = None
+        self.begin_change_()
         for (device, _), members in self._by_kind().items():
             factor = to_device(coef, device) if isinstance(coef, Tensor) else coef
             torch._foreach_mul_(members, factor)
 
     def scale_each_(self, coefs: Sequence[float]) -> None:
         """Multiply each gradient by a factor of its own, in place; those with a factor of 1 are not touched. No sync."""
-        self.measured = None
+        self.begin_change_()
         scaled = [(tensor, coef) for tensor, coef in zip(self.tensors, coefs, strict=True) if coef != 1.0]
         if scaled:
             torch._foreach_mul_([tensor for tensor, _ in scaled], [coef for _, coef in scaled])
 
     def clamp_(self, limit: float) -> None:
         """Clamp every element to [-limit, limit], in place; real and imaginary part apart. NaN stays. No sync."""
-        self.measured = None
+        self.begin_change_()
         for members in self._by_kind().values():
             reals = [torch.view_as_real(member) if member.is_complex() else member for member in members]
             torch._foreach_clamp_min_(reals, -limit)
             torch._foreach_clamp_max_(reals, limit)
+
+    def begin_change_(self) -> None:
+        """Before `tensors` are written to: what was measured no longer holds, and coalesced copies replace their gradients.
+
+        The methods here that change gradients call it; whoever writes to `tensors` has to.
+        """
+        self.measured = None
+        for tensor in self.tensors if self._coalesced else ():
+            if id(tensor) in self._coalesced:
+                parameter, grad = self._coalesced[id(tensor)]
+                parameter.grad = grad
 
     def _by_kind(self) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
         if self._is_uniform and self.tensors:
@@ -197,14 +215,6 @@ class Gradients:
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Move a tensor; towards a GPU without waiting, towards the CPU only once it is there to be read."""
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
-
-
-def _coalesce_(parameter: Tensor) -> Tensor | None:
-    grad = parameter.grad
-    if grad is None or not grad.is_sparse:
-        return grad
-    parameter.grad = grad.coalesce()
-    return parameter.grad._values()
 
 
 def _norms(tensors: list[Tensor], norm_type: float, *, wide: bool = False) -> list[Tensor]:

@@ -169,6 +169,9 @@ def measure(
     if gradients.shares is not None:
         norms, signs, histogram = _sum_shards(gradients, norms, signs, histogram)
         total_norm = total(norms, 2.0)
+        if len(micro_batches) > 1:
+            # A rank sees damage in its own shards only, whoever has done it.
+            signs[:, _FIRST_GRADIENT] = signs[:, _FIRST_GRADIENT].amin()
     elif micro_batches:
         ranks.sum_(signs)
     gradients.measured = norms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from itertools import islice
 
@@ -53,18 +54,28 @@ class NameFilter:
             return
         known = tuple(names)
         some = ", ".join(f"`{name}`" for name in islice(known, 5)) + (", ..." if len(known) > 5 else "")
-        for parameter, patterns in (("include", self.include or ()), ("exclude", self.exclude)):
-            for pattern in patterns:
-                if not any(fnmatchcase(name, pattern) for name in known):
-                    raise ValueError(
-                        f"`{parameter}` must hold patterns that match parameters, got {pattern!r}, which matches none. "
-                        f"The parameters are {some}. A `*` at the end matches all of a module, as in `'encoder.*'`."
-                    )
+        refuse_idle_patterns("include", self.include or (), known)
+        refuse_idle_patterns("exclude", self.exclude, known)
         if not any(map(self.keeps, known)):
             raise ValueError(
                 f"`include` and `exclude` must leave a parameter to watch, got include={self.include!r} and "
                 f"exclude={self.exclude!r}, which leave none of {some}. Take the guard away, or exclude less."
             )
+
+
+def refuse_idle_patterns(parameter: str, patterns: Iterable[str], names: Sequence[str]) -> None:
+    """Raise a `ValueError`, with the names that are nearest, for the first pattern that matches none of them."""
+    for pattern in patterns:
+        if any(fnmatchcase(name, pattern) for name in names):
+            continue
+        modules = {".".join(name.split(".")[:depth]) + ".*" for name in names for depth in range(1, name.count(".") + 1)}
+        nearest = get_close_matches(pattern, [*names, *sorted(modules)], n=3, cutoff=0.5) or list(names[:5])
+        more = ", ..." if len(names) > len(nearest) else ""
+        raise ValueError(
+            f"`{parameter}` must hold patterns that match parameters, got {pattern!r}, which matches none. "
+            f"There are {', '.join(f'`{name}`' for name in nearest)}{more}. A `*` at the end matches all of a module, as in "
+            "`'encoder.*'`."
+        )
 
 
 def _patterns(value: Sequence[str], parameter: str) -> tuple[str, ...]:

@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import operator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from lightning_gradguard.layout import Layout, clean_name
 from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.measure.name_filter import NameFilter
+from lightning_gradguard.measure.shards import FlatShard, Parameter
 
 
 class WatchedParameters:
     """The parameters of one optimizer, in model order, each once.
 
-    Follows the optimizer: `refresh()` notices groups that were added later, as fine-tuning callbacks do.
+    Follows the optimizer: `refresh()` notices groups that were added later, as fine-tuning callbacks do, and parameters that
+    were replaced. Of an optimizer without parameters of its own all of `named_parameters` are watched.
 
     Args:
-        named_parameters: the model's parameters. A parameter that goes by two names (tied) keeps the first.
+        named_parameters: the model's parameters, or what this rank holds of them where an engine has flattened them. A
+            parameter that goes by two names (tied) keeps the first.
         optimizer: whose parameters are watched. None: all of `named_parameters`.
         only: which of them, by name. Its patterns must match some of `named_parameters`, not each optimizer's.
+        look_again: gives `named_parameters` anew once the optimizer has others; None: new ones go by their place in a group.
 
     Attributes:
         tensors: the watched parameters, in the order of `layout`.
         layout: their names and sizes.
         is_uniform: whether all share device and dtype; so do their gradients then.
-        is_sharded: whether there are DTensors, also among the excluded ones.
+        is_sharded: whether there are DTensors or shards, also among the excluded ones.
         excluded, excluded_layout: the same of those that the filter leaves out.
 
     Raises:
@@ -34,17 +39,22 @@ class WatchedParameters:
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, torch.Tensor]],
+        named_parameters: Iterable[tuple[str, Parameter]],
         optimizer: torch.optim.Optimizer | None = None,
         only: NameFilter = NameFilter(),  # noqa: B008
+        *,
+        look_again: Callable[[], Iterable[tuple[str, torch.Tensor]]] | None = None,
     ) -> None:
         self._named = [_check(entry) for entry in named_parameters]
+        self._look_again = look_again
         self.optimizer = optimizer
         self.only = only
-        self._group_sizes = self._sizes()
+        self._grouped = self._in_groups()
+        self.layout: Layout
+        self.excluded_layout: Layout
         self._collect()
         if self.everything:
-            only.check(dict.fromkeys([name for name, _ in self._named] + [*self.layout.names, *self.excluded_layout.names]))
+            only.check(self.model_names)
         else:
             raise ValueError(
                 "`named_parameters` must hold at least one parameter, got none. "
@@ -52,9 +62,14 @@ class WatchedParameters:
             )
 
     @property
-    def everything(self) -> list[torch.Tensor]:
+    def everything(self) -> list[Parameter]:
         """All parameters of the optimizer, excluded ones included."""
         return [*self.tensors, *self.excluded]
+
+    @property
+    def model_names(self) -> list[str]:
+        """Names of all parameters of the model, and of those that only the optimizer has."""
+        return list(dict.fromkeys([name for name, _ in self._named] + [*self.layout.names, *self.excluded_layout.names]))
 
     @property
     def device(self) -> torch.device:
@@ -62,24 +77,34 @@ class WatchedParameters:
         return self.everything[0].device
 
     def refresh(self) -> bool:
-        """Look whether the optimizer's groups have changed; True if the layout is a new one."""
-        if self._sizes() == self._group_sizes:
+        """Look whether the optimizer has other parameters by now; True if it has.
+
+        Some 20 ns a parameter.
+        """
+        now = self._in_groups()
+        if len(now) == len(self._grouped) and all(map(operator.is_, now, self._grouped)):
             return False
-        self._group_sizes = self._sizes()
+        before = self.layout
+        if self._look_again is not None:
+            self._named = [_check(entry) for entry in self._look_again()]
+        self._grouped = now
         self._collect()
+        if self.layout.is_like(before):
+            self.layout = before  # so that whoever knows it sees that nothing is new
         return True
 
-    def _sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self.optimizer.param_groups] if self.optimizer else []
+    def _in_groups(self) -> list[torch.Tensor]:
+        groups = [] if self.optimizer is None else self.optimizer.param_groups
+        return [parameter for group in groups for parameter in group["params"]]
 
     def _collect(self) -> None:
         named = list(_each_once(self._named))
-        if self.optimizer is not None:
+        if self._grouped and self.optimizer is not None:
             inside = {id(parameter): (where, parameter) for where, parameter in _of_optimizer(self.optimizer)}
-            model_order = [(name, parameter) for name, parameter in named if id(parameter) in inside]
-            known = {id(parameter) for _, parameter in model_order}
+            model_order = [(name, parameter) for name, parameter in named if id(_trained_in(parameter)) in inside]
+            known = {id(_trained_in(parameter)) for _, parameter in model_order}
             # Parameters that the model doesn't list are trained all the same, so they are watched under a made-up name.
-            unnamed = [(where, parameter) for key, (where, parameter) in inside.items() if key not in known]
+            unnamed: list[tuple[str, Parameter]] = [entry for key, entry in inside.items() if key not in known]
             named = model_order + unnamed
         kept = [pair for pair in named if self.only.keeps(pair[0])]
         left_out = [] if self.only.keeps_all else [pair for pair in named if not self.only.keeps(pair[0])]
@@ -89,14 +114,24 @@ class WatchedParameters:
         self.is_sharded = is_sharded(self.everything)
 
 
-def _split(named: list[tuple[str, torch.Tensor]]) -> tuple[list[torch.Tensor], Layout]:
+def _trained_in(parameter: Parameter) -> torch.Tensor | None:
+    """The tensor that the optimizer has of it."""
+    return parameter.owner if isinstance(parameter, FlatShard) else parameter
+
+
+def _split(named: list[tuple[str, Parameter]]) -> tuple[list[Parameter], Layout]:
     tensors = [parameter for _, parameter in named]
     return tensors, Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in tensors))
 
 
-def _check(entry: object) -> tuple[str, torch.Tensor]:
+def _check(entry: object) -> tuple[str, Parameter]:
     match entry:
-        case (str(name), torch.Tensor() as parameter):
+        case (str(name), torch.Tensor() as parameter) if is_cut_up(parameter):
+            raise ValueError(
+                f"`named_parameters` must hold parameters with a gradient of their own shape, got `{clean_name(name)}`, "
+                "which FSDP1 or DeepSpeed has cut up. Use `GradGuard` in a Lightning Trainer, or FSDP2 (`fully_shard`)."
+            )
+        case (str(name), (torch.Tensor() | FlatShard()) as parameter):
             return clean_name(name), parameter
         case _:
             kind = type(entry).__name__
@@ -105,7 +140,14 @@ def _check(entry: object) -> tuple[str, torch.Tensor]:
             )
 
 
-def _each_once(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+def is_cut_up(parameter: torch.Tensor) -> bool:
+    """Whether FSDP1 or DeepSpeed has taken a parameter apart, so that it has no gradient of its own shape."""
+    # Private to FSDP1 (torch.distributed.fsdp._common_utils) and to DeepSpeed (ZeRO 3, ZeRO 1 and 2), and all that tells.
+    marks = ("_fsdp_flattened", "ds_id", "_hp_mapping")
+    return any(getattr(parameter, mark, None) is not None for mark in marks)
+
+
+def _each_once(named: Iterable[tuple[str, Parameter]]) -> Iterator[tuple[str, Parameter]]:
     seen: set[int] = set()
     for name, parameter in named:
         if id(parameter) not in seen:

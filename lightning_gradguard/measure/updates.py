@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.measure.distributed import Ranks, local_share
+from lightning_gradguard.measure.shards import Parameter
 
 
 class UpdateMeter:
@@ -31,14 +32,14 @@ class UpdateMeter:
         self._measured: Tensor | None = None
 
     @torch.no_grad()
-    def start_(self, parameters: Sequence[Tensor]) -> None:
+    def start_(self, parameters: Sequence[Parameter]) -> None:
         """Before a step: keep its weights. No sync; one copy of them."""
         ranks = Ranks.current()
         self._measured = None
         self._copies = [local_share(parameter, ranks)[0].detach().clone() for parameter in _matrices(parameters)]
 
     @torch.no_grad()
-    def read_(self, parameters: Sequence[Tensor]) -> Tensor | None:
+    def read_(self, parameters: Sequence[Parameter]) -> Tensor | None:
         """After the step: the ratio of each parameter, NaN for vectors, float32 [num_parameters]; the copy is dropped.
 
         No sync; three passes over the matrices, and a collective where parameters are sharded.
@@ -70,7 +71,7 @@ class UpdateMeter:
         rows = torch.tensor([index for index, parameter in enumerate(parameters) if parameter.ndim >= 2], device=device)
         return ratios.index_copy_(0, rows, norms[1] / torch.maximum(norms[0], natural))
 
-    def state_dict(self, parameters: Sequence[Tensor]) -> dict[str, Any]:
+    def state_dict(self, parameters: Sequence[Parameter]) -> dict[str, Any]:
         """The update that has been measured since the last step, as plain floats. A sync if there is one."""
         self._measured = self.read_(parameters)
         return {"ratios": None if self._measured is None else self._measured.tolist()}
@@ -81,7 +82,7 @@ class UpdateMeter:
         self._measured = None if state["ratios"] is None else torch.tensor(state["ratios"], dtype=torch.float32)
 
 
-def _matrices(parameters: Sequence[Tensor]) -> list[Tensor]:
+def _matrices(parameters: Sequence[Parameter]) -> list[Parameter]:
     return [parameter for parameter in parameters if parameter.ndim >= 2]
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
 from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.measure.gradients import to_device
+from lightning_gradguard.measure.shards import Parameter
 
 _SAMPLE_SIZE = 1024
 
@@ -22,11 +24,11 @@ class WeightMeter:
     """
 
     def __init__(self) -> None:
-        self._sampled: Sequence[Tensor] = ()
+        self._sampled: Sequence[Parameter] = ()
         self._before: list[Tensor] = []
 
     @torch.no_grad()
-    def start_(self, parameters: Sequence[Tensor]) -> None:
+    def start_(self, parameters: Sequence[Parameter]) -> None:
         """Before a step: keep the sample."""
         self.forget()
         if not can_measure(parameters):
@@ -39,7 +41,7 @@ class WeightMeter:
         self._sampled, self._before = (), []
 
     @torch.no_grad()
-    def read_(self, parameters: Sequence[Tensor]) -> Tensor | None:
+    def read_(self, parameters: Sequence[Parameter]) -> Tensor | None:
         """The norm of the weights, and the ratio of the step before, NaN where that was not measured, float32 [2].
 
         Returns:
@@ -62,9 +64,12 @@ class WeightMeter:
         return torch.stack([norm, torch.linalg.vector_norm(moved) / norm])
 
 
-def can_measure(parameters: Sequence[Tensor]) -> bool:
+def can_measure(parameters: Sequence[Parameter]) -> TypeGuard[Sequence[Tensor]]:
     """Whether these are dense weights that this rank holds as a whole."""
-    plain = all(it.layout is torch.strided and it.is_floating_point() and it.dtype.itemsize > 1 for it in parameters)
+    plain = all(
+        isinstance(it, Tensor) and it.layout is torch.strided and it.is_floating_point() and it.dtype.itemsize > 1
+        for it in parameters
+    )
     return bool(parameters) and plain and not is_sharded(list(parameters))
 
 

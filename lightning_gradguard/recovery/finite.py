@@ -10,6 +10,8 @@ from torch import Tensor
 
 from lightning_gradguard.measure.distributed import local_part
 
+_COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
+
 
 @torch.no_grad()
 def find_nonfinite(named: Iterable[tuple[str, Tensor]], *, may_be_infinite: bool = False) -> list[str]:
@@ -22,7 +24,7 @@ def find_nonfinite(named: Iterable[tuple[str, Tensor]], *, may_be_infinite: bool
         may_be_infinite: whether infinities are in order, as in the buffer of an attention mask.
     """
     local = [(name, _readable(local_part(tensor.detach()))) for name, tensor in named]
-    floats = [(name, tensor) for name, tensor in local if tensor.is_floating_point() and tensor.numel()]
+    floats = [(name, tensor) for name, tensor in local if tensor is not None and tensor.numel()]
     if not floats:
         return []
     by_device: dict[torch.device, list[Tensor]] = {}
@@ -35,9 +37,18 @@ def find_nonfinite(named: Iterable[tuple[str, Tensor]], *, may_be_infinite: bool
     return [name for name, low, high in pairs if not (math.isfinite(low) and math.isfinite(high))]
 
 
-def _readable(tensor: Tensor) -> Tensor:
+def _readable(tensor: Tensor) -> Tensor | None:
+    """Its values as dense real numbers; None where there can be no NaN among them, or they can't be read."""
+    if tensor.is_nested:
+        tensor = tensor.values() if tensor.layout is torch.jagged else torch.cat([it.reshape(-1) for it in tensor.unbind()])
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor._values()
+    elif tensor.layout in _COMPRESSED:
+        tensor = tensor.values()
+    elif tensor.is_mkldnn:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
-        return torch.view_as_real(tensor)
-    if tensor.is_floating_point() and tensor.element_size() == 1:  # float8 has no arithmetic
-        return tensor.float()
-    return tensor
+        tensor = torch.view_as_real(tensor)
+    if not tensor.is_floating_point() or tensor.is_meta:  # quantised numbers are none of floating point
+        return None
+    return tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no arithmetic

@@ -57,10 +57,16 @@ def copy_to_host(tree: Any, reuse: Any = None) -> Any:
 
 
 def _copy_tensor(local: Tensor, device: torch.device, reuse: Any) -> HostTensor:
+    if not _is_dense(local):
+        return HostTensor(local.to("cpu", copy=True), device)
     fits = isinstance(reuse, HostTensor) and reuse.value.shape == local.shape and reuse.value.dtype == local.dtype
     target = reuse.value if fits else torch.empty(local.shape, dtype=local.dtype, pin_memory=local.is_cuda)
     target.copy_(local, non_blocking=True)
     return HostTensor(target, device)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not (tensor.is_nested or tensor.is_quantized)
 
 
 @torch.no_grad()
@@ -75,8 +81,10 @@ def put_back(saved: Any, live: Any) -> Any:
     if isinstance(saved, HostTensor):
         if isinstance(live, Tensor):
             local = local_part(live.detach())
-            if local.shape == saved.value.shape and local.dtype == saved.value.dtype:
-                local.copy_(saved.value)
+            if _is_dense(local) and local.shape == saved.value.shape and local.dtype == saved.value.dtype:
+                # What `expand` has made shares its memory, and takes the values once.
+                once = [slice(0, 1) if stride == 0 else slice(None) for stride in local.stride()]
+                local[tuple(once)].copy_(saved.value[tuple(once)])
                 return live
         return saved.value.to(saved.device, copy=True)
     if isinstance(saved, dict):
@@ -93,7 +101,7 @@ def num_bytes(tree: Any) -> int:
     """Bytes of all tensors in nested dicts, lists and tuples, as far as this rank holds them."""
     if isinstance(tree, Tensor):
         local = local_part(tree)
-        return local.numel() * local.element_size()
+        return local.numel() * local.element_size() if _is_dense(local) else 0
     if isinstance(tree, HostTensor):
         return num_bytes(tree.value)
     if isinstance(tree, dict):

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
+
+from lightning_gradguard.json_lines import LeftOut, Reader, Writer
+
+VERSION = 1
+"""Of the lines; a field may be added without a new one."""
+
+_MAX_SAMPLES = 100_000
+"""Samples in a line."""
 
 
 @dataclass(frozen=True)
@@ -34,38 +40,57 @@ class Incident:
 
 
 class QuarantineFile:
-    """The list on disk, one line of JSON an incident.
+    """The list on disk, one line of JSON an incident; `schemas/quarantine.schema.json` says what it holds.
+
+    Incidents that can't be written wait for the next ones.
 
     Args:
         path: the file; it and its folder appear with the first incident.
     """
 
     def __init__(self, path: str | Path) -> None:
-        self._path = Path(path)
+        self._writer = Writer(Path(path))
 
-    def append(self, incidents: Iterable[Incident]) -> None:
-        """Add some, in one piece.
+    def append(self, incidents: Iterable[Incident] = ()) -> None:
+        """Add some, after those that are still waiting; none: only these.
 
         Raises:
-            OSError: if they can't be written.
+            OSError: if they can't be written now.
         """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        text = "".join(json.dumps(asdict(incident)) + "\n" for incident in incidents)
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(text)
+        self._writer.write({"version": VERSION, **asdict(part)} for incident in incidents for part in _short(incident))
 
-    def samples(self) -> set[int]:
-        """All that are listed. A line that a power cut has left half is passed over."""
-        if not self._path.exists():
-            return set()
-        found: set[int] = set()
-        for line in self._path.read_text(encoding="utf-8").splitlines():
-            with suppress(ValueError):
-                found.update(json.loads(line)["samples"] or ())
-        return found
+    def read(self) -> tuple[set[int], LeftOut]:
+        """All samples that are listed, and what of the file could not be used.
+
+        Raises:
+            OSError: if the file can't be read; none is an empty list.
+        """
+        if not self._writer.path.exists():
+            return set(), LeftOut()
+        reader = Reader(self._writer.path, _samples_in)
+        return {sample for samples in reader.read() for sample in samples}, reader.left_out
 
     def __repr__(self) -> str:
-        return f"QuarantineFile({str(self._path)!r})"
+        return f"QuarantineFile({str(self._writer.path)!r})"
+
+
+def _short(incident: Incident) -> Iterator[Incident]:
+    """The same as incidents that fit into a line each."""
+    samples = incident.samples
+    if samples is None or len(samples) <= _MAX_SAMPLES:
+        yield incident
+        return
+    for start in range(0, len(samples), _MAX_SAMPLES):
+        yield replace(incident, samples=samples[start : start + _MAX_SAMPLES])
+
+
+def _samples_in(entry: dict[str, Any]) -> list[int]:
+    if "samples" not in entry:
+        raise ValueError("`samples` is missing")
+    samples = entry["samples"] if entry["samples"] is not None else []
+    if not isinstance(samples, list) or not all(type(sample) is int for sample in samples):
+        raise ValueError("`samples` is not valid")
+    return samples
 
 
 class WatchedSampler:

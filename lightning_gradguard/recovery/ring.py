@@ -83,6 +83,10 @@ class Ring(Generic[T]):
         self.entries = [entry for entry in self.entries if entry.is_good]
         return pending
 
+    def drop(self, entry: Entry[T]) -> None:
+        """Give one away that can't be used."""
+        self.entries = [other for other in self.entries if other is not entry]
+
     def drop_last(self) -> list[T]:
         """Give the newest good one away where there is an older: it was gone back to, and it did not help."""
         return [self.entries.pop().content] if len(self.entries) >= 2 else []

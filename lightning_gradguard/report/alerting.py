@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.policy import Action
-from lightning_gradguard.record import Decision, Position, Verdict
+from lightning_gradguard.record import Decision, Ended, Position, Verdict
 
 _DONE = {
     Action.LOG: "Logged only.",
@@ -34,8 +34,14 @@ def alerts_of(
         decision: what is done about it.
         culprit: who made the damage; None if that is not known.
     """
-    reported = zip(verdicts, decision.actions, decision.alerting, strict=True)
-    return tuple(_alert(position, verdict, action, decision, culprit) for verdict, action, alerting in reported if alerting)
+    every = zip(verdicts, decision.actions, decision.alerting, strict=True)
+    reported = [(verdict, action) for verdict, action, alerting in every if alerting]
+    # It was looked for on behalf of the first one: why a gradient explodes is not why another vanishes.
+    blamed = next((verdict for verdict, _ in reported if verdict.kind in INVESTIGATED), None)
+    begun = [
+        _alert(position, verdict, action, decision, culprit if verdict is blamed else None) for verdict, action in reported
+    ]
+    return (*begun, *(_over(position, ended) for ended in decision.ended))
 
 
 def notice(position: Position, kind: str, action: Action, message: str, remedy: str, *, value: float = 0.0) -> Alert:
@@ -43,11 +49,11 @@ def notice(position: Position, kind: str, action: Action, message: str, remedy: 
 
     Args:
         position: of the last step.
-        kind: "rollback", "snapshot" or "checkpoint".
+        kind: "rollback", "snapshot", "checkpoint", or a detector's name.
         action: what was done.
         message: whole sentences.
         remedy: what to try.
-        value: a number that says how much.
+        value: a number that says how much; the limit of a notice is 0.
     """
     return Alert(
         time=time.time(),
@@ -68,9 +74,17 @@ def notice(position: Position, kind: str, action: Action, message: str, remedy: 
     )
 
 
+def _over(position: Position, ended: Ended) -> Alert:
+    """That a condition is over: good news, so it is only logged."""
+    found = "" if ended.num_found == ended.lasted else f", {ended.num_found:,} of which it was found at"
+    since = "" if ended.steps_ago == 1 else f", and has not come back for {ended.steps_ago:,} steps"
+    where = _where(position, 0)
+    message = f"{ended.kind.capitalize()} at {where}: what was reported before is over; it lasted {ended.lasted:,} steps"
+    return notice(position, ended.kind, Action.LOG, f"{message}{found}{since}.", "", value=float(ended.lasted))
+
+
 def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision, culprit: Culprit | None) -> Alert:
-    found = culprit if verdict.kind in INVESTIGATED else None
-    named = f"; {_named(found)}" if found is not None else ""
+    named = f"; {_named(culprit)}" if culprit is not None else ""
     # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
     done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
     return Alert(
@@ -86,10 +100,16 @@ def _alert(position: Position, verdict: Verdict, action: Action, decision: Decis
         value=verdict.value,
         limit=verdict.limit,
         parameters=verdict.parameters,
-        culprit=found,
-        message=f"{verdict.kind.capitalize()} at {_where(position, verdict)}: {verdict.message}{named}. {done}",
-        remedy=found.remedy if found is not None and found.remedy else verdict.remedy,
+        culprit=culprit,
+        message=f"{verdict.kind.capitalize()} at {_where(position, verdict.micro_batch)}: {verdict.message}{named}. {done}",
+        remedy=_remedy(verdict, culprit),
     )
+
+
+def _remedy(verdict: Verdict, culprit: Culprit | None) -> str:
+    """The culprit's own; one who is known to have made NaN has no other than that, as a guess may be wrong."""
+    is_known = culprit is not None and (culprit.remedy or not culprit.cause)
+    return culprit.remedy if culprit is not None and is_known else verdict.remedy
 
 
 def _named(culprit: Culprit) -> str:
@@ -99,12 +119,14 @@ def _named(culprit: Culprit) -> str:
     return f"culprit: {culprit.message}{source}"
 
 
-def _where(position: Position, verdict: Verdict) -> str:
+def _where(position: Position, micro_batch: int) -> str:
     where = f"step {position.step}"
-    if position.epoch is not None:
-        where += f" (epoch {position.epoch}, batch {position.batch_of(verdict.micro_batch)})"
-    if verdict.micro_batch:
-        where += f", micro-batch {verdict.micro_batch}"
+    if position.epoch is not None and position.batch_idx is None:
+        where += f" (epoch {position.epoch})"
+    elif position.epoch is not None:
+        where += f" (epoch {position.epoch}, batch {position.batch_of(micro_batch)})"
+    if micro_batch:
+        where += f", micro-batch {micro_batch}"
     if position.num_optimizers > 1:
         where += f", optimizer {position.optimizer}"
     return where

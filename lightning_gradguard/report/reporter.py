@@ -16,6 +16,9 @@ from lightning_gradguard.report.summary import add_alert, count, without_last_st
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.sinks.base import SafeSink
 
+MAX_ALERTS = 1000
+"""Alerts of an optimizer that are held in memory, the last ones; files hold all of them."""
+
 
 @dataclass(frozen=True, eq=False)
 class DecidedStep:
@@ -47,19 +50,29 @@ class Reporter:
         sinks: where records go. One that fails can't hurt.
         scalar_interval: every how many steps scalars are due, >= 0; 0: never.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
+        archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
+        clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
     """
 
     def __init__(
-        self, sinks: Sequence[Sink], *, scalar_interval: int, listener: Callable[[Record], None] | None = None
+        self,
+        sinks: Sequence[Sink],
+        *,
+        scalar_interval: int,
+        listener: Callable[[Record], None] | None = None,
+        archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None,
+        clips_later: bool = False,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
         self._listener = listener
+        self._archive = archive
+        self._clips_later = clips_later
         self._notices: list[Alert] = []
         self.totals = Totals()
         """Counts so far."""
         self.alerts: list[Alert] = []
-        """Reported findings, oldest first."""
+        """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
         self.last: Record | None = None
         """The last step."""
         self.stopped_by: Alert | None = None
@@ -78,7 +91,8 @@ class Reporter:
         if replaces_last:
             self.totals = without_last_step(self.totals)
         judgement = step.judgement
-        alerts = (*self._notices, *alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit))
+        found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self.totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
         record = Record(
@@ -86,8 +100,8 @@ class Reporter:
             step.measurement,
             judgement.verdicts,
             judgement.decision,
-            step.clip_coef,
-            step.clipped_norm,
+            None if self._clips_later else step.clip_coef,
+            None if self._clips_later else step.clipped_norm,
             judgement.limit,
             alerts,
             self.totals,
@@ -123,6 +137,7 @@ class Reporter:
 
     def _tell(self, record: Record) -> None:
         self.alerts.extend(record.alerts)
+        del self.alerts[:-MAX_ALERTS]
         strongest = max(record.alerts, key=lambda alert: alert.action, default=None)
         if strongest is not None and strongest.action >= Action.STOP and self.stopped_by is None:
             self.stopped_by = strongest

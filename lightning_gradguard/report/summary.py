@@ -51,7 +51,7 @@ def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
         by_kind.update(entry.alerts_by_kind)
     alerts = ", ".join(f"{count:,} {kind}" for kind, count in by_kind.items()) or "none"
     repeats = sum(entry.num_repeats for entry in each)
-    silent = f" ({repeats:,} more inside their cooldown)" if repeats else ""
+    silent = f" ({repeats:,} more while they lasted)" if repeats else ""
     overflows = sum(entry.num_overflows for entry in each)
     calibration = f" ({overflows:,} of them while the GradScaler looked for its scale)" if overflows else ""
     num_steps = sum(entry.num_steps for entry in each)

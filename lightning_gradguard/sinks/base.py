@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from lightning_gradguard.errors import SinkWarning
 from lightning_gradguard.record import Record
+
+_logger = logging.getLogger("lightning_gradguard")
 
 
 @runtime_checkable
@@ -43,9 +46,9 @@ class FunctionSink:
 
 
 class SafeSink:
-    """A sink whose failures can't reach the training: the first one is a warning, later ones are silent.
+    """A sink whose failures can't reach the training: the first one is a warning, later ones are counted.
 
-    It is tried again at each record, since a full disk may have room again.
+    It gets each record all the same, since a full disk may have room again. How often it failed is said when it is closed.
 
     Args:
         sink: the one that may fail.
@@ -53,7 +56,7 @@ class SafeSink:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._has_failed = False
+        self._num_failures = 0
 
     def write(self, record: Record) -> None:
         """Pass a record on."""
@@ -68,15 +71,22 @@ class SafeSink:
             self._sink.close()
         except Exception as error:  # noqa: BLE001 - whatever a sink does, training goes on
             self._fail(error)
+        if self._num_failures > 1:
+            _logger.warning(
+                "%r failed %d times in this run; what it could not take may be missing there.",
+                self._sink,
+                self._num_failures,
+            )
+        self._num_failures = min(self._num_failures, 1)
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, Warning):
             raise error  # The user has turned warnings into errors, so this is what was asked for.
-        if not self._has_failed:
-            self._has_failed = True
+        self._num_failures += 1
+        if self._num_failures == 1:
             warnings.warn(
-                f"{self._sink!r} failed ({type(error).__name__}: {error}). Training goes on; "
-                "records may be missing there. Further failures of it are not shown.",
+                f"{self._sink!r} failed ({type(error).__name__}: {error}). Training goes on, and it gets the records that "
+                "follow; what it can't take may be missing there. Further failures of it are only counted.",
                 SinkWarning,
                 stacklevel=2,
             )

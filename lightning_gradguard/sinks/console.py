@@ -21,7 +21,7 @@ class ConsoleSink:
     def write(self, record: Record) -> None:
         """Show the record's alerts."""
         for alert in record.alerts:
-            text = f"{alert.message} {alert.remedy}"
+            text = f"{alert.message} {alert.remedy}".rstrip()
             if alert.action > Action.LOG:
                 # A place in this file would tell nobody anything; the step takes the line number's place.
                 warnings.warn_explicit(text, GradientWarning, "gradguard", alert.step)

@@ -107,6 +107,7 @@ def _page(prefixes: Sequence[str]) -> layout_pb2.Layout:
         for prefix in prefixes
         for title, pattern in (
             ("norm and its limit", "(global_norm|clipped_norm|explosion_limit)$"),
+            ("limit over norm", "limit_ratio$"),
             ("norms by group", "norm/.*"),
             ("clipping", "clip_coef$"),
             ("totals", "num_(skipped|clipped|alerts)$"),

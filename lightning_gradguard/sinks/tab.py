@@ -81,8 +81,8 @@ def _facts(record: Record) -> Floats:
         [
             record.position.step,
             measurement.global_norm,
-            record.clipped_norm,
-            record.clip_coef,
+            np.nan if record.clipped_norm is None else record.clipped_norm,
+            np.nan if record.clip_coef is None else record.clip_coef,
             record.explosion_limit,
             loss,
             record.decision.skip,

@@ -11,6 +11,7 @@ DESCRIPTIONS = {
     "clipped_norm": "The same norm after clipping.",
     "clip_coef": "Norm after clipping over norm before, in (0, 1]; 1 means that nothing was clipped.",
     "explosion_limit": "Global norm above which a step counts as an explosion.",
+    "limit_ratio": "That limit over the global norm; a step at 1 or below counts as an explosion.",
     "num_skipped": "Optimizer steps passed over so far.",
     "num_clipped": "Steps so far whose gradients were made smaller.",
     "num_alerts": "Findings reported so far.",
@@ -43,16 +44,19 @@ def tag_prefix(position: Position) -> str:
 
 
 def scalars(record: Record) -> dict[str, float]:
-    """The scalars of a record by tag without prefix. A limit that isn't there is left out."""
+    """The scalars of a record by tag without prefix. What isn't there, a limit or what others clip, is left out."""
     measurement, totals, layout = record.measurement, record.totals, record.measurement.layout
     values: dict[str, float] = {
         "global_norm": measurement.global_norm,
-        "clipped_norm": record.clipped_norm,
-        "clip_coef": record.clip_coef,
         "num_skipped": totals.num_skipped,
-        "num_clipped": totals.num_clipped,
         "num_alerts": totals.num_alerts,
     }
+    if record.clip_coef is not None and record.clipped_norm is not None:
+        values |= {
+            "clipped_norm": record.clipped_norm,
+            "clip_coef": record.clip_coef,
+            "num_clipped": totals.num_clipped,
+        }
     of_weights = {
         "learning_rate": measurement.learning_rate,
         "weight_norm": measurement.weight_norm,
@@ -61,6 +65,8 @@ def scalars(record: Record) -> dict[str, float]:
     values |= {name: figure for name, figure in of_weights.items() if figure is not None}
     if math.isfinite(record.explosion_limit):
         values["explosion_limit"] = record.explosion_limit
+    if math.isfinite(record.limit_ratio):
+        values["limit_ratio"] = record.limit_ratio
     for partition in (layout.groups, layout.subgroups):
         norms = partition.norms(measurement.norms).tolist()
         values |= {f"norm/{name}": norm for name, norm in zip(partition.names, norms, strict=True)}

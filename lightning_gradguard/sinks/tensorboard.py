@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.record import Histograms, Measurement, Record
+from lightning_gradguard.sinks.event_files import LastingRecordWriter, make_lasting
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import description, scalars, tag_prefix
@@ -38,6 +39,7 @@ class TensorBoardSink:
         self._tab = TabSeries(settings)
         self._last: Measurement | None = None
         self._num_histogram_bytes = 0
+        self._lasting: LastingRecordWriter | None = None
 
     def write(self, record: Record) -> None:
         """Write what is due; a step with an alert is always written, so that its spike is in the picture."""
@@ -56,16 +58,23 @@ class TensorBoardSink:
             tag = f"{prefix}/alerts"
             self._add([self._describe(text(tag, _table(alert)), "text") for alert in record.alerts], step)
             self._open().flush()
+        self._raise_error()
 
     def close(self) -> None:
         """Write out what is buffered. The writer belongs to the logger, so it stays open."""
         if isinstance(self._writer, SummaryWriter):
             self._writer.flush()
+            self._raise_error()
 
     def _open(self) -> SummaryWriter:
         if not isinstance(self._writer, SummaryWriter):
             self._writer = self._writer()
+        self._lasting = make_lasting(self._writer)
         return self._writer
+
+    def _raise_error(self) -> None:
+        if self._lasting is not None:
+            self._lasting.raise_error()
 
     def _add(self, values: list[Summary.Value], step: int) -> None:
         if values:
@@ -122,7 +131,7 @@ class TensorBoardSink:
 def _table(alert: Alert) -> str:
     facts = {
         "what": f"{alert.kind}, {alert.action}",
-        "step": f"{alert.step}" if alert.epoch is None else f"{alert.step} (epoch {alert.epoch}, batch {alert.batch_idx})",
+        "step": _where(alert),
         "found": f"{alert.value:.4g}, limit {alert.limit:.4g}",
         **_culprit(alert),
         "what to try": alert.remedy,
@@ -162,3 +171,10 @@ def _cell(text: str) -> str:
     ):
         text = text.replace(character, escaped)
     return " ".join(text.split())
+
+
+def _where(alert: Alert) -> str:
+    if alert.epoch is None:
+        return f"{alert.step}"
+    batch = "" if alert.batch_idx is None else f", batch {alert.batch_idx}"
+    return f"{alert.step} (epoch {alert.epoch}{batch})"

@@ -71,6 +71,21 @@ class LogBaseline:
         return max(_middle(self._ordered), self.latest(self._recent))
 
     @property
+    def is_full(self) -> bool:
+        """Whether there are as many values as the window holds."""
+        return len(self._values) == self._values.maxlen
+
+    @property
+    def whole_median(self) -> float:
+        """Median of the logarithms of the whole window. Needs at least one value."""
+        return _middle(self._ordered)
+
+    @property
+    def high(self) -> float:
+        """The second largest logarithm, which a single outlier doesn't move. Needs at least two values."""
+        return self._ordered[-2]
+
+    @property
     def sigma(self) -> float:
         """Robust standard deviation of the logarithms. Needs at least one value."""
         center = _middle(self._ordered)

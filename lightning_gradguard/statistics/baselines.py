@@ -83,6 +83,19 @@ class LogBaselines:
         limits: NDArray[np.float64] = self._limits.copy()
         return limits
 
+    def highest(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Largest logarithm in the window of each, minus infinity where there is none."""
+        values = self._values[:, indices].astype(np.float64)
+        highest: NDArray[np.float64] = np.where(np.isfinite(values), values, -np.inf).max(axis=0)
+        return highest
+
+    def usual_shares(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Logarithm of the usual share of each in the whole: the median over the window, NaN where there is none."""
+        shares = self._values[:, indices] - self._totals[:, None]
+        finite = np.isfinite(shares)
+        usual = _row_medians(np.where(finite, shares, np.float32(np.nan)).T, np.count_nonzero(finite, axis=0))
+        return usual.astype(np.float64)
+
     def median(self, index: int) -> float:
         """Median of the logarithms of one part, which needs at least one value."""
         values = self._values[:, index]

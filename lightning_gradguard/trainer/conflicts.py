@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
+from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.trainer.callback_order import callbacks_of
-from lightning_gradguard.trainer.packages import MisconfigurationException, is_of_lightning
+from lightning_gradguard.trainer.clipping import overrides_clipping
+from lightning_gradguard.trainer.packages import MisconfigurationException
+from lightning_gradguard.trainer.progress import fetches_batches
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,21 +29,31 @@ def refuse_second_guard(trainer: Trainer, of_type: type[Callback]) -> None:
         )
 
 
+def can_quarantine(mode: str, module: LightningModule) -> bool:
+    """Whether it is known which batches a step has seen; if not, raise a `ConflictError` where they are to be left out."""
+    if not fetches_batches(module):
+        return True
+    reason = (
+        "`training_step` takes `dataloader_iter` and fetches its own batches: which of them a step has seen is not known"
+    )
+    if mode == "skip":
+        raise ConflictError(f"`quarantine` must be None where {reason}, got 'skip'. Take `batch` in `training_step`.")
+    warnings.warn(f"No batches are listed in quarantine, since {reason}.", GuardWarning, stacklevel=2)
+    return False
+
+
 def refuse_second_clipping(trainer: Trainer, module: LightningModule) -> None:
     """Raise a `ConflictError` if gradients would be clipped by someone else as well."""
     if trainer.gradient_clip_val:
         raise ConflictError(
             f"`gradient_clip_val` must be unset where GradGuard clips, got {trainer.gradient_clip_val!r}: gradients would "
-            "be clipped twice. Remove `gradient_clip_val` from the Trainer, or `clip` from GradGuard."
+            "be clipped twice. Remove `gradient_clip_val` from the Trainer, or `clip` from GradGuard. Where a package sets "
+            "it, pass None through that package's arguments for its Trainer; gluonts takes "
+            "`trainer_kwargs={'gradient_clip_val': None}`."
         )
-    owner = _owner_of(type(module), "configure_gradient_clipping")
-    if not is_of_lightning(owner):
+    owner = overrides_clipping(module)
+    if owner is not None:
         raise ConflictError(
             f"`configure_gradient_clipping` must not be overridden where GradGuard clips, got {owner.__qualname__}'s: "
             "gradients would be clipped twice. Remove the method, or `clip` from GradGuard."
         )
-
-
-def _owner_of(cls: type, method: str) -> type:
-    """The class in `cls`'s ancestry that defines a method."""
-    return next(ancestor for ancestor in cls.__mro__ if method in vars(ancestor))

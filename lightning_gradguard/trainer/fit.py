@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Environment, Guard
@@ -20,11 +20,14 @@ from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
 from lightning_gradguard.report.summary import summarize
 from lightning_gradguard.settings import Settings
+from lightning_gradguard.trainer.clipping import ScaledClipping, clips_later
+from lightning_gradguard.trainer.conflicts import can_quarantine
+from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options
-from lightning_gradguard.trainer.packages import rank_zero_info
+from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
-from lightning_gradguard.trainer.progress import log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.progress import fetches_batches, log_interval, log_step, stop_is_deferred_by
 from lightning_gradguard.trainer.recovery.quarantine import Quarantine
 from lightning_gradguard.trainer.recovery.recovery import Recovery
 from lightning_gradguard.trainer.recovery.run_state import set_random_states
@@ -33,6 +36,7 @@ from lightning_gradguard.trainer.replay.bundles import Bundles
 from lightning_gradguard.trainer.replay.investigation import Investigation
 from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.sinks import all_sinks
+from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -47,30 +51,45 @@ class Fit:
         settings: of the guards.
         options: of the fit.
         history: what it may go on from.
+
+    Raises:
+        ConflictError: for a strategy that can't be guarded.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, settings: Settings, options: Options, history: History
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        settings: Settings,
+        options: Options,
+        history: History,
     ) -> None:
         self._trainer = trainer
         self._module = module
+        self._engine = engine_of(trainer)
         self._settings = settings
         self._options = options
         self._history = history
-        self._guards: dict[int, Guard] = {}
+        self._buffers = Buffers()
+        self._window_begins = True
         self._window = Window()
         self._investigation: Investigation | None = None
         self._bundles: Bundles | None = None
         self._recovery: Recovery | None = None
         self._save_gate: SaveGate | None = None
         self._quarantine: Quarantine | None = None
-        self._batch_idx = 0
+        self._scaled_clipping: ScaledClipping | None = None
+        # Which batch a step sees is not known where the module fetches its own.
+        self._knows_batches = not fetches_batches(module)
+        self._batch_idx: int | None = None
         self._batches: list[int] = []
         self._has_backward = False
         self._is_finished = False
+        self.guards: Guards | None = None
+        """One for each optimizer; None until training starts."""
         self.last: Record | None = None
         """The last step."""
-        if options.quarantine is not None:
+        if options.quarantine is not None and can_quarantine(options.quarantine, module):
             self._quarantine = Quarantine(options.quarantine, trainer)
             self._quarantine.left_out |= history.left_out
             self._quarantine.attach()
@@ -78,32 +97,22 @@ class Fit:
     @property
     def has_started(self) -> bool:
         """Whether training has begun."""
-        return bool(self._guards)
-
-    @property
-    def guards(self) -> list[Guard]:
-        """One for each optimizer."""
-        return list(self._guards.values())
+        return self.guards is not None
 
     @property
     def alerts(self) -> list[Alert]:
         """Reported findings of all optimizers, oldest first."""
-        return sorted((alert for guard in self._guards.values() for alert in guard.alerts), key=lambda alert: alert.step)
+        return [] if self.guards is None else self.guards.alerts
 
     @property
     def stopped_by(self) -> Alert | None:
         """What ended the training; None if nothing did."""
-        return next((guard.stopped_by for guard in self._guards.values() if guard.stopped_by is not None), None)
+        return None if self.guards is None else self.guards.stopped_by
 
     @property
     def totals(self) -> list[Totals]:
         """Counts of each optimizer."""
-        return [guard.totals for guard in self._guards.values()]
-
-    @property
-    def num_steps(self) -> int:
-        """Decisions so far, those included of which the host has yet to learn."""
-        return sum([guard.num_steps for guard in self._guards.values()])
+        return [] if self.guards is None else self.guards.totals
 
     def restore(self, history: History) -> None:
         """Go on from a checkpoint, read before training starts."""
@@ -114,21 +123,33 @@ class Fit:
     def start(self) -> None:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
-        buffers = BufferRepair(module.named_buffers())
-        if options.max_replays:
+        self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
+        self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
+        if options.max_replays and self._engine.no_replay is not None:
+            rank_zero_info(
+                f"GradGuard names no culprits under {type(trainer.strategy).__name__} and writes no bundles: "
+                f"{self._engine.no_replay}, so that a bad step can't be replayed."
+            )
+        elif options.max_replays:
             left = options.max_replays - history.num_replays
-            self._investigation = Investigation(trainer, module, self._window, buffers, left)
+            self._investigation = Investigation(
+                trainer, module, self._window, self._buffers, left, sample_dim=options.sample_dim
+            )
         if options.max_bundle_mib is not None:
             self._bundles = Bundles(
                 trainer, module, self._window, max_mib=options.max_bundle_mib, guard=self._settings.in_words()
             )
-        self._make_guards(buffers)
+        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
+        self.guards = Guards(trainer, self._watch, settings, self._environment(), history)
         if self._quarantine is not None:
             self._quarantine.start()
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
+        self._scaled_clipping = ScaledClipping.watch(trainer)
         if options.snapshots is not None:
-            self._recovery = Recovery(options.snapshots, trainer, module, self.guards, armed=options.armed, stop=self._stop)
+            self._recovery = Recovery(
+                options.snapshots, trainer, module, list(self.guards), armed=options.armed, stop=self._stop
+            )
             self._recovery.progress = replace(history.rollbacks)
             rank_zero_info(self._recovery.start())
         if history.random is not None:
@@ -136,8 +157,16 @@ class Fit:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
-        self._batch_idx = batch_idx
+        if self.guards is None:
+            return
         self._has_backward = False
+        self.guards.follow()
+        if self._window_begins:
+            self._window_begins = False
+            self._buffers.remember()
+        if not self._knows_batches:
+            return
+        self._batch_idx = batch_idx
         if self._quarantine is not None:
             self._quarantine.begin_batch(batch_idx)
         if self._investigation is not None:
@@ -146,25 +175,30 @@ class Fit:
     def before_backward(self, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
         self._has_backward = True
-        self._batches.append(self._batch_idx)
-        if self._options.every_backward:
-            for guard in self._guards.values():
+        if self._batch_idx is not None:
+            self._batches.append(self._batch_idx)
+        if self._options.every_backward and self.guards is not None:
+            for guard in self.guards:
                 guard.before_backward(loss)
 
     def step(self, optimizer: Optimizer) -> None:
         """Have the guard decide about a step, write a bad one down, and stop the training where that was decided."""
+        if self.guards is None or is_no_optimizer(optimizer) or not self._engine.is_step():
+            return
         if not self._has_backward and skips_without_backward(self._trainer, self._module):
             return
-        guard = self._guards[id(optimizer)]
-        num_alerts = len(guard.alerts)
+        index = self.guards.index_of(optimizer)
+        guard = self.guards[index]
+        self._window_begins = True
         try:
-            guard.step(self._position(optimizer))
+            guard.decide(self._position(index, self.guards))
         finally:
             self._batches.clear()
             self.last = guard.last
-            self._look_back(optimizer, guard, tuple(guard.alerts[num_alerts:]))
+            self._look_back(optimizer, guard)
         if guard.stopped_by is not None:
             self._stop()
+        guard.leave()
 
     def end_batch(self) -> None:
         """Go back where that was decided; keep a snapshot where due; let go of batches that no step needs any more."""
@@ -180,19 +214,18 @@ class Fit:
         Raises:
             GradientError: where its action is "raise".
         """
-        for guard in self._guards.values():
-            guard.flush()
+        if self.guards is not None:
+            self.guards.flush()
 
     def finish(self) -> None:
         """Say what the run came to, once."""
         self._window.clear()
         if self._investigation is not None:
             self._investigation.clear()
-        if not self._guards or self._is_finished:
+        if not self.guards or self._is_finished:
             return
         self._is_finished = True
-        for guard in self._guards.values():
-            guard.close()
+        self.guards.close()
         if self._recovery is not None:
             self._recovery.close()
         rank_zero_info(summarize(self.totals, self.stopped_by))
@@ -208,17 +241,19 @@ class Fit:
             self._save_gate.detach(after_exception=in_exception)
         if self._quarantine is not None:
             self._quarantine.detach()
-        for guard in self._guards.values():
-            guard.detach()
+        if self._scaled_clipping is not None:
+            self._scaled_clipping.detach()
+        if self.guards is not None:
+            self.guards.detach()
 
     def history(self) -> History:
         """What is to be known of it when it is over, and what a checkpoint needs."""
-        if not self._guards:
+        if self.guards is None:
             return self._history
         history = self._history
         done = 0 if self._investigation is None else self._investigation.num_done
         return History(
-            guards=[guard.state_dict() for guard in self._guards.values()],
+            guards=[guard.state_dict() for guard in self.guards],
             totals=self.totals,
             num_replays=history.num_replays + done,
             rollbacks=history.rollbacks if self._recovery is None else replace(self._recovery.progress),
@@ -228,24 +263,20 @@ class Fit:
             last=self.last,
         ).of(self._module)
 
-    def _make_guards(self, buffers: BufferRepair) -> None:
-        trainer, module, history = self._trainer, self._module, self._history
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
+    def _environment(self) -> Environment:
         own = self._options.log_every_n_steps
-        environment = Environment(
-            log_interval(trainer) if own is None else own,
-            buffers,
-            scaler_of(trainer),
+        return Environment(
+            log_interval(self._trainer) if own is None else own,
+            self._buffers,
+            scaler_of(self._trainer),
             listener=self._note,
+            clips_later=clips_later(self._trainer, self._module),
             investigate=self._investigation,
+            archive=self._archive,
         )
-        for index, optimizer in enumerate(trainer.optimizers):
-            parameters = WatchedParameters(module.named_parameters(), optimizer, settings.only)
-            guard = Guard.from_settings(settings.fresh(), parameters, environment)
-            if index < len(history.guards):
-                guard.load_state_dict(history.guards[index])
-                guard.alerts.extend(alert for alert in history.alerts if alert.optimizer == index)
-            self._guards[id(optimizer)] = guard
+
+    def _watch(self, optimizer: Optimizer) -> WatchedParameters:
+        return self._engine.watch(self._module, optimizer, self._settings.only)
 
     def _note(self, record: Record) -> None:
         if self._recovery is not None:
@@ -253,24 +284,29 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard, alerts: tuple[Alert, ...]) -> None:
-        """After a step: write it down if there were alerts, and note what a later replay needs."""
+    def _archive(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
+        """Write a bad step down; its alerts say where."""
+        if self._bundles is None or self._investigation is None or not self._knows_batches:
+            return alerts
+        optimizer = self._trainer.optimizers[alerts[0].optimizer]
+        return self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
+
+    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
+        """After a step: note what a later replay needs."""
         if self._investigation is not None:
-            if self._bundles is not None:
-                self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
-            self._investigation.note(optimizer, guard.last)
+            self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 
-    def _position(self, optimizer: Optimizer) -> Position:
+    def _position(self, index: int, guards: Guards) -> Position:
         return Position(
-            step=self.num_steps,
+            step=guards.num_steps,
             epoch=self._trainer.current_epoch,
             batch_idx=self._batch_idx,
-            batches=tuple(self._batches) if len(self._guards) == 1 else (),
-            optimizer=list(self._guards).index(id(optimizer)),
-            num_optimizers=len(self._guards),
+            batches=tuple(self._batches) if len(guards) == 1 else (),
+            optimizer=index,
+            num_optimizers=len(guards),
             rank=self._trainer.global_rank,
             log_step=log_step(self._trainer),
         )
@@ -285,6 +321,8 @@ class Fit:
         self._trainer.should_stop = True
 
     def _report_refused_save(self, message: str) -> None:
+        if not self.guards:
+            return
         guard = self.guards[0]
         remedy = "What was saved before stays. Find what damages the weights, and resume from there."
         position = guard.last.position if guard.last is not None else Position(step=0)

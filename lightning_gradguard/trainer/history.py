@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.record import Record, Totals
+from lightning_gradguard.saved_state import VERSION, Mending, is_count
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
@@ -25,6 +26,9 @@ class RollbackProgress:
 
     num_rollbacks: int = 0
     cooldown_left: int = 0
+
+
+_OF_ROLLBACKS = tuple(entry.name for entry in fields(RollbackProgress))
 
 
 @dataclass
@@ -56,17 +60,24 @@ class History:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> History:
-        """Read what a checkpoint holds."""
-        return cls(
-            guards=state["guards"],
-            num_replays=state.get("num_replays", 0),
-            rollbacks=RollbackProgress(**state.get("recovery", {})),
-            left_out=set(state.get("quarantine", ())),
+        """Read what a checkpoint holds; what is damaged in it starts afresh, with a warning."""
+        mending = Mending(state, "the state of GradGuard", known=("guards", "num_replays", "recovery", "quarantine"))
+        rollbacks = Mending(
+            mending.part("recovery", _is_mapping, {}, may_be_missing=True), "the counts of rollbacks", known=_OF_ROLLBACKS
         )
+        history = cls(
+            guards=list(mending.part("guards", _is_list, [])),
+            num_replays=mending.part("num_replays", is_count, 0, may_be_missing=True),
+            rollbacks=RollbackProgress(*(rollbacks.part(name, is_count, 0, may_be_missing=True) for name in _OF_ROLLBACKS)),
+            left_out=set(mending.part("quarantine", _is_list_of_counts, [], may_be_missing=True)),
+        )
+        mending.warn()
+        rollbacks.warn()
+        return history
 
     def to_state(self, *, with_rollbacks: bool, with_quarantine: bool) -> dict[str, Any]:
         """For a checkpoint, in plain types."""
-        state: dict[str, Any] = {"guards": self.guards, "num_replays": self.num_replays}
+        state: dict[str, Any] = {"version": VERSION, "guards": self.guards, "num_replays": self.num_replays}
         if with_rollbacks:
             state["recovery"] = asdict(self.rollbacks)
         if with_quarantine:
@@ -85,3 +96,15 @@ class History:
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process, or of a guard for another Trainer, belongs to no module.
         return {entry.name: getattr(self, entry.name) for entry in fields(self)} | {"_module": None}
+
+
+def _is_mapping(value: Any) -> bool:
+    return isinstance(value, Mapping)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _is_list_of_counts(value: Any) -> bool:
+    return _is_list(value) and all(map(is_count, value))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from lightning_gradguard.detectors import Detector
+from lightning_gradguard.forensics.nonfinite.layout import SampleDim, check_sample_dim
 from lightning_gradguard.policy import Action, require_float, require_int
 from lightning_gradguard.recovery import Rollback
 
@@ -23,6 +24,7 @@ class Options:
     log_every_n_steps: int | None
     max_replays: int
     max_bundle_mib: float | None
+    sample_dim: SampleDim
     rollback: Rollback | None
     quarantine: Literal["list", "skip"] | None
     armed: tuple[str, ...]
@@ -34,6 +36,7 @@ class Options:
         require_int("max_replays", self.max_replays, at_least=0, remedy="For no replays pass 0.")
         if self.max_bundle_mib is not None:
             require_float("max_bundle_mib", self.max_bundle_mib, above=0.0, remedy="For no bundles pass None.")
+        check_sample_dim(self.sample_dim)
         if self.rollback is not None and not self.armed:
             raise ValueError(
                 "`rollback` must go with a detector whose action is 'rollback', got none. For example "

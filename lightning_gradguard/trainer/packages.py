@@ -41,6 +41,11 @@ def is_checkpoint(callback: object) -> TypeGuard[Checkpoint]:
     return isinstance(callback, classes("callbacks.Checkpoint"))
 
 
+def is_no_optimizer(optimizer: object) -> bool:
+    """Whether it only stands in for one, because `configure_optimizers` has returned None."""
+    return isinstance(optimizer, classes("core.optimizer._MockOptimizer"))
+
+
 def is_left_to_the_module(fetcher: object) -> bool:
     """Whether batches are fetched by `training_step(dataloader_iter)`, and not by the Trainer."""
     return isinstance(fetcher, classes("loops.fetchers._DataLoaderIterDataFetcher"))

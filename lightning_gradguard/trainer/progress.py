@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from lightning_gradguard.trainer.packages import takes_argument
+
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
 
 
 def log_step(trainer: Trainer) -> int:
     """The x value that Lightning's own logging uses for the running batch."""
     # Private, and the only place where it can be had; Lightning's LearningRateMonitor reads it in the same way.
     return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def fetches_batches(module: LightningModule) -> bool:
+    """Whether `training_step(dataloader_iter)` fetches its batches by itself: hooks are then told of the one before."""
+    return takes_argument(module.training_step, "dataloader_iter", explicit=True)
 
 
 def log_interval(trainer: Trainer) -> int:

@@ -1,76 +1,213 @@
-"""Buffers that a bad forward pass has damaged."""
+"""Buffers as they were before a step: values, tensors, layouts."""
 
 from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.act.buffers import MAX_NUMEL, BufferRepair
+from lightning_gradguard.act import buffers
+from lightning_gradguard.act.buffers import Buffers
 
 
-def test_repair_nothing_damaged_changes_nothing():
-    """A buffer that moved but is finite stays where it is."""
+class Holder(nn.Module):
+    """A module with one buffer."""
+
+    def __init__(self, buffer):
+        super().__init__()
+        self.register_buffer("buffer", buffer)
+
+
+def test_restore_batch_norm_goes_back_to_what_was_remembered():
+    """Finite statistics and the counter as well, in the module's own tensors."""
     norm = nn.BatchNorm1d(2)
-    repair = BufferRepair(norm.named_buffers())
     norm(torch.randn(4, 2))
-    moved = norm.running_mean.clone()
-    assert repair.repair_() == ()
-    assert torch.equal(norm.running_mean, moved)
+    kept = Buffers(module=norm)
+    before = {name: value.clone() for name, value in norm.named_buffers()}
+    own = dict(norm.named_buffers())
+    norm(1e4 * torch.randn(4, 2))
+    kept.restore_()
+    for name, value in norm.named_buffers():
+        assert torch.equal(value, before[name])
+        assert value is own[name]
 
 
-def test_repair_damaged_buffer_goes_back_to_the_last_good_value():
-    """In place: the module's own tensors are repaired, and only the damaged one."""
+def test_restore_assigned_buffer_puts_the_tensor_itself_back():
+    """With its old value, also if both have happened: changed in place, then replaced."""
+    module = Holder(torch.zeros(3))
+    kept, own = Buffers(module=module), module.buffer
+    module.buffer.add_(1.0)
+    module.buffer = torch.full((5,), math.nan)
+    kept.restore_()
+    assert module.buffer is own
+    assert module.buffer.tolist() == [0.0, 0.0, 0.0]
+
+
+def test_restore_buffer_set_to_none_and_one_that_was_none():
+    """Either way it is what it was."""
+    module = nn.Module()
+    module.register_buffer("set", torch.ones(2))
+    module.register_buffer("unset", None)
+    kept = Buffers(module=module)
+    module.set, module.unset = None, torch.ones(1)
+    kept.restore_()
+    assert module.set.tolist() == [1.0, 1.0]
+    assert module.unset is None
+
+
+def test_restore_buffer_of_another_shape_by_now_is_replaced():
+    """Nothing can be written into it."""
+    module = Holder(torch.arange(3.0))
+    kept = Buffers(module=module)
+    module.buffer.resize_(7)
+    kept.restore_()
+    assert module.buffer.tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.eye(3).to_sparse(),
+        pytest.param(
+            lambda: torch.eye(3).to_sparse_csr(), marks=pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+        ),
+        lambda: torch.ones(3).to(torch.float8_e4m3fn),
+        lambda: torch.ones(2, dtype=torch.complex64),
+        lambda: torch.ones(3, dtype=torch.bool),
+        lambda: torch.ones(3).to_mkldnn(),
+        lambda: torch.ones(0),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+    ],
+    ids=["coo", "csr", "fp8", "complex", "bool", "mkldnn", "empty", "nested"],
+)
+def test_restore_any_layout_and_dtype(make):
+    """What was assigned instead is gone."""
+    module = Holder(make())
+    kept, own = Buffers(module=module), module.buffer
+    kept.remember()
+    module.buffer = make()
+    kept.restore_()
+    assert module.buffer is own
+
+
+def test_restore_expanded_buffer_writes_its_memory_once():
+    """One element stands for all."""
+    base = torch.ones(1)
+    module = Holder(base.expand(4, 3))
+    kept = Buffers(module=module)
+    base.fill_(math.nan)
+    kept.restore_()
+    assert torch.equal(module.buffer, torch.ones(4, 3))
+
+
+def test_restore_buffer_shared_between_modules():
+    """It is put back for both."""
+    shared = torch.zeros(2)
+    module = nn.ModuleList([Holder(shared), Holder(shared)])
+    kept = Buffers(module=module)
+    module[1].buffer.add_(1.0)
+    kept.restore_()
+    assert module[0].buffer is module[1].buffer is shared
+    assert shared.tolist() == [0.0, 0.0]
+
+
+def test_remember_follows_modules_and_buffers_that_are_added():
+    """From the next step on."""
+    module = nn.Sequential(Holder(torch.zeros(1)))
+    kept = Buffers(module=module)
+    module.append(nn.BatchNorm1d(2))
+    module[0].register_buffer("late", torch.zeros(1))
+    kept.remember()
+    module[0].late.fill_(5.0)
+    module[1](torch.randn(4, 2))
+    kept.restore_()
+    assert module[0].late.item() == 0.0
+    assert module[1].running_mean.tolist() == [0.0, 0.0]
+
+
+def test_restore_is_no_change_in_place_for_a_graph_that_holds_the_buffer():
+    """A second backward pass through it, as of a generator, still runs."""
+    module = Holder(torch.full((2,), 3.0))
+    kept = Buffers(module=module)
+    weight = torch.ones(2, requires_grad=True)
+    loss = (weight * module.buffer).sum()
+    kept.restore_()
+    loss.backward()
+    assert weight.grad.tolist() == [3.0, 3.0]
+
+
+def test_large_buffer_is_copied_again_only_after_a_change(monkeypatch):
+    """A table that never changes costs one copy in all."""
+    monkeypatch.setattr(buffers, "_LARGE", 2)
+    module = Holder(torch.zeros(8))
+    kept = Buffers(module=module)
+    module.buffer.add_(1.0)
+    kept.remember()
+    module.buffer.add_(1.0)
+    kept.restore_()
+    assert module.buffer.tolist() == [1.0] * 8
+
+
+def test_huge_buffer_is_not_copied_before_it_has_changed(monkeypatch):
+    """A data set kept as a buffer takes no memory twice."""
+    monkeypatch.setattr(buffers, "_HUGE", 4)
+    module = Holder(torch.zeros(8))
+    kept = Buffers(module=module)
+    module.buffer.add_(1.0)
+    kept.restore_()  # the first change can't be undone
+    kept.remember()
+    module.buffer.add_(1.0)
+    kept.restore_()
+    assert module.buffer.tolist() == [1.0] * 8
+
+
+@pytest.mark.parametrize("is_bad", [True, False])
+def test_select_puts_back_only_where_the_step_is_bad(is_bad):
+    """NaN as well, and counters."""
     norm = nn.BatchNorm1d(2)
-    repair = BufferRepair(norm.named_buffers())
-    norm(torch.randn(4, 2))
-    repair.remember()
-    repair.confirm()
-    mean, variance = norm.running_mean.clone(), norm.running_var.clone()
-    norm.running_mean[1] = math.inf
-    norm.running_var.mul_(2)
-    assert repair.repair_() == ("running_mean",)
-    assert torch.equal(norm.running_mean, mean)
-    assert torch.equal(norm.running_var, 2 * variance)
+    kept = Buffers(module=norm)
+    norm(torch.full((4, 2), math.nan))
+    assert kept.can_select
+    kept.select_(torch.tensor(is_bad))
+    assert norm.running_mean.isnan().any() != is_bad
+    assert norm.num_batches_tracked.item() == (0 if is_bad else 1)
 
 
-def test_repair_remembered_damage_is_left():
-    """What was infinite before, as a mask of attention is, is no damage of this step."""
-    mask = torch.tensor([0.0, -math.inf])
-    repair = BufferRepair([("mask", mask)])
-    assert repair.repair_() == ()
-    mask[0] = math.nan
-    assert repair.repair_() == ("mask",)
-    assert mask.tolist() == [0.0, -math.inf]
+def test_select_on_meta_reads_nothing():
+    """The device does it by itself."""
+    module = nn.BatchNorm1d(2).to("meta")
+    kept = Buffers(module=module)
+    kept.remember()
+    kept.select_(torch.empty((), dtype=torch.bool, device="meta"))
 
 
-def test_repair_model_without_buffers_does_nothing():
-    """The common case."""
-    repair = BufferRepair([])
-    repair.remember()
-    repair.confirm()
-    assert repair.repair_() == ()
+def test_select_is_not_for_buffers_of_another_layout_or_shape():
+    """Those wait for the host."""
+    assert not Buffers(module=Holder(torch.eye(2).to_sparse())).can_select
+    module = Holder(torch.zeros(2))
+    kept = Buffers(module=module)
+    module.buffer = torch.zeros(3)
+    assert not kept.can_select
 
 
-def test_repair_remembered_but_not_confirmed_values_are_not_put_back():
-    """The step they come from may turn out bad later."""
+def test_repair_puts_back_only_what_is_not_finite():
+    """What was infinite before, as a mask of attention is, is no damage."""
+    module = nn.ModuleList([Holder(torch.tensor([0.0, -math.inf])), Holder(torch.zeros(2)), Holder(torch.zeros(2))])
+    kept = Buffers(module=module)
+    module[1].buffer[0] = math.nan
+    module[2].buffer += 1.0
+    kept.repair_()
+    assert [part.buffer.tolist() for part in module] == [[0.0, -math.inf], [0.0, 0.0], [1.0, 1.0]]
+
+
+def test_buffers_given_by_name_are_put_back_in_place():
+    """As in a loop of one's own."""
     mean = torch.ones(1)
-    repair = BufferRepair([("mean", mean)])
+    kept = Buffers([("mean", mean)])
+    mean.fill_(7.0)
+    kept.note_boundary()
     mean.fill_(math.nan)
-    repair.remember()
-    assert repair.repair_() == ("mean",)
-    assert mean.item() == 1.0
-
-
-def test_repair_leaves_integers_empty_and_large_buffers_alone():
-    """Counters can't be NaN, and tables are not copied."""
-    large = torch.full((MAX_NUMEL + 1,), 1.0)
-    repair = BufferRepair([("count", torch.tensor(3)), ("empty", torch.ones(0)), ("table", large)])
-    large.fill_(math.nan)
-    assert repair.repair_() == ()
-
-
-def test_remember_on_meta_reads_nothing():
-    """The copies of a healthy step are queued on the device."""
-    BufferRepair([("mean", torch.ones(3, device="meta"))]).remember()
+    kept.restore_()
+    assert mean.item() == 7.0

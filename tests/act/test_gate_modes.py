@@ -11,7 +11,7 @@ from torch.optim import SGD, Adagrad, AdamW
 
 from lightning_gradguard import ClipNorm, Detector, Explosion, Guard, Position, Verdict
 from lightning_gradguard.act import choice
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.gate import Gate
 from lightning_gradguard.act.on_device import OnDevice
 from lightning_gradguard.act.queued import Queued
@@ -131,7 +131,7 @@ def meta_step(optimizer_of, clipper):
     for parameter in model.parameters():
         parameter.grad = torch.empty_like(parameter)
     watched = WatchedParameters(model.named_parameters(), optimizer)
-    gate = Gate(watched, clipper, BufferRepair(model.named_buffers()), uses_scaler=False)
+    gate = Gate(watched, clipper, Buffers(model.named_buffers()), uses_scaler=False)
     meter = StepMeter(watched, None)
     meter.before_backward(torch.empty((), device="meta"))
     return choice.executor_for(gate, watched), meter.measure(Position(step=0))

@@ -94,15 +94,6 @@ def test_alerts_can_be_chosen_by_kind(call, tmp_path):
     assert "No alerts below" in call("alerts", "run", "--kind", "overflow").output
 
 
-def test_alerts_of_a_killed_run_are_listed_up_to_the_broken_line(call, tmp_path):
-    """And that is said."""
-    path = written(tmp_path / "run", ALERT)
-    path.write_text(path.read_text("utf-8") + '{"kind": "non', encoding="utf-8")
-    done = call("alerts", "run")
-    assert "1 alert." in done.output
-    assert "not complete" in done.output
-
-
 def test_replay_without_a_module_prints_the_report(call, tmp_path):
     """Message, remedy and versions; brackets are no markup."""
     done = call("replay", saved_bundle(tmp_path, left_out=["model: 9 MiB, with 1 MiB left"]))
@@ -194,6 +185,19 @@ def test_command_without_its_extra_says_which(monkeypatch):
     monkeypatch.setattr("lightning_gradguard.cli.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r'pip install "lightning-gradguard\[cli\]"'):
         main()
+
+
+def test_doctor_explain_and_replay_print_json_for_scripts(call, tmp_path):
+    """One object, and nothing else."""
+    torch.save({"w": torch.tensor([1.0, torch.nan])}, tmp_path / "bad.ckpt")
+    sick = json.loads(call("doctor", "bad.ckpt", "--json").stdout)
+    assert (sick["is_healthy"], sick["findings"][0]["name"]) == (False, "w")
+    told = json.loads(call("explain", "NonFinite", "--json").stdout)
+    assert told["name"] == "nonfinite"
+    path = saved_bundle(tmp_path)
+    assert json.loads(call("replay", path, "--json").stdout)["alert"]["value"] == "NaN"
+    again = json.loads(call("replay", path, "--json", "--module", "my_module:Divides").stdout)["replay"]
+    assert (again["losses"], again["culprit"]["op"]) == (["Infinity"], "div")
 
 
 def test_listing_needs_no_torch():

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.cli.health import UnreadableError, examine, read
+from lightning_gradguard.cli.health import examine, read
+from lightning_gradguard.torch_files import UnreadableError
 
 
 def checkpoint():

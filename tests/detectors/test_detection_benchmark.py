@@ -85,8 +85,7 @@ def test_training_of_few_steps_runs_and_is_seeded(name):
 def test_recording_through_the_cache_is_what_was_measured(tmp_path, monkeypatch):
     """NaN, who is damaged, and where the loss was."""
     monkeypatch.setattr(recordings, "CACHE", tmp_path)
-    monkeypatch.setattr(recordings.run, "__defaults__", (160,))
-    read, measured = recorded("nan_element", 1), run(KINDS["nan_element"], 1)
+    read, measured = recorded(KINDS["nan_element"], 1, 160), run(KINDS["nan_element"], 1, 160)
     for one, other in zip(read.measurements, measured.measurements, strict=True):
         assert np.array_equal(one.norms, other.norms, equal_nan=True)
         assert repr((one.loss, one.damage, one.nonfinite)) == repr((other.loss, other.damage, other.nonfinite))
@@ -97,5 +96,5 @@ def test_recording_through_the_cache_is_what_was_measured(tmp_path, monkeypatch)
 @pytest.mark.timeout(1200)
 def test_detectors_at_default_settings_raise_no_alarm_on_healthy_kinds():
     """One seed of each, all of them run afresh or from the cache."""
-    healthy = [recorded(name, 0) for name, kind in KINDS.items() if kind.is_healthy]
+    healthy = [recorded(kind, 0) for kind in KINDS.values() if kind.is_healthy]
     assert score(rules.gradguard(), healthy).alarmed == {}

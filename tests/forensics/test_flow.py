@@ -1,4 +1,4 @@
-"""What a replay measures by depth: factors of the chain rule, units, recurrences, growth of weights."""
+"""What a replay measures by depth: factors of the chain rule, units, recurrences, paths."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_gradguard.forensics.flow.factors import table_of
 from lightning_gradguard.forensics.flow.flow import FlowMeter
+from lightning_gradguard.forensics.flow.path import deepest_path
 from lightning_gradguard.forensics.flow.recurrence import recurrences
-from lightning_gradguard.forensics.flow.weight_growth import INTERVAL, WeightWatch
+from lightning_gradguard.forensics.flow.report import table_of
 
 
 def measured(network, x):
@@ -127,14 +127,14 @@ def test_recurrence_in_a_loop_is_one_weight_used_again():
 
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_of_all_kinds_are_measured(make):
-    """Also a packed sequence, which has no steps to tell apart."""
+    """Also a packed sequence, whose rows of all steps lie one behind the other."""
     rnn = make(3, 4)
     x = torch.randn(7, 2, 3)
     meter = FlowMeter(rnn)
     with meter.watch():
         rnn(x)[0].sum().backward()
-        rnn(nn.utils.rnn.pack_padded_sequence(x, [7, 7]))[0].data.sum().backward()
-    assert [len(layer.times) for layer in meter.flow.layers] == [7, 0]
+        rnn(nn.utils.rnn.pack_padded_sequence(x, [7, 5]))[0].data.sum().backward()
+    assert [len(layer.times) for layer in meter.flow.layers] == [7, 7]
 
 
 def test_table_of_a_deep_network_shows_its_ends():
@@ -145,38 +145,56 @@ def test_table_of_a_deep_network_shows_its_ends():
     assert "(16 more)" in lines[14]
 
 
-@pytest.mark.parametrize("make", [
-    lambda parameters: torch.optim.SGD(parameters, 0.1),
-    lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
-    lambda parameters: torch.optim.Adam(parameters, 0.01),
-])  # fmt: skip
-def test_update_is_that_which_the_optimizer_made(make):
-    """Against the difference of the weights."""
-    torch.manual_seed(0)
-    layer = nn.Linear(4, 3)
-    optimizer = make(layer.parameters())
-    watch = WeightWatch(layer.named_parameters())
-    for _ in range(3):
-        optimizer.zero_grad()
-        layer(torch.randn(8, 4)).square().mean().backward()
-        before = layer.weight.detach().clone()
-        norms = {name: float(parameter.grad.norm()) for name, parameter in layer.named_parameters()}
-        optimizer.step()
-        watch.note()
-    growth = next(growth for growth in watch.weight_growths(optimizer, norms) if growth.name == "weight")
-    assert growth.update == pytest.approx(float((layer.weight - before).detach().norm()), rel=1e-3)
-    assert growth.rate == pytest.approx(growth.update / float(layer.weight.detach().norm()), rel=1e-3)
-
-
-def test_jump_is_what_updates_do_not_explain():
-    """A weight that somebody multiplies, against one that only the optimizer moves."""
+def test_network_on_several_inputs_is_no_recurrence():
+    """One layer is applied eight times, but never to what it has made."""
     layer = nn.Linear(4, 4)
-    optimizer = torch.optim.SGD(layer.parameters(), 1e-3)
-    watch = WeightWatch(layer.named_parameters())
-    for _ in range(INTERVAL + 2):
-        watch.note()
-    layer.weight.data *= 10.0
-    weight, bias = watch.weight_growths(optimizer, {})
-    assert weight.jump == pytest.approx(10.0)
-    assert bias.jump == pytest.approx(1.0)
-    assert weight.num_steps == INTERVAL + 2
+    meter = FlowMeter(layer)
+    with meter.watch():
+        torch.stack([layer(torch.randn(3, 4)) for _ in range(8)]).sum().backward()
+    assert len(meter.flow.layers) == 8
+    assert recurrences(meter.flow) == []
+
+
+def test_recurrence_in_both_directions_fades_towards_the_middle():
+    """The gradient of the two last states comes in at both ends."""
+    torch.manual_seed(0)
+    rnn = nn.RNN(2, 8, bidirectional=True)
+    meter = FlowMeter(rnn)
+    with meter.watch():
+        rnn(torch.randn(60, 3, 2))[1].sum().backward()
+    (found,) = recurrences(meter.flow)
+    assert 10 < found.early < 50
+    assert found.decades < -2
+
+
+def test_memory_of_a_cell_counts_as_well():
+    """What comes back through the memory of an LSTM cell alone is a gradient."""
+    cell = nn.LSTMCell(2, 4)
+    meter = FlowMeter(cell)
+    with meter.watch():
+        cell(torch.randn(3, 2))[1].sum().backward()
+    assert meter.flow.layers[0].grad_norm == pytest.approx(math.sqrt(12))
+
+
+def test_factors_multiply_along_one_path():
+    """Beside each other lie four branches; the product comes to the fall of the norm, not to its fourth power."""
+    torch.manual_seed(0)
+    branches = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8)) for _ in range(4))
+    network = nn.ModuleList([nn.Linear(4, 8), branches, nn.Linear(8, 1)])
+    meter = FlowMeter(network)
+    with meter.watch():
+        hidden = network[0](torch.randn(16, 4))
+        network[2](torch.stack([branch(hidden) for branch in branches]).mean(0)).sum().backward()
+    path = deepest_path(meter.flow)
+    first, last = path.layers[0], path.layers[-1]
+    assert path.decades == pytest.approx(math.log10(first.grad_norm / last.grad_norm))
+    assert sum(decades for _, decades in path.factors) == pytest.approx(path.decades)
+    assert len(path.of("activation")) == 1
+
+
+def test_frozen_layer_is_known_as_one():
+    """It has a gradient at its output, and none that it trains by."""
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    network[0].requires_grad_(False)
+    assert [layer.is_trained for layer in measured(network, torch.randn(3, 2)).layers] == [False, True]
+    assert [layer.weight for layer in measured(network, torch.randn(3, 2)).layers] == ["0.weight", "1.weight"]

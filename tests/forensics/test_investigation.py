@@ -67,14 +67,16 @@ def check(culprit):
 def test_culprit_is_in_message_jsonl_and_error(tmp_path):
     """Everywhere that people look."""
     guard = GradGuard(nonfinite="raise")
-    with pytest.raises(GradientError, match=r"culprit: `div` in `unit`, test_investigation.py:\d+, divided 0 by 0 in row 3"):
+    with pytest.raises(
+        GradientError, match=r"culprit: `div` in `unit`, test_investigation.py:\d+, divided 0 by 0 at \[3, 0\] in row 3"
+    ):
         fit(Fails(), guard, logger=None, default_root_dir=tmp_path)
     (line,) = next(tmp_path.rglob("alerts.jsonl")).read_text().splitlines()
     written = json.loads(line)["culprit"]
     assert written["module"] == "unit"
     assert written["samples"] == [3]
     assert any("float32 [8, 6]" in text for text in written["inputs"])
-    assert guard.alerts[0].remedy.startswith("An empty count")
+    assert guard.alerts[0].remedy.startswith("Keep the divisor away from 0")
 
 
 def test_culprit_in_a_warning():
@@ -276,7 +278,7 @@ def test_batches_are_let_go_after_their_step():
     class Looks(GradGuard):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-            held.append(len(self._window._entries))
+            held.append(len(self._fit._window._entries))
 
     fit(zoo.Zoo(), Looks(), batches(), accumulate_grad_batches=3)
     assert held == [1, 2, 0, 1, 2, 0]

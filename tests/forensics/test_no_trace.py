@@ -29,7 +29,7 @@ class Replays(GradGuard):
         self.outcomes = []
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
-        replay = next(iter(self._guards.values()))._investigate._replay
+        replay = self._fit.guards[0]._investigate._replay
         search = _Search(pl_module)
         with torch.no_grad():
             replayed = replay.run(optimizer, observe=search.observe)

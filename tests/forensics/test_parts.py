@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.forensics.nonfinite.report import rows_in_words
-from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.nonfinite.layout import layout_of, leaves_of
+from lightning_gradguard.forensics.nonfinite.proof import Proof
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.wording import rows_in_words
 from lightning_gradguard.forensics.state import unchanged
 from lightning_gradguard.forensics.tensors import describe, flaw_of, range_of
 
@@ -153,24 +155,56 @@ def test_rows_of_a_damaged_tensor(shape, index, rows):
     assert Batch.of({"x": torch.zeros(4, 3)}).rows_of(tensor) == rows
 
 
-def test_refill_repeats_the_samples_that_are_kept():
+def test_exchange_puts_samples_in_the_places_of_others():
     """In every tensor that has them; the rest stays."""
     x = torch.arange(4)
-    made = refill({"x": x, "more": Pair(x, [x, "a"]), "scale": torch.ones(())}, [1, 3], 4)
-    assert made["x"].tolist() == made["more"].x.tolist() == made["more"].y[0].tolist() == [1, 3, 1, 3]
+    batch = {"x": x, "more": Pair(x, [x, "a"]), "scale": torch.ones(()), "data": Data(x), "bag": Bag(x)}
+    made = exchanged(batch, layout_of(batch), [0, 3, 2, 3])
+    others = [made["more"].x, made["more"].y[0], made["data"].x, made["bag"].x]
+    assert made["x"].tolist() == [0, 3, 2, 3]
+    assert all(torch.equal(other, made["x"]) for other in others)
     assert made["scale"] == 1
+    assert x.tolist() == [0, 1, 2, 3]
+
+
+def test_exchange_hands_the_attributes_of_a_subclass_on():
+    """Of tensors that carry some."""
+
+    class Named(torch.Tensor):
+        pass
+
+    batch = torch.arange(4.0).as_subclass(Named)
+    batch.names_of_rows = "abcd"
+    made = exchanged(batch, layout_of(batch), [0, 0, 2, 3])
+    assert type(made) is Named
+    assert made.names_of_rows == "abcd"
 
 
 @pytest.mark.parametrize("bad", [{0}, {7}, {2, 3}, {1, 6}, {0, 1, 2}])
-def test_bisect_finds_the_samples(bad):
-    """Those without which the batch is in order."""
-    assert bisect(lambda keep: bool(bad & {*keep}), 8, 24) == tuple(sorted(bad))
+def test_proof_finds_the_samples(bad):
+    """Those without which the batch is in order; it holds for them, and for no others."""
+
+    def is_bad(rows):
+        return bool(bad & {*rows})
+
+    assert Proof(is_bad, 8, 24).find() == tuple(sorted(bad))
+    assert Proof(is_bad, 8, 24).holds(sorted(bad))
+    assert not Proof(is_bad, 8, 24).holds([*bad, 5])
+    assert not Proof(is_bad, 8, 24).holds([4])
 
 
-def test_bisect_gives_up_where_no_samples_are_to_blame():
+def test_proof_does_not_hold_where_samples_fail_only_together():
+    """Two that are equal, say: neither is enough."""
+    assert not Proof(lambda rows: {1, 2} <= {*rows}, 8, 24).holds([1, 2])
+
+
+def test_proof_gives_up_where_no_samples_are_to_blame():
     """Or where it would take too long."""
-    assert bisect(lambda keep: True, 8, 24) is None
-    assert bisect(lambda keep: 3 in keep, 1024, 4) is None
+    assert Proof(lambda rows: True, 8, 24).find() is None
+    proof = Proof(lambda rows: 3 in rows, 1024, 4)
+    assert proof.find() is None
+    assert proof.is_exhausted
+    assert not proof.holds([3])
 
 
 def test_description_of_a_tensor():

@@ -14,7 +14,7 @@ def test_summary_of_several_optimizers_adds_them_up():
     two = Totals(num_steps=500, num_alerts=1, alerts_by_kind={"explosion": 1})
     text = summarize([one, two], None)
     assert text.startswith("GradGuard: 1,500 steps, 3 clipped, 2 skipped")
-    assert "alerts: 2 nonfinite, 1 explosion (1 more inside their cooldown)" in text
+    assert "alerts: 2 nonfinite, 1 explosion (1 more while they lasted)" in text
 
 
 def test_summary_without_alerts_says_none():

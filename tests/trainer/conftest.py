@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 
 import pytest
+from lightning_package import logs
 
 
 @pytest.fixture
 def summary(caplog):
     """The guard's closing words, one text per run."""
-    names = ("lightning.fabric", "lightning.pytorch", "lightning.fabric.utilities.rank_zero")
-    loggers = [logging.getLogger(name) for name in names]
+    loggers = logs()
     before = [(logger.level, logger.propagate) for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.INFO)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning_package import LightningModule, Trainer
 from torch import nn
 
 from lightning_gradguard import GradGuard, Rollback
@@ -27,7 +27,7 @@ from lightning_gradguard import GradGuard, Rollback
 NUM_BATCHES, FAULTS = 60, (18, 43)
 SEEN: list[str] = []
 """Calls from the code of snapshots and rollbacks so far."""
-INSIDE = ("media.py", "run_state.py", "trainer/recovery.py", "ring.py", "host.py")
+INSIDE = ("snapshot_storage.py", "run_state.py", "recovery/recovery.py", "ring.py", "host.py")
 
 
 class Model(LightningModule):

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning_package import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional
 from toys import Batches

@@ -15,9 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning_package import Callback, LightningModule, MixedPrecision, ModelCheckpoint, Trainer
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_gradguard import (

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
-import lightning.pytorch
 import pytest
 import pytorch_lightning
 import torch
@@ -16,9 +17,12 @@ from lightning_gradguard import ClipNorm, GradGuard
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import is_lightning_module
 
+lightning = pytest.importorskip("lightning", reason="says what happens with both installed")
+
 BOTH = pytest.mark.parametrize("package", [lightning.pytorch, pytorch_lightning], ids=lambda package: package.__name__)
 
 FIT = """
+import tempfile
 import warnings
 import torch
 from torch.utils.data import DataLoader
@@ -36,7 +40,8 @@ class Model(pl.LightningModule):
 warnings.simplefilter("ignore")
 guard = GradGuard()
 quiet = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[guard], **quiet).fit(Model(), DataLoader(torch.ones(6, 4)))
+where = dict(accelerator="cpu", default_root_dir=tempfile.mkdtemp())
+pl.Trainer(max_epochs=1, callbacks=[guard], **quiet, **where).fit(Model(), DataLoader(torch.ones(6, 4)))
 print(guard.num_steps, guard.num_skipped, isinstance(guard, pl.Callback))
 """
 
@@ -144,6 +149,14 @@ def test_guard_whose_subclass_leaves_no_room_is_made_all_the_same():
         "print(isinstance(Mine(), pl.Callback), isinstance(GradGuard(), lightning.pytorch.Callback))"
     )
     assert run(code) == "True True"
+
+
+def test_tests_of_the_trainer_take_lightning_from_one_place():
+    """So that all of them run with either package."""
+    own = {"lightning_package.py", "test_packages.py", "test_pytorch_lightning.py"}
+    paths = [path for path in Path(__file__).parent.glob("*.py") if path.name not in own]
+    imports = re.compile(r"^\s*(?:import|from) (?:pytorch_lightning|lightning)\b", re.MULTILINE)
+    assert [path.name for path in paths if imports.search(path.read_text(encoding="utf-8"))] == []
 
 
 @BOTH

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from lightning.pytorch import LightningDataModule
-from lightning.pytorch.cli import LightningCLI
+from lightning_package import LightningCLI, LightningDataModule, logs
 from toys import Net, make_batches, read_alerts
 
 from lightning_gradguard import GradGuard, GradientWarning
@@ -70,14 +69,14 @@ def _run(root, *arguments, clip="0.5", nonfinite="warn"):
 
 
 @pytest.fixture(autouse=True)
-def _quiet_cli(monkeypatch):
-    """Lightning uses parts of jsonargparse that are on their way out, and `seed_everything` prints what it does."""
-    monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    logger = logging.getLogger("lightning.fabric")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+def _quiet_cli():
+    """`seed_everything` prints what it does."""
+    before = [(log, log.level) for log in logs()]
+    for log, _ in before:
+        log.setLevel(logging.WARNING)
     yield
-    logger.setLevel(level)
+    for log, level in before:
+        log.setLevel(level)
 
 
 def test_cli_reads_a_guard_with_class_path_detectors(tmp_path):

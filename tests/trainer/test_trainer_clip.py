@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_package import LightningModule, MisconfigurationException
 from toys import Net, fit, same, seeded, weights_of
 
 from lightning_gradguard import ClipNorm, ClipValue, GradGuard
@@ -140,5 +139,5 @@ def test_clip_with_a_filter_leaves_the_excluded_parameters_alone(tmp_path):
     fit(tmp_path, module, guard, max_steps=1)
     assert guard.last.measurement.names == ("weight",)
     torch.testing.assert_close(weights_of(module), {"weight": torch.full((4,), 2.0), "other": torch.zeros(4)})
-    with pytest.raises(ValueError, match=r"which matches none\. The parameters are `weight`, `other`"):
+    with pytest.raises(ValueError, match=r"which matches none\. There are `weight`, `other`"):
         fit(tmp_path, Two(), GradGuard(include=["encoder.*"]), max_steps=1)

@@ -6,14 +6,14 @@ import csv
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
+from lightning_package import (
     BaseFinetuning,
     Callback,
+    CSVLogger,
     GradientAccumulationScheduler,
     LearningRateMonitor,
     OnExceptionCheckpoint,
 )
-from lightning.pytorch.loggers import CSVLogger
 from toys import Net, Snapshots, ValidatedNet, fit, make_batches, make_trainer, same, seeded, weights_of
 
 from lightning_gradguard import GradGuard, GradientError, GradientWarning

@@ -6,8 +6,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_package import LightningModule, TensorBoardLogger
 from torch import nn
 from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch.plugins import MixedPrecision
+from lightning_package import MixedPrecision
 from toys import Net, Snapshots, fit, make_batches, same, seeded, weights_of
 
 from lightning_gradguard import GradGuard, GradientWarning

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import math
 
+import lightning_package
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import BaseFinetuning, EMAWeightAveraging, StochasticWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning_package import (
+    BaseFinetuning,
+    Callback,
+    LightningModule,
+    MixedPrecision,
+    StochasticWeightAveraging,
+)
 from toys import FEATURES, Net, Snapshots, fit, make_batches, same, weights_of
 
 from lightning_gradguard import GradGuard, GradientWarning, Overflow
 from lightning_gradguard.testing import inject
+
+NEEDS_EMA = pytest.mark.skipif(not lightning_package.has("EMAWeightAveraging"), reason="Lightning has it from 2.6 on")
 
 
 def _fp16(init_scale: float) -> MixedPrecision:
@@ -141,7 +148,11 @@ def test_callbacks_that_touch_gradients_are_seen_wherever_the_guard_is_listed(gu
 
 @pytest.mark.filterwarnings("ignore:.*swa|.*SWA|Swapping scheduler")
 @pytest.mark.parametrize(
-    "average", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)]
+    "average",
+    [
+        pytest.param(lambda: lightning_package.EMAWeightAveraging(decay=0.9), marks=NEEDS_EMA),
+        lambda: StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1),
+    ],
 )
 def test_weight_averaging_after_a_skipped_step_stays_finite(average, tmp_path):
     """The NaN never reaches the weights, so it never reaches their average."""

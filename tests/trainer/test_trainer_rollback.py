@@ -7,11 +7,10 @@ import math
 import resource
 import shutil
 
+import lightning_package
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import Checkpoint, EMAWeightAveraging
-from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning_package import Callback, Checkpoint, LightningModule, MixedPrecision
 from torch import nn
 from torchmetrics import MeanMetric
 from toys import Batches, Net, ResumableBatches, fit, make_batches, make_trainer, same, weights_of
@@ -293,9 +292,10 @@ def test_metrics_of_the_epoch_forget_what_was_gone_back_on(tmp_path):
     assert net.own == pytest.approx(expected)
 
 
+@pytest.mark.skipif(not lightning_package.has("EMAWeightAveraging"), reason="Lightning has it from 2.6 on")
 def test_weights_that_a_callback_averages_go_back_too(tmp_path):
     """A mean over damaged weights would be damaged for good."""
-    ema = EMAWeightAveraging(decay=0.5)
+    ema = lightning_package.EMAWeightAveraging(decay=0.5)
     net, averages = Net({10: "nan"}), []
 
     class Averages(Checkpoint):
@@ -334,7 +334,7 @@ def test_replay_from_a_snapshot_is_the_first_pass_bit_for_bit(precision, tmp_pat
         seen: list = []  # noqa: RUF012
 
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-            state = RunState(trainer, pl_module, guard._fit.guards)
+            state = RunState(trainer, pl_module, list(guard._fit.guards))
             if batch_idx == 2:
                 self.kept = state.take()
             if batch_idx in (7, 12):

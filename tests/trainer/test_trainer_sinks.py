@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_package import CSVLogger, TensorBoardLogger
 from toys import Net, fit, make_batches, read_alerts
 
 from lightning_gradguard import Explosion, GradGuard, GradientWarning, SinkWarning
@@ -58,7 +58,7 @@ def test_jsonl_has_one_strict_line_an_alert_with_the_fields_of_the_contract(tmp_
     """NaN is a string, since JSON has no word for it."""
     guard = _bad(tmp_path, GradGuard(explosion=Explosion("warn", max_norm=1e3)), {3: "nan", 7: "huge"})
     first, second = read_alerts(tmp_path)
-    assert list(first) == list(second) == FIELDS
+    assert list(first) == list(second) == ["version", *FIELDS]
     assert (first["kind"], first["action"], first["step"], first["value"]) == ("nonfinite", "skip", 3, "NaN")
     assert (second["kind"], second["action"], second["step"], second["limit"]) == ("explosion", "warn", 7, 1e3)
     assert second["value"] == guard.alerts[1].value

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning_package import Callback, Checkpoint, LightningModule, Trainer
 from torch import Tensor, nn
 
 FEATURES, BATCH_SIZE = 6, 8

@@ -1,6 +1,18 @@
 """Small labelled trainings on real data: healthy ones, and ones with a known fault from a known step on."""
 
-from benchmarks.detection.trainings import explosions, fresh, healthy, nonfinite, vanishing
+from benchmarks.detection.trainings import explosions, fresh, healthy, late, nonfinite, second, vanishing
 from benchmarks.detection.trainings.base import KINDS, STEPS, Kind, Training
 
-__all__ = ["KINDS", "STEPS", "Kind", "Training", "explosions", "fresh", "healthy", "nonfinite", "vanishing"]
+__all__ = [
+    "KINDS",
+    "STEPS",
+    "Kind",
+    "Training",
+    "explosions",
+    "fresh",
+    "healthy",
+    "late",
+    "nonfinite",
+    "second",
+    "vanishing",
+]

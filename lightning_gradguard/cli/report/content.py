@@ -6,18 +6,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_gradguard.tensorboard_plugin.alerts import (
-    CONSEQUENCES,
-    Alert,
-    full,
-    headline,
-    read_alert,
-    read_object,
-    seen,
-    short,
-)
+from lightning_gradguard.json_lines import Reader
+from lightning_gradguard.tensorboard_plugin.alerts import CONSEQUENCES, Alert, complete, full, headline, seen, short
 from lightning_gradguard.tensorboard_plugin.bundles import bundle_of
 from lightning_gradguard.tensorboard_plugin.data import Series
 from lightning_gradguard.tensorboard_plugin.log_folder import read_runs
@@ -26,6 +18,8 @@ MAX_LISTED = 200
 """Alerts in the table; the counts have all."""
 MAX_EXPLAINED = 5
 """Alerts that are told at length: those with different causes."""
+
+T = TypeVar("T")
 
 _INCIDENT: dict[str, Any] = dict.fromkeys(("epoch", "batch_idx", "step", "reason", "samples"))
 
@@ -155,7 +149,13 @@ class Steps:
 
 
 def read(log_dir: Path) -> list[RunReport]:
-    """The runs in a folder and below it, by name."""
+    """The runs in a folder and below it, by name; of an `alerts.jsonl` its run.
+
+    Raises:
+        OSError: if a file can't be read.
+    """
+    if log_dir.is_file():
+        log_dir = log_dir.resolve().parent.parent
     runs = {name: (dict(run.series), list(run.alerts.values())) for name, run in read_runs(log_dir)}
     for path in log_dir.rglob("gradguard/alerts.jsonl"):
         runs.setdefault(path.parent.parent.relative_to(log_dir).as_posix(), ({}, []))
@@ -167,19 +167,16 @@ def _run(log_dir: Path, name: str, series: Mapping[int, Series], alerts: Sequenc
     known = {(alert["time"], alert["kind"]) for alert in alerts}
     written = [
         {**alert, "x": alert["step"], "id": f"line-{number}"}
-        for number, alert in enumerate(_lines(folder / "gradguard" / "alerts.jsonl", read_alert), 1)
+        for number, alert in enumerate(_lines(folder / "gradguard" / "alerts.jsonl", complete), 1)
         if (alert["time"], alert["kind"]) not in known
     ]
     settings = next((each.settings for each in series.values() if each.settings), {})
     everything = sorted([*alerts, *written], key=lambda alert: alert["time"])
-    incidents = [_INCIDENT | entry for entry in _lines(folder / "gradguard" / "quarantine.jsonl", read_object)]
+    incidents = list(_lines(folder / "gradguard" / "quarantine.jsonl", _INCIDENT.__or__))
     return RunReport(name, series, everything, settings, incidents, folder)
 
 
-def _lines(path: Path, parse: Callable[[str], dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """The whole lines of a file of JSON; a run that is being written, or was killed, may have left half of one."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    yield from (entry for line in text.splitlines() if (entry := parse(line)) is not None)
+    if path.is_file():
+        yield from Reader(path, parse).read()

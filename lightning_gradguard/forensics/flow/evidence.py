@@ -1,12 +1,35 @@
-"""What is known about a sick step, before anybody says why."""
+"""What is known about a step that vanishes or explodes, before anybody says why."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lightning_gradguard.forensics.flow.flow import Flow
-from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth
+from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
+
+if TYPE_CHECKING:
+    from lightning_gradguard.forensics.flow.norm_history import Usual
+
+
+@dataclass(frozen=True)
+class Changed:
+    """How the gradients of a step differ from those of its replay.
+
+    Attributes:
+        error: relative difference of all.
+        name: the parameter that differs most; "" if none does.
+        norm: of its gradient.
+        replayed: norm of the same in the replay.
+        is_same_forward: whether the replay gave the loss of the step; None if that is not known.
+    """
+
+    error: float
+    name: str = ""
+    norm: float = 0.0
+    replayed: float = 0.0
+    is_same_forward: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -15,13 +38,16 @@ class Evidence:
 
     Attributes:
         step: number of the decision, from 0.
-        flow: of the sick step.
+        flow: of the step.
         norm: global gradient norm of its replay.
         healthy: flow of the previous healthy batch; None where there is none.
-        healthy_norm: global gradient norm of that.
+        healthy_norm: global gradient norm of that on the weights as they are now.
+        norm_without_row: norm of the step's replay with the row that counts most replaced by another.
+        usual: gradient norms of the healthy steps before; None without any.
         weight_growths: of the weights.
-        error: relative difference between the gradients of the step and those of its replay; None if not known.
-        differing: the parameter whose gradient differs most, "" if none does.
+        is_from_start: whether the weights have been seen before their first step.
+        changed: how the gradients differ from those of the replay; None if not known.
+        lost_at: the module that the alert says the gradient is lost at; "" if it says none.
     """
 
     step: int
@@ -29,9 +55,23 @@ class Evidence:
     norm: float
     healthy: Flow | None = None
     healthy_norm: float | None = None
+    norm_without_row: float | None = None
+    usual: Usual | None = None
     weight_growths: tuple[WeightGrowth, ...] = ()
-    error: float | None = None
-    differing: str = ""
+    is_from_start: bool = False
+    changed: Changed | None = None
+    lost_at: str = ""
+
+    def growth_of(self, name: str | None) -> WeightGrowth | None:
+        """How a weight has moved."""
+        return next((growth for growth in self.weight_growths if growth.name == name), None)
+
+    @property
+    def rise_of_weights(self) -> float | None:
+        """How many times its usual norm the healthy batch's gradient has by now; None if not known."""
+        if self.usual is None or self.healthy_norm is None or not self.usual.norm > 0.0:
+            return None
+        return self.healthy_norm / self.usual.norm
 
 
 @dataclass(frozen=True)
@@ -39,13 +79,14 @@ class Cause:
     """Why gradients vanish or explode.
 
     Attributes:
-        name: "activation", "batch", "cut", "dead", "foreign", "init", "loss", "normalisation", "rate", "recurrence",
-            "sample", "saturation" or "weights".
+        name: "activation", "batch", "cut", "dead", "decay", "foreign", "init", "loss", "normalisation", "rate",
+            "recurrence", "sample", "saturation" or "weights".
         phase: "data", "weights", "forward" or "backward".
         message: one sentence, with figures.
         remedy: what to try.
         module: where it is, as far as it is at one place.
         samples: rows of the batch.
+        test: what shows whether it is this cause, where another fits too.
     """
 
     name: str
@@ -54,6 +95,7 @@ class Cause:
     remedy: str
     module: str = ""
     samples: tuple[int, ...] | None = None
+    test: str = ""
 
 
 def median(values: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -44,7 +44,8 @@ class Layer:
         module: path of the module whose code called it; "" for the root's own.
         op: the function, as `linear`.
         role: what it is to the gradient.
-        weight: id of its weight; a weight that is used again and again is a recurrence in time.
+        weight: name of its weight; one that is used again and again may be a recurrence in time.
+        is_trained: whether that has a gradient.
         input_rms, output_rms: of the elements.
         gain: standard deviation of the weights times the square root of the inputs to a unit; what keeps the variance is 1
             (tanh) to 1.41 (ReLU). None for a layer without a matrix.
@@ -52,6 +53,7 @@ class Layer:
         before: the layers that its input comes from, nearest first.
         grad_norm: norm of the loss's gradient at its output; None where none arrived.
         times: the same at each step in time of a fused recurrent layer's input, first step first.
+        is_bidirectional: whether such a layer runs both ways.
         rows: what each sample adds at most to the norm of its weights' gradient; None without a row for each.
         input_rows: norm of each sample's input.
     """
@@ -59,7 +61,8 @@ class Layer:
     module: str
     op: str
     role: Role
-    weight: int | None = None
+    weight: str | None = None
+    is_trained: bool = True
     input_rms: float = math.nan
     output_rms: float = math.nan
     gain: float | None = None
@@ -67,6 +70,7 @@ class Layer:
     before: tuple[Layer, ...] = field(default=(), repr=False)
     grad_norm: float | None = None
     times: tuple[float, ...] = ()
+    is_bidirectional: bool = False
     rows: tuple[float, ...] | None = None
     input_rows: tuple[float, ...] | None = None
 
@@ -95,9 +99,27 @@ class Flow:
 
     @property
     def output(self) -> Layer | None:
-        """The last one with weights that a gradient arrived at."""
-        found = [layer for layer in self.of("weights", "recurrent") if layer.grad_norm is not None]
-        return found[-1] if found else None
+        """Where the gradient begins: of the layers with weights that no other comes after, the one with the largest."""
+        layers = [layer for layer in self.of("weights", "recurrent") if layer.grad_norm is not None]
+        inner = ancestors_of(before for layer in layers for before in layer.before)
+        last = [layer for layer in layers if layer not in inner]
+        return max(last, key=lambda layer: layer.grad_norm or 0.0, default=None)
+
+
+def ancestors_of(layers: Iterable[Layer]) -> set[Layer]:
+    """These layers, and all that they get their inputs from."""
+    open_, found = list(layers), set[Layer]()
+    while open_:
+        layer = open_.pop()
+        if layer not in found:
+            found.add(layer)
+            open_.extend(layer.before)
+    return found
+
+
+def source_of(layer: Layer) -> Layer:
+    """The layer of weights in front of an activation."""
+    return next((before for before in layer.before if before.role != "activation"), layer)
 
 
 class FlowMeter(TorchFunctionMode):
@@ -113,6 +135,7 @@ class FlowMeter(TorchFunctionMode):
     def __init__(self, root: nn.Module, num_samples: int = 0) -> None:
         super().__init__()
         self._stack = ModuleStack(root)
+        self._names = {id(parameter): name for name, parameter in root.named_parameters()}
         self._num_samples = num_samples
         self._layers: list[Layer] = []
         self._nodes: dict[Any, Layer] = {}
@@ -148,7 +171,7 @@ class FlowMeter(TorchFunctionMode):
         if role == "recurrent":
             args = self._look_at_time(layer, args)
         output = func(*args, **kwargs)
-        self._look_at_output(layer, next(tensors_in(output)))
+        self._look_at_output(layer, list(tensors_in(output)))
         self._layers.append(layer)
         return output
 
@@ -172,43 +195,56 @@ class FlowMeter(TorchFunctionMode):
         weight = next((tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and tensor.dim() >= 2), None)
         if weight is None or (values := plain(weight)) is None:
             return
-        layer.weight = id(weight)
+        layer.weight = self._names.get(id(weight))
+        layer.is_trained = weight.requires_grad
         if not op.startswith("embedding"):
             layer.gain = rms(values) * math.sqrt(values[0].numel())
 
     def _look_at_time(self, layer: Layer, args: Sequence[Any]) -> Sequence[Any]:
         """Have the gradient of each step in time told; the input must be one that has a gradient."""
         values = args[0]
-        if values.dim() != 3:  # packed: rows of all times in one
-            return args
+        # Packed: the rows of all steps in one, and how many each step has. Else the last argument is `batch_first`.
+        sizes = args[1].tolist() if values.dim() == 2 else None
+        layer.is_bidirectional = bool(args[-1 if sizes is not None else -2])
         if not values.requires_grad:
             values = values.detach().requires_grad_()
-        dim = 1 if args[-1] is True else 0
+        dim = 1 if sizes is None and args[-1] is True else 0
 
         def note(grad: Tensor) -> None:
-            layer.times = tuple(grad.movedim(dim, 0).flatten(1).double().norm(dim=1).tolist())
+            steps = torch.split(grad, sizes) if sizes is not None else grad.movedim(dim, 0).unbind()
+            layer.times = tuple(torch.stack([step.double().norm() for step in steps]).tolist())
 
         values.register_hook(note)
         return (values, *args[1:])
 
-    def _look_at_output(self, layer: Layer, output: Tensor) -> None:
-        layer.output_rms = rms(output)
-        layer.units = units_of(layer.op, output)
-        if not output.requires_grad or output.grad_fn is None:
-            return
-        self._nodes[output.grad_fn] = layer
+    def _look_at_output(self, layer: Layer, outputs: Sequence[Tensor]) -> None:
+        layer.output_rms = rms(outputs[0])
+        layer.units = units_of(layer.op, outputs[0])
+        norms: dict[int, float] = {}
 
-        def note(grad: Tensor) -> None:
-            values = plain(grad)
-            if values is None:
-                return
-            layer.grad_norm = float(values.double().norm())
-            size = self._num_samples
-            if layer.input_rows is not None and values.dim() and values.shape[0] == size:
-                norms = values.reshape(size, -1).double().norm(dim=1).tolist()
-                layer.rows = tuple(norm * math.hypot(1.0, row) for norm, row in zip(norms, layer.input_rows, strict=True))
+        def watch(index: int, output: Tensor) -> None:
+            def note(grad: Tensor) -> None:
+                values = plain(grad)
+                if values is None:
+                    return
+                norms[index] = float(values.double().norm())
+                layer.grad_norm = math.hypot(*norms.values())
+                if index == 0:
+                    self._look_at_rows(layer, values)
 
-        output.register_hook(note)  # type: ignore[no-untyped-call]
+            output.register_hook(note)  # type: ignore[no-untyped-call]
+
+        # A recurrent cell hands on a hidden state and a memory; the gradient comes back through both.
+        for index, output in enumerate(outputs):
+            if output.requires_grad and output.grad_fn is not None:
+                self._nodes[output.grad_fn] = layer
+                watch(index, output)
+
+    def _look_at_rows(self, layer: Layer, grad: Tensor) -> None:
+        size = self._num_samples
+        if layer.input_rows is not None and grad.dim() and grad.shape[0] == size:
+            norms = grad.reshape(size, -1).double().norm(dim=1).tolist()
+            layer.rows = tuple(norm * math.hypot(1.0, row) for norm, row in zip(norms, layer.input_rows, strict=True))
 
     def _row_norms(self, tensor: Tensor) -> tuple[float, ...] | None:
         values = plain(tensor)

@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from lightning_gradguard.forensics.nonfinite.drops import Drop
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 
 Phase = Literal["data", "weights", "forward", "backward"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """How damage of the forward pass that the loss does not show came into the gradients.
+
+    Attributes:
+        entry: what the operator of the backward pass made of it.
+        drop: where the forward pass had left it behind; None if that was not seen.
+    """
+
+    entry: Provenance
+    drop: Drop | None
 
 
 @dataclass(frozen=True)
@@ -19,14 +33,24 @@ class Blame:
     Attributes:
         phase: what kind of thing it is.
         provenance: the damaged tensor.
-        samples: bad rows of the batch; None if it is not single ones, or can't be told from the tensors.
+        guess: bad rows of the batch as the shapes of tensors have them; None if it is not single ones, or they don't tell.
         is_widespread: whether most samples are bad, but not all, so that nothing is to be gained by taking some out.
+        met: the samples whose values the damage is first seen in, after its birth; None if they are not known.
+        way: how the damage came into the gradients without going through the loss; None where it did, or where it was made
+            in the backward pass.
     """
 
     phase: Phase
     provenance: Provenance
-    samples: tuple[int, ...] | None
+    guess: tuple[int, ...] | None
     is_widespread: bool = False
+    met: tuple[int, ...] | None = None
+    way: Way | None = None
+
+    def is_like(self, other: Blame) -> bool:
+        """Whether another replay has found the same."""
+        same = (self.phase, self.provenance.order, self.provenance.op)
+        return same == (other.phase, other.provenance.order, other.provenance.op)
 
     @property
     def is_state(self) -> bool:
@@ -34,7 +58,9 @@ class Blame:
         return self.provenance.origin == "state"
 
 
-def find_culprit(losses: Sequence[Provenance], gradients: Sequence[Provenance], batch: Batch) -> Blame | None:
+def find_culprit(
+    losses: Sequence[Provenance], gradients: Sequence[Provenance], batch: Batch, drops: Sequence[Drop] = ()
+) -> Blame | None:
     """Walk back from what is really damaged; None if nothing is.
 
     The first damaged tensor of a step is often innocent (a mask, a masked branch), so only what the loss or the gradients
@@ -44,6 +70,7 @@ def find_culprit(losses: Sequence[Provenance], gradients: Sequence[Provenance], 
         losses: the damaged ones, in order.
         gradients: of parameters, the damaged ones.
         batch: whose rows are samples.
+        drops: where damage was left behind in the forward pass.
     """
     roots = losses[:1] or gradients
     if not roots:
@@ -57,6 +84,8 @@ def find_culprit(losses: Sequence[Provenance], gradients: Sequence[Provenance], 
         if used:
             return _blame(min(used, key=lambda provenance: _first_use(provenance, reached)), reached, batch)
     culprit = _born(reached) if losses else _entered(reached)
+    if culprit is not None and not losses and (birth := _born_before(culprit)) is not None:
+        return replace(_blame(birth, reached, batch), way=Way(culprit, _dropped(birth, drops)))
     if culprit is None:
         states = [provenance for provenance in reached if provenance.origin == "state" and not provenance.is_sentinel]
         culprit = min(states, key=lambda provenance: _first_use(provenance, reached)) if states else _turned(reached, batch)
@@ -131,6 +160,26 @@ def _entered(reached: Sequence[Provenance]) -> Provenance | None:
     return own[0] if own else None
 
 
+def _born_before(entry: Provenance) -> Provenance | None:
+    """The operator of the forward pass whose damage a backward operator has taken in.
+
+    None if there is none, or if the backward operator belongs to it: then that is the culprit itself.
+    """
+    before = _ancestry(entry.parents)
+    birth = _born(before) or next(
+        (provenance for provenance in before if _turns(provenance) or _takes_nan(provenance)), None
+    )
+    if birth is None or (birth.needs_grad and birth.sequence == entry.sequence):
+        return None
+    return birth
+
+
+def _dropped(birth: Provenance, drops: Sequence[Drop]) -> Drop | None:
+    """Where the forward pass has left behind what descends from a birth; rather where all of it went in than a part."""
+    own = [drop for drop in drops if drop.order > birth.order and _descends(drop.dropped, birth)]
+    return next((drop for drop in own if not drop.is_partial), own[0] if own else None)
+
+
 def _comes_from_state(provenance: Provenance) -> bool:
     return any(source.origin == "state" and not source.is_sentinel for source in _ancestry([provenance]))
 
@@ -158,7 +207,12 @@ def _blame(culprit: Provenance, reached: Sequence[Provenance], batch: Batch) -> 
         return Blame(phase, culprit, _rows(culprit, reached, batch) if phase == "data" else None)
     rows = _rows(culprit, reached, batch)
     is_widespread = rows is not None and 2 * len(rows) > max(batch.size, 2)
-    return Blame(phase, culprit, None if is_widespread else rows, is_widespread)
+    return Blame(phase, culprit, None if is_widespread else rows, is_widespread, met=_met(culprit, reached))
+
+
+def _met(culprit: Provenance, reached: Sequence[Provenance]) -> tuple[int, ...] | None:
+    later = (it for it in reached if it.order > culprit.order and it.samples and _descends(it, culprit))
+    return next((it.samples for it in later), None)
 
 
 def _rows(culprit: Provenance, reached: Sequence[Provenance], batch: Batch) -> tuple[int, ...] | None:

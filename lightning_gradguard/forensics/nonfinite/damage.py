@@ -11,13 +11,22 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, autograd, nn
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.forensics.nonfinite.drops import Drops
+from lightning_gradguard.forensics.nonfinite.ledger import Ledger
+from lightning_gradguard.forensics.nonfinite.numbers import HALVES
+from lightning_gradguard.forensics.nonfinite.operands import operands_of, saved_by
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.provenance import Origin, Provenance
+from lightning_gradguard.forensics.nonfinite.rows import Rows
 from lightning_gradguard.forensics.nonfinite.samples import Batch
-from lightning_gradguard.forensics.nonfinite.source_location import ModuleStack, SourceLocation, current_line
+from lightning_gradguard.forensics.nonfinite.source_location import (
+    ModuleStack,
+    SourceLocation,
+    current_frames,
+    current_line,
+)
 from lightning_gradguard.forensics.tensors import Flaw, Range, describe, flaw_of, plain, range_of, tensors_in
 
 _NUM_BEFORE, _NUM_FRAMES_TO_AUTOGRAD = 6, 8
@@ -45,6 +54,7 @@ class _Call(NamedTuple):
         args, kwargs: what it is called with.
         node: the autograd node that the engine is running; None in a forward pass.
         has_grad_mode: whether it is recorded by autograd.
+        overwritten: copies of what it writes over, by the tensor's identity.
     """
 
     operator: Operator
@@ -52,6 +62,12 @@ class _Call(NamedTuple):
     kwargs: dict[str, Any]
     node: Any
     has_grad_mode: bool
+    overwritten: dict[int, Tensor]
+
+    def named(self) -> Iterator[tuple[str, Any]]:
+        """The arguments with their names, as they were before."""
+        for name, value in self.operator.named(self.args, self.kwargs):
+            yield name, self.overwritten.get(id(value), value)
 
 
 class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -63,20 +79,25 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Args:
         root: the module whose submodules give places their names.
         batch: whose rows are samples.
+        rows: follows these rows, and notes whole stacks of calls; None: they are guessed by shapes, which is faster.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, root: nn.Module, batch: Batch) -> None:
+    def __init__(self, root: nn.Module, batch: Batch, rows: Rows | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.batch = batch
+        self.rows = rows
         self.modules = ModuleStack(root)
         self._weights = {tuple(parameter.shape) for parameter in root.parameters()}
-        self._provenances: dict[int, tuple[StorageWeakRef, Provenance]] = {}
+        self._ledger = Ledger()
         self._locations: dict[int, SourceLocation] = {}
         self._operators: dict[Any, Operator] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
         self._order = 0
+        self.drops = Drops()
+        """Where damage was left behind in the forward pass, in order."""
+        self._half: torch.dtype | None = None
         self.losses: list[Provenance] = []
         """The damaged tensors that `backward()` was called on, in order."""
 
@@ -89,19 +110,21 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def label(self, named: Iterable[tuple[str, Tensor]], origin: Origin) -> None:
         """Say what tensors are that come from outside; those that are in order need no label."""
         for name, tensor in named:
-            if (flaw := flaw_of(tensor)) is None or _key(tensor) in self._provenances:
+            if (flaw := flaw_of(tensor)) is None or tensor in self._ledger:
                 continue
             rows = self.batch.rows_of(tensor) if origin == "data" else None
+            samples = self._samples_at(tensor) if origin == "data" else None
             # A buffer or batch leaf of minus infinities is a mask.
             is_sentinel = flaw.is_negative and origin in ("data", "state")
-            self._put(tensor, Provenance(-1, flaw, origin, name, rows=rows, is_sentinel=is_sentinel, dtype=tensor.dtype))
+            provenance = Provenance(-1, flaw, origin, name, rows=rows, is_sentinel=is_sentinel, dtype=tensor.dtype)
+            provenance.samples = samples
+            self._ledger.put(tensor, provenance)
 
     def provenance_of(self, tensor: Tensor) -> Provenance | None:
         """How a tensor got its damage; None if it has none."""
         if (flaw := flaw_of(tensor)) is None:
             return None
-        entry = self._provenances.get(_key(tensor))
-        return entry[1] if entry is not None else Provenance(self._order, flaw, "constant", is_sentinel=True)
+        return self._ledger.get(tensor) or Provenance(self._order, flaw, "constant", is_sentinel=True)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -113,10 +136,14 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not isinstance(func, torch._ops.OpOverload):
                 return func(*args, **kwargs)
             operator = self._operators[func] = Operator(func)
-        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled())
+        overwritten = {id(tensor): tensor.clone() for tensor in operator.overwrites(args)}
+        call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
         # What is written in place has to be looked at before; afterwards it is the result.
-        earlier = {id(tensor): self._known(tensor) for tensor in operator.writes(args)}
+        earlier = {id(tensor): self._ledger.damage_of(tensor) for tensor in operator.writes(args)}
         result = func(*args, **kwargs)
+        if self.rows is not None:
+            is_backward = call.node is not None and not call.has_grad_mode
+            self.rows.note(func, operator, args, kwargs, result, is_backward=is_backward, sequence=self._sequence_of(call))
         # What follows from a loss that is damaged needs no look.
         if not operator.is_view and not (self.losses and call.node is not None):
             self._look(call, result, earlier)
@@ -129,20 +156,28 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name == "ones_like":
             self._note_loss(call.args[0])
         inherited: tuple[list[Tensor], tuple[Provenance, ...]] | None = None
+        is_finite = False
         for tensor in [*tensors_in(result)] or call.operator.writes(call.args):
             if (span := range_of(tensor)) is None:
                 continue
+            if tensor.dtype in HALVES:
+                self._half = tensor.dtype
             if span.flaw is None:
+                is_finite = True
                 self._before.append(_Step(name, self.modules.current, tensor.dtype, tensor.shape, span))
-                self._clear(tensor)
+                self._ledger.clear(tensor)
             elif call.operator.is_empty:
-                location = SourceLocation(self.modules.current, current_line())
-                self._put(tensor, Provenance(self._order, span.flaw, "garbage", name, location=location, is_sentinel=True))
+                location = self._here()
+                self._ledger.put(
+                    tensor, Provenance(self._order, span.flaw, "garbage", name, location=location, is_sentinel=True)
+                )
             else:
                 if inherited is None:
                     inputs = [*tensors_in([*call.operator.reads(call.args, call.kwargs)])]
                     inherited = inputs, self._parents(inputs, earlier)
-                self._put(tensor, self._provenance(call, tensor, span.flaw, *inherited))
+                self._ledger.put(tensor, self._provenance(call, tensor, span.flaw, *inherited))
+        if is_finite and inherited is None and self._ledger and call.node is None:
+            self._note_drop(call, earlier)
 
     def _provenance(
         self, call: _Call, tensor: Tensor, flaw: Flaw, inputs: list[Tensor], parents: tuple[Provenance, ...]
@@ -157,6 +192,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_custom=in_engine and isinstance(call.node, torch.autograd.function.BackwardCFunction),
             parents=parents,
             dtype=tensor.dtype,
+            sequence=self._sequence_of(call),
+            half=self._half,
         )
         is_put = call.operator.puts_infinity(call.args, call.kwargs)
         provenance.is_sentinel = all(parent.is_sentinel for parent in parents) if parents else is_put
@@ -167,23 +204,42 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         escapes = provenance.is_sentinel and shrinks and not any(parent.shrinks for parent in parents)
         provenance.shrinks = shrinks or any(parent.shrinks for parent in parents)
         if all(parent.origin == "constant" for parent in parents) or changes or enters or escapes:
-            provenance.location = (
-                self._location_of(call) if in_engine else SourceLocation(self.modules.current, current_line())
-            )
+            provenance.location = self._location_of(call) if in_engine else self._here()
             provenance.is_hook = in_engine and not provenance.is_custom and current_line() is not None
-            provenance.inputs = tuple(describe(value) for value in inputs)
-            provenance.at_fault = tuple(_at_fault(value, tensor) for value in inputs)
+            provenance.inputs = tuple(describe(call.overwritten.get(id(value), value)) for value in inputs)
+            provenance.operands = operands_of(_named(call, provenance), tensor)
             provenance.before = tuple(str(step) for step in self._before)
             provenance.needs_grad = any(value.requires_grad for value in inputs)
             # Infinities that were put there on purpose are in healthy rows too.
-            provenance.rows = self._rows(tensor.isnan() if changes and parents else tensor, in_engine)
+            is_nan = tensor.isnan() if changes and parents else None
+            provenance.rows = self._rows(tensor if is_nan is None else is_nan, in_engine)
+            provenance.samples = self._samples_at(tensor, is_nan)
         elif all(parent.rows is None for parent in parents):
             provenance.rows = self._rows(tensor, in_engine)
+        if provenance.samples is None and not any(parent.samples for parent in parents):
+            provenance.samples = self._samples_at(tensor) or self._samples_beside(inputs)
         return provenance
 
     def _rows(self, tensor: Tensor, is_backward: bool) -> tuple[int, ...] | None:  # noqa: FBT001
         is_weight = is_backward and tuple(tensor.shape) in self._weights  # the gradient of one
         return None if is_weight else self.batch.rows_of(tensor)
+
+    def _samples_at(self, tensor: Tensor, is_bad: Tensor | None = None) -> tuple[int, ...] | None:
+        values = plain(tensor)
+        if self.rows is None or values is None or values.shape != tensor.shape:
+            return None
+        return self.rows.samples_at(tensor, ~values.isfinite() if is_bad is None else is_bad)
+
+    def _samples_beside(self, inputs: list[Tensor]) -> tuple[int, ...] | None:
+        """The samples that damaged inputs meet, if these are made of none themselves."""
+        damaged = next((it for it in inputs if self._ledger.damage_of(it) is not None), None)
+        values = None if damaged is None else plain(damaged)
+        if self.rows is None or damaged is None or values is None or values.shape != damaged.shape:
+            return None
+        return self.rows.samples_beside(damaged, ~values.isfinite(), inputs)
+
+    def _here(self) -> SourceLocation:
+        return SourceLocation(self.modules.current, current_line(), () if self.rows is None else current_frames())
 
     def _is_backward(self, call: _Call) -> bool:
         """Whether it is the engine that runs an operator, and not a recomputed forward pass."""
@@ -194,36 +250,25 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _parents(self, inputs: list[Tensor], earlier: dict[int, Provenance | None]) -> tuple[Provenance, ...]:
         found: dict[int, Provenance] = {}
         for tensor in inputs:
-            provenance = earlier[id(tensor)] if id(tensor) in earlier else self._known(tensor) or self._unknown(tensor)
+            provenance = (
+                earlier[id(tensor)] if id(tensor) in earlier else self._ledger.damage_of(tensor) or self._unknown(tensor)
+            )
             if provenance is not None:
                 found[id(provenance)] = provenance
         return tuple(found.values())
 
     def _unknown(self, tensor: Tensor) -> Provenance | None:
         """Of a tensor that was never seen before, if it holds damage: a constant from somewhere."""
-        if _key(tensor) in self._provenances or (flaw := flaw_of(tensor)) is None:
+        if tensor in self._ledger or (flaw := flaw_of(tensor)) is None:
             return None
-        location = SourceLocation(self.modules.current, current_line())
+        location = self._here()
         provenance = Provenance(self._order, flaw, "constant", location=location, is_sentinel=True)
-        self._put(tensor, provenance)
+        self._ledger.put(tensor, provenance)
         return provenance
 
-    def _known(self, tensor: Tensor) -> Provenance | None:
-        """Of a tensor whose storage is known to hold damage, if this part of it does."""
-        entry = self._provenances.get(_key(tensor)) if self._provenances else None
-        return entry[1] if entry is not None and flaw_of(tensor) is not None else None
-
-    def _put(self, tensor: Tensor, provenance: Provenance) -> None:
-        storage = _storage(tensor)
-        if storage is not None:
-            # The weak reference keeps the storage's address from being used again.
-            self._provenances[storage._cdata] = (StorageWeakRef(storage), provenance)  # type: ignore[no-untyped-call]
-
-    def _clear(self, tensor: Tensor) -> None:
-        if self._provenances and (key := _key(tensor)) in self._provenances:
-            storage = _storage(tensor)
-            if storage is not None and tensor.numel() * tensor.element_size() >= storage.nbytes():
-                del self._provenances[key]
+    def _note_drop(self, call: _Call, earlier: dict[int, Provenance | None]) -> None:
+        inputs = ((tensor, earlier.get(id(tensor))) for tensor in tensors_in([*call.operator.reads(call.args, call.kwargs)]))
+        self.drops.note(self._order, call.operator.name, inputs, self._ledger, self._here)
 
     def _note_loss(self, tensor: Tensor) -> None:
         """Autograd begins at a loss by making a one of its shape."""
@@ -243,24 +288,20 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The node is made right before its operator runs; what runs later under the same number has no node of its own.
         if number not in self._locations:
             is_traced = call.node is not None and not self.modules.is_inside
-            self._locations[number] = (
-                self._location_of(call) if is_traced else SourceLocation(self.modules.current, current_line())
-            )
+            self._locations[number] = self._location_of(call) if is_traced else self._here()
+
+    def _sequence_of(self, call: _Call) -> int | None:
+        if call.node is not None and not call.has_grad_mode:
+            return int(call.node._sequence_nr())
+        return autograd._get_sequence_nr() - 1 if call.has_grad_mode else None  # type: ignore[attr-defined]
 
     def _location_of(self, call: _Call) -> SourceLocation:
         """Where the forward operator of a running node is; with the line of what user code the engine runs itself."""
         made = self._locations.get(call.node._sequence_nr(), SourceLocation())
-        return SourceLocation(made.module, current_line() or made.line)
-
-
-def _key(tensor: Tensor) -> int:
-    storage = _storage(tensor)
-    return -1 if storage is None else storage._cdata
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    values = plain(tensor)
-    return None if values is None else values.untyped_storage()
+        line = current_line()
+        if line is None:
+            return made
+        return SourceLocation(made.module, line, () if self.rows is None else current_frames())
 
 
 def _node_name(running: Any) -> str:
@@ -268,13 +309,8 @@ def _node_name(running: Any) -> str:
     return name.rpartition("::")[2]
 
 
-def _at_fault(value: Tensor, result: Tensor) -> Range | None:
-    """Range of an input at those elements where the result is damaged; None where they don't correspond."""
-    values, damaged = plain(value), plain(result)
-    if values is None or damaged is None or value.is_complex() or result.is_complex():
-        return None
-    try:
-        values = values.expand_as(damaged)
-    except RuntimeError:
-        return None
-    return range_of(values[~damaged.isfinite()])
+def _named(call: _Call, provenance: Provenance) -> Iterator[tuple[str, Any]]:
+    """The operands with their names; in a backward pass those of the forward operator."""
+    if provenance.is_backward and not (provenance.is_hook or provenance.is_custom):
+        return saved_by(call.node, provenance.op, call.named())
+    return call.named()

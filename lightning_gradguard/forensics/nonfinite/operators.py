@@ -22,6 +22,11 @@ _FILLS = (
     "uniform_",
     "zero_",
 )
+_ARITHMETIC = (
+    *("add_", "addmm_", "div_", "fmod_", "mul_", "pow_", "reciprocal_", "remainder_", "square_", "sub_", "xlogy_"),
+    *("acos_", "acosh_", "asin_", "atanh_", "cosh_", "hypot_", "sinh_", "rsqrt_", "sqrt_", "cumprod_", "cumsum_"),
+    *("digamma_", "erfinv_", "exp_", "exp2_", "expm1_", "lgamma_", "log_", "log10_", "log1p_", "log2_", "logit_"),
+)
 _CONSTANTS = ("full", "full_like", "lift_fresh", "lift_fresh_copy", "new_full", "scalar_tensor")
 
 
@@ -41,7 +46,8 @@ class Operator:
     def __init__(self, func: Any) -> None:
         schema = func._schema
         self.name: str = func.overloadpacket.__name__
-        names = [argument.name for argument in schema.arguments]
+        self._names = names = [argument.name for argument in schema.arguments]
+        self._defaults = [(argument.name, argument.default_value) for argument in schema.arguments]
         self.is_constant = self.name in _CONSTANTS
         self.is_view = bool(func.is_view) and not self.is_constant
         self.is_empty = "empty" in self.name or self.name in ("set_", "resize_")
@@ -64,6 +70,15 @@ class Operator:
             if index not in ignored and not (self._ignores_written and index in self._written):
                 yield value
         yield from (value for name, value in kwargs.items() if name != "out")
+
+    def overwrites(self, args: Sequence[Any]) -> list[Tensor]:
+        """What it reads and writes over, if it works with the values in it, as `div_` does."""
+        return [] if self._ignores_written or self.name not in _ARITHMETIC else self.writes(args)
+
+    def named(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        """The arguments with their names."""
+        given = dict(zip(self._names, args, strict=False)) | kwargs
+        yield from ((name, given.get(name, default)) for name, default in self._defaults if name != "out")
 
     def puts_infinity(self, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
         """Whether somebody has written NaN or infinity down as its argument, as to `masked_fill`, or made it a constant."""

@@ -7,8 +7,9 @@ from typing import Literal
 
 import torch
 
+from lightning_gradguard.forensics.nonfinite.operands import Operand
 from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
-from lightning_gradguard.forensics.tensors import Flaw, Range
+from lightning_gradguard.forensics.tensors import Flaw
 
 Origin = Literal["", "data", "weights", "state", "constant", "garbage"]
 """Where damage came in that no operator made: a batch, a parameter or buffer, a tensor that a module keeps for itself, a
@@ -29,14 +30,17 @@ class Provenance:
         is_hook: whether it is user code that autograd ran beside a node, as a hook on a tensor.
         location: module and line.
         parents: damaged tensors that went in.
-        rows: bad samples, if the tensor has a row for each; None: it has not, or they were not looked for.
+        rows: bad samples as its shape has them, if it has a row for each; None: it has not, or they were not looked for.
+        samples: the samples that its damaged elements belong to, as followed from the batch; None: not known.
         is_sentinel: whether it is, or comes from nothing but, infinities that somebody has put there on purpose.
         inputs: what went in, in words; looked at where damage is born or changes its kind.
-        at_fault: range of each input at the elements that are damaged; None where inputs and result don't correspond.
+        operands: what is known of the values that went in, looked at together with `inputs`.
         dtype: of the tensor.
+        half: the type of half precision that the step has used before; None if it has used none.
         before: the operators before it, in words.
         needs_grad: whether an input depends on parameters.
         shrinks: whether it, or one that it comes from, has fewer elements than what went in.
+        sequence: number that a forward operator shares with its autograd node; None where autograd does not record.
     """
 
     order: int
@@ -49,13 +53,16 @@ class Provenance:
     location: SourceLocation = field(default_factory=SourceLocation)
     parents: tuple[Provenance, ...] = ()
     rows: tuple[int, ...] | None = None
+    samples: tuple[int, ...] | None = None
     is_sentinel: bool = False
     inputs: tuple[str, ...] = ()
-    at_fault: tuple[Range | None, ...] = ()
+    operands: tuple[Operand, ...] = ()
     dtype: torch.dtype | None = None
+    half: torch.dtype | None = None
     before: tuple[str, ...] = ()
     needs_grad: bool = True
     shrinks: bool = False
+    sequence: int | None = None
 
     @property
     def is_backward(self) -> bool:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite import conditions as when
 from lightning_gradguard.forensics.nonfinite.blame import Blame
-from lightning_gradguard.forensics.nonfinite.known_failures import fault_of, known_failure_of
-from lightning_gradguard.forensics.tensors import Range
+from lightning_gradguard.forensics.nonfinite.failure import KnownFailure
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.nonfinite.suspects import Suspects
+from lightning_gradguard.forensics.nonfinite.wording import place_in_words, rows_in_words, way_in_words
 
-_NUM_ROWS_SHOWN = 5
 _DATA_REMEDY = (
     "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
     "by index: a mask does not keep NaN out of gradients."
@@ -21,18 +23,45 @@ _WEIGHTS_REMEDY = (
 )
 
 
-def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: float | None = None) -> Culprit:
+_OTHERS: tuple[KnownFailure, ...] = (
+    KnownFailure(
+        "damage of the forward pass",
+        frozenset(),
+        (when.from_forward,),
+        "brought NaN or Inf of the forward pass into the gradients",
+    ),
+    KnownFailure(
+        "number in the code", frozenset(), (when.written_down,), "works with NaN or Inf that is written in the code"
+    ),
+    KnownFailure("out of the finite", frozenset(), (when.fresh,), "gave {what} for finite inputs"),
+    KnownFailure("out of infinity", frozenset(), (when.is_nan, when.without_nan), "made NaN of Inf"),
+    KnownFailure("anything else", frozenset(), (), "gave {what}"),
+)
+"""What is said of an operator that is not in the list, or not with these values: no remedy is known."""
+
+
+def culprit_of(
+    blame: Blame, suspects: Suspects, *, rank: int = 0, reproduced: bool = False, error: float | None = None
+) -> Culprit:
     """Put a finding into words.
 
     Args:
         blame: what was found.
+        suspects: the samples.
         rank: the process that it was found on.
         reproduced: whether the replay gave the same gradients.
         error: relative error of the replayed gradients.
     """
     provenance = blame.provenance
-    rows = rows_in_words(blame.samples)
-    found = Culprit(phase=blame.phase, samples=blame.samples, rank=rank, reproduced=reproduced, error=error)
+    rows = rows_in_words(suspects.certain) or rows_in_words(suspects.probable, " probably")
+    found = Culprit(
+        phase=blame.phase,
+        samples=suspects.certain,
+        probable_samples=suspects.probable,
+        rank=rank,
+        reproduced=reproduced,
+        error=error,
+    )
     if blame.phase == "data":
         what = "NaN" if provenance.flaw.has_nan else "Inf"
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
@@ -41,18 +70,15 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         return replace(
             found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=_WEIGHTS_REMEDY
         )
-    known_failure = known_failure_of(provenance)
+    failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
-    where = f"in `{provenance.location.module}`" if provenance.location.module else "in `training_step`"
-    place = f"{where}, {line}," if line is not None else where
-    span = fault_of(provenance)
-    happened = known_failure.happened.format(
-        value=_value(span), span=provenance.inputs[0] if provenance.inputs else "no tensor"
-    )
-    message = f"`{op}` {place} {happened}{rows}"
-    if provenance.is_custom:
-        message = f"`{op}` {place} gave a damaged gradient{rows}"
+    place = place_in_words(provenance.location, is_hook=provenance.is_hook)
+    happened = "gave a damaged gradient" if provenance.is_custom else failure.sentence(provenance)
+    if cause is not provenance:
+        happened += f", where `{cause.op}` {known_failure_of(cause).sentence(cause)}"
+    source = "" if line is None else line.source or ""
+    message = f"`{op}` {place} {happened}{rows}{way_in_words(blame.way)}"
     return replace(
         found,
         module=provenance.location.module,
@@ -61,27 +87,34 @@ def culprit_of(blame: Blame, *, rank: int = 0, reproduced: bool = False, error: 
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=known_failure.remedy,
+        remedy=known_failure_of(cause).remedy(key_of(cause), cause, source),
         inputs=provenance.inputs,
         before=provenance.before,
+        frames=provenance.location.frames,
     )
 
 
-def _value(span: Range | None) -> str:
-    return "a value outside its domain" if span is None else str(span)
+def known_failure_of(provenance: Provenance) -> KnownFailure:
+    """The known failure that an operator fell into, or what is said of any other."""
+    key = key_of(provenance)
+    known = (failure for failure in KNOWN_FAILURES if key in failure.ops and failure.fits(provenance))
+    return next(known, None) or next(failure for failure in _OTHERS if failure.fits(provenance))
 
 
-def rows_in_words(rows: Sequence[int] | None) -> str:
-    """As it ends a sentence.
-
-    >>> rows_in_words((3,)), rows_in_words((3, 7)), rows_in_words(None)
-    (' in row 3', ' in rows 3 and 7', '')
+def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
+    """The known failure of a damaged result, and the one whose remedy helps: for a gradient that met damage of its own
+    forward operator that is the forward operator's.
     """
-    if not rows:
-        return ""
-    if len(rows) == 1:
-        return f" in row {rows[0]}"
-    shown = [str(row) for row in rows[:_NUM_ROWS_SHOWN]]
-    if len(rows) > _NUM_ROWS_SHOWN:
-        return f" in rows {', '.join(shown)} and {len(rows) - _NUM_ROWS_SHOWN} more"
-    return f" in rows {', '.join(shown[:-1])} and {shown[-1]}"
+    failure = known_failure_of(provenance)
+    if failure is _OTHERS[0]:
+        own = [parent for parent in provenance.parents if not parent.is_backward and parent.operands]
+        return failure, own[0] if own else provenance
+    return failure, provenance
+
+
+def key_of(provenance: Provenance) -> str:
+    """The operator's name without what differs between its variants."""
+    if not provenance.is_backward or provenance.is_hook:
+        return provenance.op.strip("_").lower()
+    name = provenance.node.partition("Backward")[0]
+    return "".join(f"_{letter.lower()}" if letter.isupper() else letter for letter in name).strip("_")

@@ -1,43 +1,22 @@
-"""Which rows of a batch are bad."""
+"""Which rows of a tensor are bad, as far as its shape tells; and batches in which samples take the places of others."""
 
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_gradguard.forensics.nonfinite.layout import Layout, SampleDim, layout_of
 from lightning_gradguard.forensics.tensors import plain
-
-
-def leaves_of(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:  # noqa: C901 - one case a kind
-    """The tensors of a batch with their names, as `batch['x']`."""
-    if isinstance(batch, Tensor):
-        yield name, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from leaves_of(value, f"{name}[{key!r}]")
-    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        for key, value in zip(batch._fields, batch, strict=True):
-            yield from leaves_of(value, f"{name}.{key}")
-    elif isinstance(batch, (list, tuple)):
-        for index, value in enumerate(batch):
-            yield from leaves_of(value, f"{name}[{index}]")
-    elif is_dataclass(batch) and not isinstance(batch, type):
-        for entry in fields(batch):
-            yield from leaves_of(getattr(batch, entry.name), f"{name}.{entry.name}")
-    elif hasattr(batch, "__dict__") and not isinstance(batch, type):
-        for key, value in vars(batch).items():
-            yield from leaves_of(value, f"{name}.{key}")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """How a batch is laid out.
+    """What a batch's samples look like in tensors that are made of it; only a guess, since other things may be as many.
 
     Attributes:
         size: samples in it; 0 if that can't be told.
@@ -48,14 +27,16 @@ class Batch:
     lengths: frozenset[int] = frozenset()
 
     @classmethod
-    def of(cls, batch: Any) -> Batch:
-        """Read it off the leaves: the first dimension that most of them have."""
-        shapes = [tuple(leaf.shape) for _, leaf in leaves_of(batch) if leaf.dim()]
-        if not shapes:
-            return cls()
-        size = Counter(shape[0] for shape in shapes).most_common(1)[0][0]
-        lengths = {shape[1] for shape in shapes if len(shape) > 1 and shape[0] == size}
-        return cls(size, frozenset(lengths | {length - 1 for length in lengths if length > 2}))
+    def of(cls, batch: Any, sample_dim: SampleDim = None) -> Batch:
+        """Read it off the leaves; `sample_dim` is what the user says about them."""
+        return cls.from_layout(layout_of(batch, sample_dim))
+
+    @classmethod
+    def from_layout(cls, layout: Layout) -> Batch:
+        """From what is known of the leaves."""
+        shapes = [leaf.shape for name, leaf in layout.leaves if layout.dims.get(name) == 0 and leaf.dim() > 1]
+        lengths = {shape[1] for shape in shapes}
+        return cls(layout.size, frozenset(lengths | {length - 1 for length in lengths if length > 2}))
 
     def rows_of(self, tensor: Tensor) -> tuple[int, ...] | None:
         """The samples whose values in a tensor are not finite, or True; None if it has no row for each. One sync."""
@@ -83,16 +64,22 @@ class Batch:
         return rows is not None and 0 < len(rows) < max(self.size, 2)
 
 
-def refill(batch: Any, keep: Sequence[int], size: int) -> Any:
-    """The same batch with only some samples, repeated until it is full again.
+def exchanged(batch: Any, layout: Layout, rows: Sequence[int]) -> Any:
+    """The same batch with other samples in the places of some.
 
     Leaving samples out would change what batch statistics and fixed sizes see.
-    """
-    rows = torch.tensor([keep[index % len(keep)] for index in range(size)])
 
-    def one(value: Any) -> Any:
+    Args:
+        batch: left as it is.
+        layout: of it.
+        rows: for each place, whose sample is put there.
+    """
+    places = torch.tensor(rows)
+
+    def one(value: Any) -> Any:  # noqa: PLR0911 - one a kind
         if isinstance(value, Tensor):
-            return value[rows.to(value.device)] if value.dim() and value.shape[0] == size else value
+            dim = dims.get(id(value))
+            return value if dim is None else _with_attributes(value.index_select(dim, places.to(value.device)), value)
         if isinstance(value, Mapping):
             changed = {key: one(entry) for key, entry in value.items()}
             return changed if type(value) is dict else _rebuilt(value, changed)
@@ -100,9 +87,28 @@ def refill(batch: Any, keep: Sequence[int], size: int) -> Any:
             return type(value)(*(one(entry) for entry in value))
         if isinstance(value, (list, tuple)):
             return type(value)(one(entry) for entry in value)
+        if is_dataclass(value) and not isinstance(value, type):
+            return _with_values(value, {entry.name: one(getattr(value, entry.name)) for entry in fields(value)})
+        if hasattr(value, "__dict__") and not isinstance(value, type):
+            return _with_values(value, {name: one(entry) for name, entry in vars(value).items()})
         return value
 
+    dims = {id(leaf): layout.dims[name] for name, leaf in layout.leaves if name in layout.dims}
     return one(batch)
+
+
+def _with_attributes(tensor: Tensor, source: Tensor) -> Tensor:
+    """A subclass of tensors may carry attributes that an operator does not hand on."""
+    if type(source) is not Tensor:
+        vars(tensor).update(vars(source))
+    return tensor
+
+
+def _with_values(value: Any, changed: dict[str, Any]) -> Any:
+    made = copy.copy(value)
+    for name, entry in changed.items():
+        object.__setattr__(made, name, entry)
+    return made
 
 
 def _rebuilt(value: Any, changed: dict[Any, Any]) -> Any:
@@ -110,61 +116,3 @@ def _rebuilt(value: Any, changed: dict[Any, Any]) -> Any:
     for key, entry in changed.items():
         made[key] = entry
     return made
-
-
-def bisect(is_bad: Callable[[Sequence[int]], bool], size: int, max_runs: int) -> tuple[int, ...] | None:
-    """The samples without which the batch is in order; None if it is not some of them.
-
-    Args:
-        is_bad: whether a batch of nothing but these samples fails.
-        size: how many there are.
-        max_runs: how often it may be asked.
-    """
-    search = _Bisection(is_bad, size, max_runs)
-    try:
-        found = search.run()
-    except _TooLong:
-        return None
-    return tuple(sorted(found)) if 0 < 2 * len(found) <= size else None
-
-
-class _TooLong(Exception):  # noqa: N818 - it is none
-    """The number of runs is used up."""
-
-
-class _Bisection:
-    """Takes samples out, rather than looking at single ones alone: a batch of one repeated has no variance."""
-
-    def __init__(self, is_bad: Callable[[Sequence[int]], bool], size: int, max_runs: int) -> None:
-        self._is_bad = is_bad
-        self._all = range(size)
-        self._runs_left = max_runs
-
-    def run(self) -> list[int]:
-        """Find a part of the batch that is in order, then whom else it tolerates."""
-        for number in (2, 4):
-            width = -(-len(self._all) // number)
-            for begin in range(0, len(self._all), width):
-                healthy = set(self._all[begin : begin + width])
-                suspects = [row for row in self._all if row not in healthy]
-                if suspects and self._is_healthy(suspects):
-                    return self._narrow(suspects, set())
-        return []
-
-    def _narrow(self, suspects: list[int], out: set[int]) -> list[int]:
-        """Those of the suspects that are to blame; without all of them, and those that are out, the batch is in order."""
-        if len(suspects) == 1:
-            return suspects
-        first, second = suspects[: len(suspects) // 2], suspects[len(suspects) // 2 :]
-        if self._is_healthy([*out, *first]):
-            return self._narrow(first, out)
-        if self._is_healthy([*out, *second]):
-            return self._narrow(second, out)
-        return self._narrow(first, out | {*second}) + self._narrow(second, out | {*first})
-
-    def _is_healthy(self, without: Sequence[int]) -> bool:
-        self._runs_left -= 1
-        if self._runs_left < 0:
-            raise _TooLong
-        left_out = set(without)
-        return not self._is_bad([row for row in self._all if row not in left_out])

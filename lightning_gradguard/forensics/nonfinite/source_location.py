@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from lightning_gradguard.alert import Frame
 from lightning_gradguard.layout import clean_name
 
 _PACKAGES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
@@ -43,13 +44,21 @@ class Line:
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """A module's path, and a line where one is known."""
+    """A module's path, a line where one is known, and the calls that led there, innermost first, where these are noted."""
 
     module: str = ""
     line: Line | None = None
+    frames: tuple[Frame, ...] = ()
 
 
-_is_foreign: dict[CodeType, bool] = {}
+_known: dict[CodeType, bool] = {}
+
+
+def _is_foreign(code: CodeType) -> bool:
+    foreign = _known.get(code)
+    if foreign is None:
+        foreign = _known[code] = _belongs_to_a_package(code.co_filename)
+    return foreign
 
 
 def current_line() -> Line | None:
@@ -60,14 +69,56 @@ def current_line() -> Line | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
-        foreign = _is_foreign.get(code)
-        if foreign is None:
-            foreign = _is_foreign[code] = _belongs_to_a_package(code.co_filename)
-        if not foreign:
+        if not _is_foreign(code):
             return Line(code.co_filename, frame.f_lineno)
         if code.co_name == _ENGINE:
             return None
         frame = frame.f_back
+    return None
+
+
+def current_frames() -> tuple[Frame, ...]:
+    """The user's calls that lead here, innermost first, and after them those of libraries, one for each library.
+
+    In a backward pass only what the engine runs. Torch, Lightning, the standard library and this package are left out.
+    """
+    own: list[Frame] = []
+    libraries: dict[str, Frame] = {}
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and len(own) < MAX_FRAMES:
+        code = frame.f_code
+        if not _is_foreign(code):
+            called = Frame(code.co_filename, frame.f_lineno, _name_of(frame), Line(code.co_filename, frame.f_lineno).source)
+            library = _library_of(code.co_filename)
+            if library is None:
+                own.append(called)
+            else:
+                libraries.setdefault(library, called)
+            if code.co_name in _OUTERMOST:
+                break
+        elif code.co_name == _ENGINE:
+            break
+        frame = frame.f_back
+    return tuple([*own, *libraries.values()][:MAX_FRAMES])
+
+
+MAX_FRAMES = 5
+_OUTERMOST = ("training_step",)
+"""What the Trainer calls; whoever started it is of no interest."""
+
+
+def _name_of(frame: FrameType) -> str:
+    """As `Model.loss`, by the class of `self`: code has no qualified name before Python 3.11."""
+    name = frame.f_code.co_name
+    owner = frame.f_locals.get("self") if frame.f_code.co_varnames[:1] == ("self",) else None
+    return name if owner is None else f"{type(owner).__name__}.{name}"
+
+
+def _library_of(file: str) -> str | None:
+    parts = file.replace("\\", "/").split("/")
+    for folder in ("site-packages", "dist-packages"):
+        if folder in parts:
+            return parts[parts.index(folder) + 1].removesuffix(".py")
     return None
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
+from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Record
@@ -35,6 +37,7 @@ class Quarantine:
         self._mode = mode
         self._trainer = trainer
         self._file: QuarantineFile | None = None
+        self._process: StandIn | None = None
         self._sampler: WatchedSampler | None = None
         self._samples: OrderedDict[int, tuple[int, ...] | None] = OrderedDict()
         self._incidents: list[Incident] = []
@@ -49,16 +52,7 @@ class Quarantine:
 
         It is the strategy that has the last word on what training gets.
         """
-        strategy = self._trainer.strategy
-        process = strategy.process_dataloader
-
-        def process_and_watch(dataloader: object) -> object:
-            processed = process(dataloader)
-            if self._trainer.training:
-                self._watch(processed)
-            return processed
-
-        strategy.process_dataloader = process_and_watch  # type: ignore[method-assign]
+        self._process = StandIn(self._trainer.strategy, "process_dataloader", self._process_and_watch)
         log_dir = self._trainer.log_dir
         if log_dir is not None and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
             self._file = QuarantineFile(Path(log_dir) / "gradguard" / "quarantine.jsonl")
@@ -66,8 +60,10 @@ class Quarantine:
             self.left_out |= self._trainer.strategy.broadcast(listed)
 
     def detach(self) -> None:
-        """Leave nothing on the strategy."""
-        vars(self._trainer.strategy).pop("process_dataloader", None)
+        """List what is still waiting, and leave nothing on the strategy."""
+        self._write()
+        if self._process is not None:
+            self._process.remove()
 
     def start(self) -> None:
         """Before the first batch: several loaders at once show nothing that could be told apart."""
@@ -101,13 +97,20 @@ class Quarantine:
             batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
             if action.skips and verdict.rank in (None, position.rank):
                 to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
+        rows = _certain_rows(record) if self._mode == "skip" else None
+        epoch, step, rank = position.epoch or 0, position.step, position.rank
         self._incidents.extend(
-            Incident(
-                position.epoch or 0, batch_idx or 0, position.step, position.rank, kind, self._samples.get(batch_idx or 0)
-            )
+            Incident(epoch, batch_idx or 0, step, rank, kind, self._samples_of(batch_idx or 0, rows))
             for batch_idx, kind in to_blame.items()
         )
         self._is_due = True
+
+    def _samples_of(self, batch_idx: int, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        """Those of a batch that are to blame: its rows where these are known, else all of it."""
+        samples = self._samples.get(batch_idx)
+        if samples is None or rows is None or max(rows) >= len(samples):
+            return samples
+        return tuple(samples[row] for row in rows)
 
     def after_batch(self) -> None:
         """List what was noted. Where something was, it is a collective; all ranks have noted at the same steps."""
@@ -115,26 +118,38 @@ class Quarantine:
             return
         incidents, self._incidents, self._is_due = _of_all_ranks(self._incidents), [], False
         self.left_out.update(sample for incident in incidents for sample in incident.samples or ())
+        self._write(incidents)
+
+    def _write(self, incidents: Sequence[Incident] = ()) -> None:
         if self._file is None or not self._trainer.is_global_zero:
             return
         try:
             self._file.append(incidents)
         except OSError as error:
-            self._fail(error)
+            self._fail(error, "each new batch is a new try, and then also lists those that are waiting")
+
+    def _process_and_watch(self, process: Callable[..., Any], dataloader: object) -> object:
+        processed: object = process(dataloader)
+        if self._trainer.training:
+            self._watch(processed)
+        return processed
 
     def _listed(self, file: QuarantineFile) -> set[int]:
         try:
-            return file.samples()
+            samples, left_out = file.read()
         except OSError as error:
-            self._fail(error)
+            self._fail(error, "what it lists is not left out")
             return set()
+        if left_out.count:
+            warnings.warn(f"{file!r}: {left_out}. All other lines count.", GuardWarning, stacklevel=2)
+        return samples
 
-    def _fail(self, error: OSError) -> None:
+    def _fail(self, error: OSError, lost: str) -> None:
         if not self._has_failed:
             self._has_failed = True
             warnings.warn(
-                f"The list of quarantined batches can't be used ({error}). Training goes on; batches may be missing there. "
-                "Further failures of it are not shown.",
+                f"The list of quarantined batches can't be used ({error}). Training goes on; {lost}. Further failures of it "
+                "are not shown.",
                 GuardWarning,
                 stacklevel=2,
             )
@@ -159,6 +174,13 @@ class Quarantine:
                 f"`quarantine='skip'` needs one torch DataLoader over a map-style data set, whose sampler shows which "
                 f"samples a batch has, got {what}. Use `quarantine='list'`, which then lists batches without their samples."
             )
+
+
+def _certain_rows(record: Record) -> tuple[int, ...] | None:
+    """The rows that made the damage, if a replay has shown them for certain, and on this rank."""
+    found = (alert.culprit for alert in record.alerts if alert.kind == "nonfinite" and alert.culprit is not None)
+    rank = record.position.rank
+    return next((culprit.samples for culprit in found if culprit.samples and culprit.rank == rank), None)
 
 
 def _of_all_ranks(incidents: list[Incident]) -> list[Incident]:

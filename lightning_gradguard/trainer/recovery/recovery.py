@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
@@ -88,7 +89,8 @@ class Recovery:
         else:
             self._take(is_first=True)
             if self._ring.entries:
-                self._storage.keep_only([entry.content for entry in self._ring.entries])
+                with _deleting():
+                    self._storage.keep_only([entry.content for entry in self._ring.entries])
         if self.progress.cooldown_left:
             self._lower_learning_rates()
         return f"GradGuard keeps {text}, one every {self._settings.every_n_steps} steps."
@@ -163,8 +165,9 @@ class Recovery:
         self._give_up(self._ring.drop_pending())
         if (entry := self._ring.good) is not None and entry.num_returns >= _MAX_RETURNS:
             self._give_up(self._ring.drop_last())
-            entry = self._ring.good
-        if entry is None or not self._agree(self._storage.is_there(entry.content)):
+        while (entry := self._ring.good) is not None and not self._load(entry):
+            self._ring.drop(entry)
+        if entry is None:
             self._report("There is no good state to go back to. The step is skipped and training goes on.")
             return
         self._storage.restore(entry.content)
@@ -190,6 +193,17 @@ class Recovery:
         also = f", {num_passed} batches are passed over" if num_passed else ""
         self._tell(Action.ROLLBACK, f"{message}{also}.", "Nothing, if it stays at this.", value=back)
 
+    def _load(self, entry: Entry[Any]) -> bool:
+        """Read a snapshot, on all ranks or on none."""
+        if not self._agree(self._storage.is_there(entry.content)):
+            return False
+        error = None
+        try:
+            self._storage.load(entry.content)
+        except Exception as failure:  # noqa: BLE001 - a damaged file may raise anything
+            error = failure
+        return self._agree(error is None)
+
     def _confirm(self, entry: Entry[Any]) -> None:
         error = None
         try:
@@ -199,15 +213,13 @@ class Recovery:
         if self._agree(error is None):
             self._num_in_a_row = 0
         else:
-            self._ring.entries.remove(entry)
+            self._ring.drop(entry)
             self._report_failure(error)
 
     def _give_up(self, contents: Sequence[Any]) -> None:
-        try:
+        with _deleting():
             for content in contents:
                 self._storage.remove(content)
-        except OSError as error:
-            warnings.warn(f"A snapshot could not be deleted: {error}.", GuardWarning, stacklevel=2)
 
     def _lower_learning_rates(self) -> None:
         if self._lowered or not self.progress.cooldown_left or self._settings.lr_factor == 1.0:
@@ -238,3 +250,11 @@ class Recovery:
         guard = self._guards[0]
         position = guard.last.position if guard.last is not None else Position(step=0, rank=self._trainer.global_rank)
         guard.notify(notice(position, kind, action, message, remedy, value=value))
+
+
+@contextmanager
+def _deleting() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(f"A snapshot could not be deleted: {error}.", GuardWarning, stacklevel=3)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_gradguard.guard import Guard
+from lightning_gradguard.measure.shards import FlatShard
 from lightning_gradguard.recovery.host import copy_to_host, num_bytes, put_back
 from lightning_gradguard.trainer.callback_order import callbacks_of
+from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -87,9 +89,14 @@ class RunState:
                 guess += 2 * num_bytes(_parameters_of(optimizer))
         return num_bytes(tensors) + guess
 
+    def parameters(self) -> list[tuple[str, Tensor]]:
+        """What this rank holds of the module's parameters, by name."""
+        found = engine_of(self._trainer).named_parameters(self._module)
+        return [(name, it.weight() if isinstance(it, FlatShard) else it) for name, it in found]
+
     def weights(self) -> Sequence[tuple[str, Tensor]]:
         """Parameters, and the optimizers' state, by name."""
-        named: list[tuple[str, Tensor]] = list(self._module.named_parameters())
+        named = self.parameters()
         for number, optimizer in enumerate(self._trainer.optimizers):
             for index, state in enumerate(_states_of(optimizer)):
                 named.extend((f"optimizer {number}: {key} of parameter {index}", value) for key, value in _tensors_in(state))
@@ -109,7 +116,11 @@ class RunState:
     def _put_back_tensors(self, saved: dict[str, Any]) -> None:
         # A callback may have made its averaged module since; it is left as it is.
         for module, tensors in zip(self._modules(), saved["modules"], strict=False):
-            put_back(tensors, _tensors_of(module))
+            live = _tensors_of(module)
+            for name, tensor in put_back(tensors, live).items():
+                if tensor is not live.get(name):  # a buffer that has been assigned since, or can't be written to
+                    path, _, leaf = name.rpartition(".")
+                    setattr(module.get_submodule(path), leaf, tensor)
         for optimizer, states in zip(self._trainer.optimizers, saved["optimizers"], strict=True):
             now = _states_of(optimizer)
             optimizer.state.clear()

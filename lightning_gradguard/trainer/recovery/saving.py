@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.recovery.finite import find_nonfinite
 from lightning_gradguard.trainer.callback_order import callbacks_of
 from lightning_gradguard.trainer.packages import is_checkpoint
@@ -20,42 +21,6 @@ _MAX_NAMES = 3
 
 class _RefusedError(Exception):
     """Takes a checkpoint callback out of its hook, before it deletes the file that the refused one was to replace."""
-
-
-class _InPlaceOf:
-    """Stands in for a method of one object; what it is called with goes to a function, with the method as first argument.
-
-    A copy of the object, or one that was pickled, has its own method again.
-
-    Args:
-        target: whose method.
-        name: of the method, or of an attribute that somebody else has put in its place.
-        function: what is called instead.
-    """
-
-    def __init__(self, target: Any, name: str, function: Callable[..., Any]) -> None:
-        self._target = target
-        self._name = name
-        self._function = function
-        self._own = vars(target).get(name)
-        self._method = getattr(target, name)
-        self._is_removed = False
-        setattr(target, name, self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._method(*args, **kwargs) if self._is_removed else self._function(self._method, *args, **kwargs)
-
-    def remove(self) -> None:
-        """Put back what was there; whoever has wrapped this in the meantime keeps his wrapper, and this passes calls on."""
-        self._is_removed = True
-        if vars(self._target).get(self._name) is self:
-            if self._own is None:
-                delattr(self._target, self._name)
-            else:
-                setattr(self._target, self._name, self._own)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return getattr, (self._target, self._name)
 
 
 class SaveGate:
@@ -79,17 +44,17 @@ class SaveGate:
         self._was_refused = False
         self._is_in_hook = False
         self._callbacks = [callback for callback in callbacks_of(trainer) if is_checkpoint(callback)]
-        self._save: _InPlaceOf | None = None
-        self._hooks: list[_InPlaceOf] = []
+        self._save: StandIn | None = None
+        self._hooks: list[StandIn] = []
         self._ends_with: Callback | None = None
         self._exempt: set[str] = set()
         self._exempt = set(self._damaged(weights_only=False))
 
     def attach(self) -> None:
         """Stand in for `trainer.save_checkpoint` and for the hooks of the callbacks that save."""
-        self._save = _InPlaceOf(self._trainer, "save_checkpoint", self._look_first)
+        self._save = StandIn(self._trainer, "save_checkpoint", self._look_first)
         self._hooks = [
-            _InPlaceOf(callback, name, partial(self._run, callback)) for callback in self._callbacks for name in _HOOKS
+            StandIn(callback, name, partial(self._run, callback)) for callback in self._callbacks for name in _HOOKS
         ]
 
     def detach(self, *, after_exception: bool = False) -> None:
@@ -139,7 +104,7 @@ class SaveGate:
                 self.detach()
 
     def _damaged(self, *, weights_only: bool) -> list[str]:
-        weights = self._state.weights() if not weights_only else list(self._module.named_parameters())
+        weights = self._state.weights() if not weights_only else self._state.parameters()
         names = find_nonfinite(weights) + find_nonfinite(self._module.named_buffers(), may_be_infinite=True)
         return [name for name in names if name not in self._exempt]
 

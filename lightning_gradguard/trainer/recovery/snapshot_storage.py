@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -12,13 +14,16 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import torch
 from torch import distributed as dist
 
+from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Guard
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.recovery.host import available_bytes
 from lightning_gradguard.recovery.rollback import PENDING, SUFFIX, snapshots_in
+from lightning_gradguard.torch_files import UnreadableError, load_plain
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import tell_of_checkpoint
-from lightning_gradguard.trainer.recovery.run_state import RunState, random_states
+from lightning_gradguard.trainer.recovery.run_state import RunState, random_states, set_random_states
+from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -56,13 +61,20 @@ class SnapshotStorage(Protocol[T]):
         """A snapshot is given up."""
 
     def is_there(self, content: T) -> bool:
-        """Whether a snapshot can be brought back."""
+        """Whether a snapshot looks as if it could be brought back."""
+
+    def load(self, content: T) -> None:
+        """Read a snapshot, and change nothing yet.
+
+        Raises:
+            Exception: whatever a damaged file gives.
+        """
 
     def keep_only(self, contents: Sequence[T]) -> None:
         """Give up whatever else there is."""
 
     def restore(self, content: T) -> None:
-        """Bring a snapshot back; the clock goes on."""
+        """Bring a snapshot back that has been loaded; the clock goes on."""
 
 
 class InMemory:
@@ -104,6 +116,9 @@ class InMemory:
         """It always is."""
         return bool(content)
 
+    def load(self, content: dict[str, Any]) -> None:
+        """It is in memory."""
+
     def keep_only(self, contents: Sequence[dict[str, Any]]) -> None:
         """There is nothing else."""
 
@@ -132,6 +147,7 @@ class OnDisk:
         self._state = state
         self._guards = list(guards)
         self._directory = Path(directory).resolve()
+        self._own: set[tuple[int, ...]] = set()
         # The first rank's finding, since it may have begun to write when another one looks.
         others = trainer.strategy.broadcast([path.name for path in snapshots_in(directory)])
         if others and not trainer.ckpt_path:
@@ -146,7 +162,11 @@ class OnDisk:
 
     def begin(self, step: int) -> Path:
         """A resumed run begins with the checkpoint that it was resumed from."""
-        return Path(self._trainer.ckpt_path).resolve() if self._trainer.ckpt_path else self.write(step, None)
+        if not self._trainer.ckpt_path:
+            return self.write(step, None)
+        path = Path(self._trainer.ckpt_path).resolve()
+        self._own.add(_identity(path))  # `fit` has just read it
+        return path
 
     def write(self, step: int, reuse: Path | None) -> Path:
         """Save a checkpoint, and give it its name when it is whole."""
@@ -164,10 +184,11 @@ class OnDisk:
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         if self._trainer.is_global_zero:
             _rename(part, whole)
+            self._own.add(_identity(whole))
         return whole
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
-        if hasattr(self._trainer.strategy, "_save_distributed_checkpoint"):  # each rank writes its shards into a folder
+        if engine_of(self._trainer).saves_folders:
             self._trainer.strategy.save_checkpoint(checkpoint, path)
             self._trainer.strategy.barrier()
         elif self._trainer.is_global_zero:
@@ -192,16 +213,32 @@ class OnDisk:
             _delete(content)
 
     def is_there(self, content: Path) -> bool:
-        """Nobody has deleted it."""
-        return content.exists()
+        """Nobody has deleted it, or put a file in its place that runs code when it is read; the first rank looks."""
+        if not self._trainer.is_global_zero or content.is_dir():
+            return content.exists()
+        try:
+            if _identity(content) not in self._own:
+                load_plain(content)
+        except (OSError, UnreadableError):
+            return False
+        return True
 
-    def restore(self, content: Path) -> None:
-        """Load it. Metrics of the epoch begin afresh, since no checkpoint holds them."""
+    def load(self, content: Path) -> None:
+        """Read it. What the user's own code has put into a file of this run's may be any object."""
+        connector = self._trainer._checkpoint_connector
+        path_before = connector._ckpt_path
+        # The argument is new in Lightning 2.6; before, everything is read.
+        takes = "weights_only" in inspect.signature(connector.resume_start).parameters
+        try:
+            connector.resume_start(content, **({"weights_only": False} if takes else {}))
+        finally:
+            connector._ckpt_path = path_before
+
+    def restore(self, content: Path) -> None:  # noqa: ARG002 - of the protocol
+        """Bring back what was read. Metrics of the epoch begin afresh, since no checkpoint holds them."""
         connector = self._trainer._checkpoint_connector
         path_before = connector._ckpt_path
         settings = [[dict(group) for group in optimizer.param_groups] for optimizer in self._trainer.optimizers]
-        # It is this run's own file, so whatever user code has put into it may be unpickled.
-        connector.resume_start(content, weights_only=False)
         checkpoint = connector._loaded_checkpoint
         states = checkpoint["callbacks"].get("GradGuard", {"guards": []})["guards"]
         connector.restore_model()
@@ -240,7 +277,28 @@ def _of_all_ranks(states: dict[str, Any]) -> list[dict[str, Any]]:
 def random_states_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
     """This rank's random states in a snapshot; None in other checkpoints, and for as many ranks as there were not then."""
     ranks, states = Ranks.current(), checkpoint.get(RANDOM_KEY, [])
-    return states[ranks.rank] if len(states) == ranks.size else None
+    if not isinstance(states, list) or len(states) != ranks.size:
+        return None
+    present = random_states()
+    try:
+        set_random_states(states[ranks.rank])
+    except Exception as error:  # noqa: BLE001 - a damaged state may raise anything
+        warnings.warn(
+            f"The random states in the checkpoint are damaged ({type(error).__name__}) and not used.",
+            GuardWarning,
+            stacklevel=2,
+        )
+        return None
+    finally:
+        set_random_states(present)
+    found: dict[str, Any] = states[ranks.rank]
+    return found
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Tells a file from any other in its place; a new name leaves it as it is."""
+    about = path.stat()
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _rename(source: Path, target: Path) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from torch import distributed
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Alert
@@ -50,26 +53,47 @@ class Bundles:
         self._folder = None if wants_none else Path(str(log_dir)) / "gradguard"
         self._has_failed = False
 
-    def write(self, alerts: tuple[Alert, ...], optimizer: Optimizer, diagnosis: Diagnosis) -> None:
-        """Write the step of these alerts, before the optimizer applies it."""
-        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED), None)
-        if alert is None or self._folder is None or _writer(alert) != self._trainer.global_rank:
-            return
-        if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
-            return
+    def write(self, alerts: tuple[Alert, ...], optimizer: Optimizer, diagnosis: Diagnosis) -> tuple[Alert, ...]:
+        """Write the step of these alerts, before the optimizer applies it. A collective if there are several ranks.
+
+        Returns:
+            The alerts; the one whose step was written says where, and how to replay it.
+        """
+        # Only findings have a limit above 0; that one is over is no reason to keep a step.
+        alert = next((alert for alert in alerts if alert.kind in INVESTIGATED and alert.limit > 0.0), None)
+        if alert is None or self._folder is None:
+            return alerts
+        path = self._written(alert, optimizer, diagnosis) if _writer(alert) == self._trainer.global_rank else None
+        paths = [path]
+        if self._trainer.world_size > 1:
+            paths = [None] * self._trainer.world_size
+            distributed.all_gather_object(paths, path)
+        path = next((path for path in paths if path is not None), None)
+        if path is None:
+            return alerts
+        told = replace(alert, message=f"{alert.message} To replay it: `gradguard replay {shlex.quote(path)}`.")
+        return tuple(told if it is alert else it for it in alerts)
+
+    def _written(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> str | None:
+        """Write a bundle; its path, or None if there are enough already, or it failed."""
+        assert self._folder is not None
+        rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
+        path = self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}"
         try:
-            bundle = self._collect(alert, optimizer, diagnosis)
-            rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
-            bundle.save(self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}")
+            if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
+                return None
+            self._collect(alert, optimizer, diagnosis).save(path)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training goes on
             if not self._has_failed:
                 self._has_failed = True
                 warnings.warn(
-                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on. "
-                    "`max_bundle_mib=None` turns bundles off.",
+                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on without "
+                    "it. Later ones are tried, and further failures are not shown. `max_bundle_mib=None` turns bundles off.",
                     SinkWarning,
                     stacklevel=2,
                 )
+            return None
+        return str(path)
 
     def _collect(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> Bundle:
         bundle = Bundle(alert.to_dict(), self._guard, versions())
@@ -89,8 +113,13 @@ class Bundles:
             bundle.left_out.append("model, optimizer: sharded over the ranks")
             return bundle
         room = bundle.take("model", self._module.state_dict(), room)
-        bundle.take("optimizer", optimizer.state_dict(), room)
+        try:
+            bundle.take("optimizer", optimizer.state_dict(), room)
+        except KeyError:  # torch's own, where parameters were replaced and the old ones' state is still there
+            bundle.left_out.append("optimizer: it has state of parameters that it no longer trains")
         bundle.weight_growths = as_plain(diagnosis.weight_growths(optimizer))
+        bundle.healthy_norms = diagnosis.healthy_norms(optimizer)
+        bundle.is_from_start = diagnosis.is_from_start
         return bundle
 
 

@@ -3,32 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.forensics.flow.evidence import Evidence
-from lightning_gradguard.forensics.flow.exploded import exploded
-from lightning_gradguard.forensics.flow.factors import culprit_of
+from lightning_gradguard.forensics.flow.evidence import Changed, Evidence
+from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
 from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
-from lightning_gradguard.forensics.flow.vanished import vanished
-from lightning_gradguard.forensics.flow.weight_growth import WeightGrowth, WeightWatch
-from lightning_gradguard.forensics.nonfinite.samples import Batch
+from lightning_gradguard.forensics.flow.norm_history import NormHistory
+from lightning_gradguard.forensics.flow.report import culprit_of
+from lightning_gradguard.forensics.flow.vanishing_causes import vanishing_causes
+from lightning_gradguard.forensics.flow.weight_history import WeightGrowth, WeightHistory
+from lightning_gradguard.forensics.nonfinite.layout import layout_of
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
 from lightning_gradguard.forensics.state import State
-from lightning_gradguard.record import Position, Record
+from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.replay import TOLERANCE, Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule
 
+_SAME_LOSS = 1e-4
+"""Relative difference up to which two losses count as the same."""
+
 
 class Diagnosis:
-    """Looks into steps that vanish or explode; between them it remembers one healthy batch, and norms of weights.
+    """Looks into steps that vanish or explode.
+
+    Between them it remembers one healthy batch, the measurements of 64 steps, and norms and a few elements of the weights.
 
     Args:
         module: the one that is trained.
@@ -42,89 +50,178 @@ class Diagnosis:
         self._window = window
         self._replay = replay
         self._is_alone = is_alone
-        self._weights = WeightWatch(module.named_parameters())
+        self._weights = WeightHistory(module.named_parameters())
+        self._norms: dict[int, NormHistory] = {}
         self._healthy: dict[int, MicroBatch] = {}
-        self._last: dict[int, Record] = {}
+        self._undecided: dict[int, MicroBatch] = {}
+        self._num_noted = 0
+        self._is_from_start = False
 
-    def note(self, optimizer: Optimizer, record: Record | None) -> None:
-        """A step is done: take down its batch if it was in order. No copy and no sync; norms of weights every 16 steps."""
-        self._weights.note()
-        if record is None:
-            return
-        self._last[id(optimizer)] = record
-        if not record.verdicts and record.measurement.is_finite and (batches := self._window.of(optimizer)):
-            self._healthy[id(optimizer)] = batches[-1]
+    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
+        """A step has been decided and is about to be applied: take down its batch if it was in order.
+
+        No sync. It copies a few elements of each matrix; every 16 steps one pass of norms goes over the weights.
+
+        Args:
+            optimizer: whose step it is.
+            record: of the step; of the one before where the host has yet to learn of this one; None if there is none.
+            is_pending: whether that is so.
+        """
+        self._num_noted += 1
+        if self._num_noted == 1 and record is not None and not is_pending:
+            self._is_from_start = record.position.step == 0 and record.position.log_step == 0
+        batches = self._window.of(optimizer)
+        latest = batches[-1] if batches else None
+        if is_pending:
+            self._weights.note(optimizer)
+            latest, self._undecided[id(optimizer)] = self._undecided.get(id(optimizer)), latest  # type: ignore[assignment]
+        elif record is not None:
+            is_applied = not record.decision.skip and math.isfinite(record.measurement.global_norm)
+            self._weights.note(optimizer, record.measurement, is_applied=is_applied)
+        if record is not None and not record.verdicts and record.measurement.is_finite:
+            self._norms.setdefault(id(optimizer), NormHistory()).note(record.measurement)
+            if latest is not None:
+                self._healthy[id(optimizer)] = latest
 
     def clear(self) -> None:
-        """Let go of the batch."""
+        """Let go of the batches."""
         self._healthy.clear()
-        self._last.clear()
+        self._undecided.clear()
 
     def healthy_batch(self, optimizer: Optimizer) -> Any:
         """The batch of the last healthy step; None if there was none."""
         found = self._healthy.get(id(optimizer))
         return None if found is None else found.batch
 
+    def healthy_norms(self, optimizer: Optimizer) -> list[float]:
+        """Global gradient norms of the last healthy steps, oldest first."""
+        history = self._norms.get(id(optimizer))
+        return [] if history is None else history.norms
+
     def weight_growths(self, optimizer: Optimizer) -> tuple[WeightGrowth, ...]:
         """How the weights have moved; a few syncs."""
-        last = self._last.get(id(optimizer))
-        return self._weights.weight_growths(optimizer, {} if last is None else last.measurement.by_name)
+        return self._weights.weight_growths(optimizer)
 
-    def look(self, optimizer: Optimizer, position: Position, kind: str) -> tuple[Culprit | None, float]:
+    @property
+    def is_from_start(self) -> bool:
+        """Whether the weights have been seen before their first step."""
+        return self._is_from_start or self._num_noted == 0
+
+    def look(
+        self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str
+    ) -> tuple[Culprit | None, float]:
         """Why a step vanished or exploded, in this rank's part, and the gradient norm of that.
 
         Args:
             optimizer: whose step it is.
             position: where it is.
+            measurement: of its gradients.
             kind: "vanishing" or "explosion".
         """
         held = position.step if self._window.is_held(position.step) else None
-        flow, norm, replayed = self._run(optimizer, held, None)
-        healthy_flow, healthy_norm = None, None
-        healthy = self._healthy.get(id(optimizer))
-        if kind == "explosion" and healthy is not None:
-            healthy_flow, healthy_norm, _ = self._run(optimizer, held, healthy)
-        error, differing = None, ""
+        batches = self._window.of(optimizer, held)
+        measured = self._run(optimizer, held, batches, measurement)
+        changed = None
         if held is None and self._is_alone:
-            error, differing = self._compare(replayed)
-        weight_growths = self.weight_growths(optimizer)
-        evidence = Evidence(position.step, flow, norm, healthy_flow, healthy_norm, weight_growths, error, differing)
-        causes = vanished(evidence) if kind == "vanishing" else exploded(evidence)
-        return culprit_of(causes, flow, rank=position.rank, error=error, tolerance=TOLERANCE), norm
+            changed = self._compare(measured.replayed, measurement)
+        history = self._norms.get(id(optimizer))
+        evidence = Evidence(
+            position.step,
+            measured.flow,
+            measured.norm,
+            usual=None if history is None else history.usual(measurement),
+            weight_growths=self.weight_growths(optimizer),
+            is_from_start=self._is_from_start or (self._num_noted == 0 and position.step == position.log_step == 0),
+            changed=changed,
+        )
+        if kind == "explosion":
+            evidence = self._with_other_batches(evidence, optimizer, held, batches, measurement)
+        causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
+        error = None if changed is None else changed.error
+        return culprit_of(causes, measured.flow, rank=position.rank, error=error, tolerance=TOLERANCE), measured.norm
 
-    def _run(self, optimizer: Optimizer, held: int | None, instead: MicroBatch | None) -> tuple[Flow, float, Replayed]:
-        """Replay the step, or what it would be with another batch."""
+    def _with_other_batches(
+        self,
+        evidence: Evidence,
+        optimizer: Optimizer,
+        held: int | None,
+        batches: Sequence[MicroBatch],
+        measurement: Measurement,
+    ) -> Evidence:
+        """What the last healthy batch gives on these weights, and the step's own without the row that counts most."""
+        healthy = self._healthy.get(id(optimizer))
+        if healthy is not None and healthy.is_untouched:
+            other = self._run(optimizer, held, [healthy] * len(batches), measurement)
+            evidence = replace(evidence, healthy=other.flow, healthy_norm=other.norm)
+        found = top_row(evidence.flow)
+        if found is None or len(batches) != 1:
+            return evidence
+        (batch,) = batches
+        row, _, size = found
+        try:
+            layout = layout_of(batch.batch)
+            if layout.size != size:
+                return evidence
+            rest = exchanged(batch.batch, layout, with_row_replaced(row, size))
+            norm = self._run(optimizer, held, [replace(batch, batch=rest)], measurement).norm
+        except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
+            return evidence
+        return replace(evidence, norm_without_row=norm)
+
+    def _run(
+        self, optimizer: Optimizer, held: int | None, batches: Sequence[MicroBatch], measurement: Measurement
+    ) -> _Measured:
+        """Replay the step, or what it would be with other batches."""
         meters: list[FlowMeter] = []
 
         @contextmanager
         def observe(micro_batch: MicroBatch, state: State) -> Iterator[None]:  # noqa: ARG001 - the replay's call
-            batch = micro_batch.batch if instead is None else instead.batch
-            meters.append(FlowMeter(self._module, Batch.of(batch).size))
+            meters.append(FlowMeter(self._module, Batch.of(micro_batch.batch).size))
             with meters[-1].watch():
                 yield
 
-        def change(batch: Any) -> Any:
-            return batch if instead is None else instead.batch
-
-        replayed = self._replay.run(optimizer, step=held, observe=observe, change=change)
-        norm = _norm(replayed.gradients.values())
+        replayed = self._replay.run(optimizer, step=held, batches=batches, observe=observe)
+        watched = set(measurement.names)
+        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
+        norm = _norm(gradient for key, gradient in replayed.gradients.items() if names.get(key) in watched)
         # Of several micro-batches the one that did most.
         flow = max((meter.flow for meter in meters), key=_size, default=Flow(()))
-        return flow, norm, replayed
+        return _Measured(flow, norm, replayed)
 
-    def _compare(self, replayed: Replayed) -> tuple[float | None, str]:
-        """Relative difference between the gradients that are there and those of the replay, and where it is largest."""
+    def _compare(self, replayed: Replayed, measurement: Measurement) -> Changed | None:
+        """How the gradients that are there differ from those of the replay."""
         distances: dict[str, float] = {}
-        total = 0.0
+        norms: dict[str, tuple[float, float]] = {}
         for name, parameter in self._module.named_parameters():
             again = replayed.gradients.get(id(parameter))
             if parameter.grad is None or again is None or again.shape != parameter.grad.shape:
                 continue
             distances[name] = _norm([again.to_dense() - parameter.grad.to_dense()])
-            total = math.hypot(total, _norm([parameter.grad]))
+            norms[name] = _norm([parameter.grad]), _norm([again])
+        total = math.hypot(*(norm for norm, _ in norms.values()))
         if not total:
-            return None, ""
-        return math.hypot(*distances.values()) / total, max(distances, key=lambda name: distances[name])
+            return None
+        worst = max(distances, key=lambda name: distances[name])
+        is_same = _is_same_loss(replayed, measurement.loss)
+        return Changed(math.hypot(*distances.values()) / total, worst, *norms[worst], is_same)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What one replay has shown: the way of the gradient, its norm over the watched parameters, and the rest."""
+
+    flow: Flow
+    norm: float
+    replayed: Replayed
+
+
+def _is_same_loss(replayed: Replayed, loss: float | None) -> bool | None:
+    """Whether a replay gave the loss that the step had; None if one of them is not known."""
+    if loss is None or not replayed.losses or not math.isfinite(loss):
+        return None
+    last = float(replayed.losses[-1])
+    # The Trainer divides a loss by the number of batches that make a step.
+    return any(math.isclose(last / part, loss, rel_tol=_SAME_LOSS, abs_tol=1e-12) for part in {1, len(replayed.losses)})
 
 
 def _size(flow: Flow) -> float:

@@ -4,35 +4,43 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
 from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.layout import Layout, SampleDim, layout_of
+from lightning_gradguard.forensics.nonfinite.proof import Proof
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.samples import Batch, bisect, leaves_of, refill
+from lightning_gradguard.forensics.nonfinite.rows import Rows
+from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
+from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_MAX_BISECTION_RUNS = 24
-_MAX_BISECTION_SECONDS = 20.0
+_MAX_PROOF_RUNS = 24
+_MAX_PROOF_SECONDS = 20.0
+
+Prepare = Callable[[State], None]
+"""What is done before a replay begins."""
 
 
 class Investigation:
@@ -43,43 +51,62 @@ class Investigation:
         module: the one that is trained.
         window: the running micro-batches.
         buffers: their values from before the step.
-        max_replays: steps that are looked into, >= 0.
+        max_replays: steps that are looked into, besides the one that ends the run.
+        sample_dim: the dimension of batches that samples lie along, or that of each leaf; None: it is inferred.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair, max_replays: int
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        window: Window,
+        buffers: Buffers,
+        max_replays: int,
+        *,
+        sample_dim: SampleDim = None,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._window = window
         self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
+        self._sample_dim = sample_dim
         self.num_done = 0
         """Steps looked into so far."""
+        self._earlier = EarlierCulprits()
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
-    def note(self, optimizer: Optimizer, record: Record | None) -> None:
-        """A step is done."""
-        self.diagnosis.note(optimizer, record)
+    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
+        """A step has been decided; where `is_pending`, the record is of the one before."""
+        self.diagnosis.note(optimizer, record, is_pending=is_pending)
 
     def clear(self) -> None:
         """Let go of all batches."""
         self.diagnosis.clear()
 
-    def __call__(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
+    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool = False) -> Culprit | None:
         """Who is to blame for a step; None if it can't be told. Its gradients should still be there, to compare with.
 
-        Where several ranks train together, all of them have to ask: each replays its own part, without a collective but
+        What ends the run is looked into however many steps have been before, and is said to agree or not with those. Where
+        several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
         """
-        if self.num_done >= self._max_replays or not can_replay(self._trainer, self._module):
+        is_spent = self.num_done >= self._max_replays
+        if (is_spent and not ends_run) or not can_replay(self._trainer, self._module):
             return None
         self.num_done += 1
+        culprit = self._find(position, measurement, kind)
+        if ends_run:
+            return self._earlier.settle(position.optimizer, kind, culprit)
+        self._earlier.note(position.optimizer, kind, position.step, culprit)
+        return culprit
+
+    def _find(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         optimizer = self._trainer.optimizers[position.optimizer]
         if kind != "nonfinite":
-            return None if self._is_sharded else self._diagnose(optimizer, position, kind)
+            return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
         try:
             looked = self._look(optimizer, position)
@@ -89,11 +116,11 @@ class Investigation:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
 
-    def _diagnose(self, optimizer: Optimizer, position: Position, kind: str) -> Culprit | None:
+    def _diagnose(self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
         found: tuple[Culprit | None, float] = (None, 0.0)
         try:
-            found = self.diagnosis.look(optimizer, position, kind)
+            found = self.diagnosis.look(optimizer, position, measurement, kind)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             _warn(error)
         everyone = [found] * self._ranks.size
@@ -117,43 +144,59 @@ class Investigation:
 
     def _look(self, optimizer: Optimizer, position: Position) -> _Look:
         held = position.step if self._window.is_held(position.step) else None
-        search = _Search(self._module)
+        # What one rank replays alone may wait for the others.
+        is_alone = self._ranks.size == 1
+        search = _Search(self._module, self._sample_dim, follow_rows=not is_alone)
         begin = time.perf_counter()
         replayed = self._replay.run(optimizer, step=held, observe=search.observe, passed=search.forget)
         seconds = time.perf_counter() - begin
         looked = _Look(replayed, is_late=held is not None)
+        prepare: Prepare = _as_it_is
         reproduced, error = (False, None) if looked.is_late else compare(replayed, _trained_by(optimizer))
         blame = search.blame
-        # What one rank replays alone may wait for the others.
-        is_alone = self._ranks.size == 1
         if blame is not None and blame.is_state and is_alone:
             # The failing step may have poisoned what the module keeps. Once more, with that made finite.
-            again = _Search(self._module)
+            again = _Search(self._module, self._sample_dim)
             self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=_make_finite)
             if again.blame is not None:
-                blame, reproduced, error = again.blame, False, None
+                search, blame, reproduced, error, prepare = again, again.blame, False, None, _make_finite
         if blame is None:
             return looked
-        is_open = blame.samples is None and blame.phase in ("forward", "backward") and not blame.is_widespread
-        if is_open and len(search.sizes) == 1 and is_alone:
-            blame = replace(blame, samples=self._bisect(optimizer, held, search.sizes[0], seconds))
-        looked.culprit = culprit_of(blame, rank=position.rank, reproduced=reproduced, error=error)
+        proof = None
+        if is_alone:
+            if blame.phase != "weights":
+                search = self._follow_rows(optimizer, held, search, prepare)
+                blame = search.blame or blame
+            proof = self._proof(optimizer, held, search, seconds, prepare)
+        suspects = suspects_of(blame, search.layout, search.rows, proof)
+        looked.culprit = culprit_of(blame, suspects, rank=position.rank, reproduced=reproduced, error=error)
         return looked
 
-    def _bisect(self, optimizer: Optimizer, held: int | None, size: int, seconds: float) -> tuple[int, ...] | None:
-        """The samples without which the step is in order."""
-        if size < 2:
-            return None
+    def _follow_rows(self, optimizer: Optimizer, held: int | None, search: _Search, prepare: Prepare) -> _Search:
+        """Once more, looking at which sample each value belongs to; the search before if this finds something else."""
+        detailed = search
+        # Where two samples meet that never should, time may be the first dimension, and samples lie along the second.
+        for is_other in (False, True):
+            if is_other and (detailed.rows is None or not detailed.rows.mixes or detailed.layout.alternative is None):
+                break
+            again = _Search(self._module, self._sample_dim, follow_rows=True, is_other=is_other)
+            self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=prepare)
+            is_same = again.blame is not None and search.blame is not None and again.blame.is_like(search.blame)
+            if is_same and not (is_other and again.rows is not None and again.rows.mixes):
+                detailed = again
+        return detailed
 
-        def is_bad(keep: Sequence[int]) -> bool:
-            outcome = self._replay.run(optimizer, step=held, change=lambda batch: refill(batch, keep, size))
-            return not outcome.is_finite()
+    def _proof(self, optimizer: Optimizer, held: int | None, search: _Search, seconds: float, prepare: Prepare) -> Proof:
+        """Replays in which samples of the damaged micro-batch take the places of others."""
 
-        runs = min(_MAX_BISECTION_RUNS, int(_MAX_BISECTION_SECONDS / max(seconds, 1e-3)))
-        try:
-            return bisect(is_bad, size, runs)
-        except Exception:  # noqa: BLE001 - a batch that can't be refilled has no single culprits
-            return None
+        def is_bad(rows: Sequence[int]) -> bool:
+            def change(batch: Any) -> Any:
+                return exchanged(batch, search.layout, rows) if batch is search.batch else batch
+
+            return not self._replay.run(optimizer, step=held, change=change, prepare=prepare).is_finite()
+
+        runs = min(_MAX_PROOF_RUNS, int(_MAX_PROOF_SECONDS / max(seconds, 1e-3)))
+        return Proof(is_bad, search.layout.size, runs)
 
 
 @dataclass
@@ -189,11 +232,20 @@ def _trained_by(optimizer: Optimizer) -> list[Tensor]:
 class _Search:
     """Follows the damage through the micro-batches of one replay; the first that shows any is blamed."""
 
-    def __init__(self, module: LightningModule) -> None:
+    def __init__(
+        self, module: LightningModule, sample_dim: SampleDim = None, *, follow_rows: bool = False, is_other: bool = False
+    ) -> None:
         self._module = module
+        self._sample_dim = sample_dim
+        self._follows_rows = follow_rows
+        self._is_other = is_other
         self.blame: Blame | None = None
-        self.sizes: list[int] = []
-        """Samples in each micro-batch."""
+        self.batch: Any = None
+        """That of the micro-batch that is blamed."""
+        self.layout = Layout()
+        """Of that batch."""
+        self.rows: Rows | None = None
+        """What has followed the rows of the last one; None if nothing has."""
         self._damage: Damage | None = None
 
     def forget(self) -> None:
@@ -204,13 +256,16 @@ class _Search:
     @contextmanager
     def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
         """Watch one micro-batch."""
-        batch = Batch.of(micro_batch.batch)
-        self.sizes.append(batch.size)
         if self.blame is not None:
             yield
             return
-        self._damage = damage = Damage(self._module, batch)
-        damage.label(leaves_of(micro_batch.batch), "data")
+        self.batch = micro_batch.batch
+        layout = layout_of(micro_batch.batch, self._sample_dim)
+        self.layout = layout = layout.alternative or layout if self._is_other else layout
+        self.rows = Rows(layout) if self._follows_rows else None
+        batch = Batch.from_layout(layout)
+        self._damage = damage = Damage(self._module, batch, self.rows)
+        damage.label(layout.leaves, "data")
         damage.label(self._module.named_parameters(), "weights")
         damage.label(self._module.named_buffers(), "state")
         damage.label(state.tensors, "state")
@@ -218,7 +273,11 @@ class _Search:
             yield
         grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        self.blame = find_culprit(damage.losses, damaged, batch)
+        self.blame = find_culprit(damage.losses, damaged, batch, damage.drops)
+
+
+def _as_it_is(state: State) -> None:
+    """Nothing has to be done."""
 
 
 @torch.no_grad()

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_gradguard.act.buffers import BufferRepair
+from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.forensics.state import State, unchanged
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.trainer.packages import dummy_logger, is_lightning_module, takes_argument
 from lightning_gradguard.trainer.precision import scaler_of
+from lightning_gradguard.trainer.progress import fetches_batches
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def can_replay(trainer: Trainer, module: LightningModule) -> bool:
     Not where a `training_step` fetches its own batches, which uses them up. Nor under DDP with `find_unused_parameters`: its
     reducer notes each parameter that a backward pass reaches, in the replay too, and would wait for it in the next step.
     """
-    if takes_argument(module.training_step, "dataloader_iter", explicit=True):
+    if fetches_batches(module):
         return False
     return not getattr(trainer.strategy.model, "find_unused_parameters", False)
 
@@ -74,7 +75,7 @@ class Replay:
         buffers: their values from before the step.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, window: Window, buffers: BufferRepair) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, window: Window, buffers: Buffers) -> None:
         self._trainer = trainer
         self._module = module
         self._window = window
@@ -85,6 +86,7 @@ class Replay:
         optimizer: Optimizer,
         *,
         step: int | None = None,
+        batches: Sequence[MicroBatch] | None = None,
         observe: Observer | None = None,
         change: Callable[[Any], Any] = lambda batch: batch,
         prepare: Callable[[State], None] = lambda state: None,  # noqa: ARG005
@@ -95,13 +97,14 @@ class Replay:
         Args:
             optimizer: whose step it is.
             step: number of the decision; None: the running one.
+            batches: what to run; None: the micro-batches of the step.
             observe: what watches each micro-batch.
             change: what to put in the place of a batch.
             prepare: called before the first micro-batch; what it changes is put back as well.
             passed: called at each step before the one that is replayed; gradients until then were not its.
         """
         replayed = Replayed()
-        batches = self._window.of(optimizer, step)
+        batches = self._window.of(optimizer, step) if batches is None else batches
         reached = _Steps(optimizer, self._window.num_steps(optimizer), passed)
         with ExitStack() as stack:
             state = stack.enter_context(unchanged(self._module))
@@ -161,7 +164,7 @@ class Replay:
             parameter.requires_grad_(flag)
         self._module._param_requires_grad_state = {}
         if len(self._trainer.optimizers) == 1:
-            self._buffers.rewind_()
+            self._buffers.restore_()
         else:  # an earlier optimizer of the same batch has taken them down halfway
             self._buffers.repair_()
 

@@ -44,7 +44,7 @@ def _units(layer: Layer) -> str:
 
 
 def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float | None, tolerance: float) -> Culprit | None:
-    """The surest cause as a culprit, and the others in a word; None if nothing was found.
+    """The surest cause as a culprit, with what would tell it from others that fit; None if nothing was found.
 
     Args:
         causes: the surest first.
@@ -55,8 +55,7 @@ def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float |
     """
     if not causes:
         return None
-    first, *rest = causes
-    also = f" (also possible: {', '.join(cause.name for cause in rest)})" if rest else ""
+    first = causes[0]
     return Culprit(
         phase=first.phase,
         module=first.module,
@@ -64,8 +63,17 @@ def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float |
         rank=rank,
         reproduced=error is not None and error <= tolerance,
         error=error,
-        message=first.message + also,
+        message=_in_words(causes),
         remedy=first.remedy,
         cause=first.name,
         factors=table_of(flow),
     )
+
+
+def _in_words(causes: Sequence[Cause]) -> str:
+    first, *rest = causes
+    if not rest:
+        return first.message
+    others = "; or ".join(f"{cause.name}: {cause.message}" for cause in rest)
+    tests = "; ".join(f"if it is {cause.name}, {cause.test}" for cause in causes if cause.test)
+    return f"{first.message}. It can also be {others}" + (f". To tell them apart: {tests}" if tests else "")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.detection.trainings.base import ONSET, Kind, Training
+from benchmarks.detection.trainings.base import ONSET, Training
 from benchmarks.detection.trainings.data import Batch, cancer, diabetes, digits, sampled, scaled, sequences, text
 from benchmarks.detection.trainings.networks import (
     Transformer,
@@ -24,26 +24,9 @@ from benchmarks.detection.trainings.networks import (
     sgd,
     squared_error,
 )
+from benchmarks.diagnosis.trainings.base import CHECKED, register
 
-CHECKED: dict[str, Kind] = {}
-
-
-def _kind(cause: str, symptom: str, onset: int) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
-    def register(build: Callable[[], Training]) -> Callable[[], Training]:
-        CHECKED[build.__name__] = Kind(build.__name__, build, cause, (symptom,), onset)
-        return build
-
-    return register
-
-
-def vanishing(cause: str, onset: int = 0) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
-    """Register a training that vanishes, and why."""
-    return _kind(cause, "vanishing", onset)
-
-
-def exploding(cause: str, onset: int = ONSET) -> Callable[[Callable[[], Training]], Callable[[], Training]]:
-    """Register a training that explodes, and why."""
-    return _kind(cause, "explosion", onset)
+vanishing, exploding = register(CHECKED, "vanishing"), register(CHECKED, "explosion")
 
 
 def _digits(network: nn.Module, optimizer: torch.optim.Optimizer, size: int = 32) -> Training:

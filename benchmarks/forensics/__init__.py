@@ -1,0 +1,1 @@
+"""How often the culprit of NaN and Inf is right, on labelled failing steps."""

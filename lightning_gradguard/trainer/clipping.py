@@ -1,0 +1,72 @@
+"""Clipping that the Trainer or the module does beside the guard."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch.amp.grad_scaler import GradScaler, OptState
+
+from lightning_gradguard.act.stand_in import StandIn
+from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.trainer.packages import is_of_lightning
+from lightning_gradguard.trainer.precision import scaler_of
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+
+def clips_later(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether gradients are clipped after the guard has seen them. In manual optimization modules clip before their step."""
+    return module.automatic_optimization and (bool(trainer.gradient_clip_val) or overrides_clipping(module) is not None)
+
+
+def overrides_clipping(module: LightningModule) -> type | None:
+    """The class of a user's, in the module's ancestry, that clips by a method of its own; None if there is none."""
+    owner = next(cls for cls in type(module).__mro__ if "configure_gradient_clipping" in vars(cls))
+    return None if is_of_lightning(owner) else owner
+
+
+class ScaledClipping:
+    """Points out, once, that a module clips gradients that are still multiplied by the GradScaler's scale.
+
+    In manual optimization nobody has unscaled them when `self.clip_gradients` is called before `optimizer.step()`: its limit
+    is meant for numbers that are thousands of times smaller.
+
+    Args:
+        trainer: whose precision plugin clips.
+        scaler: of that plugin.
+    """
+
+    def __init__(self, trainer: Trainer, scaler: GradScaler) -> None:
+        self._trainer = trainer
+        self._scaler = scaler
+        self._has_warned = False
+        self._stand_in = StandIn(trainer.precision_plugin, "clip_gradients", self._look)
+
+    @classmethod
+    def watch(cls, trainer: Trainer) -> ScaledClipping | None:
+        """Where there is a scaler; None elsewhere."""
+        scaler = scaler_of(trainer)
+        return None if scaler is None else cls(trainer, scaler)
+
+    def detach(self) -> None:
+        """Leave nothing on the plugin."""
+        self._stand_in.remove()
+
+    def _look(self, clip: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+        raw = getattr(optimizer, "optimizer", optimizer)  # Lightning wraps those that it hands to a module
+        is_manual = not self._trainer.lightning_module.automatic_optimization
+        is_scaled = is_manual and self._scaler._per_optimizer_states[id(raw)]["stage"] is OptState.READY
+        if is_scaled and self._scaler.get_scale() != 1.0 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "`clip_gradients` is called on gradients that are still multiplied by the GradScaler's scale, "
+                f"{self._scaler.get_scale():g}. Its limit then holds for the scaled numbers. Call "
+                "`self.trainer.precision_plugin.scaler.unscale_(optimizer)` before it, or let the guard clip: "
+                "`GradGuard(clip=...)`, which sees true gradients.",
+                GuardWarning,
+                stacklevel=3,
+            )
+        return clip(optimizer, *args, **kwargs)

@@ -1,0 +1,106 @@
+"""Tests with other versions of Python, torch, Lightning, TensorBoard and NumPy; and of the package as it is published.
+
+`nox` runs the matrix, and writes its rows of docs/versions.md. `nox -s smoke` is its short form. A Python that is not on the
+machine is left out, and nox says so. `uv` makes the environments, since it can take the lowest versions that are allowed.
+`nox -s build wheel` makes sdist and wheel in `dist/`, and tries the wheel.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "uv"
+nox.options.download_python = "never"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["matrix"]
+
+OLDEST, NEWEST = "lowest-direct", "highest"
+
+ENVIRONMENTS = [
+    nox.param("3.10", "lightning", OLDEST, id="oldest"),
+    nox.param("3.10", "pytorch-lightning", OLDEST, id="oldest-pytorch-lightning"),
+    nox.param("3.10", "lightning", NEWEST, id="python-3.10"),
+    nox.param("3.11", "lightning", NEWEST, id="python-3.11"),
+    nox.param("3.12", "lightning", NEWEST, id="python-3.12"),
+    nox.param("3.13", "lightning", NEWEST, id="newest"),
+    nox.param("3.13", "pytorch-lightning", NEWEST, id="newest-pytorch-lightning"),
+]
+"""Python, the package that brings Lightning, and which of the allowed versions are taken. `lightning` brings both."""
+
+ROOT = Path(__file__).parent
+DIST = ROOT / "dist"
+IN_BOTH = ("/LICENSE", "/py.typed", "/static/index.js", "/__init__.py")
+"""Ends of the names of files without which a wheel or an sdist is not right."""
+
+FOR_OLD_TENSORBOARD = "setuptools>=80,<81"
+"""TensorBoard before 2.21 imports `pkg_resources`, which was taken out of setuptools."""
+
+WITH_EITHER_PACKAGE = ("tests/trainer", "tests/cli", "tests/sinks", "tests/test_guard.py")
+"""The parts that depend on Lightning most, and that run where there is only `pytorch-lightning`."""
+
+
+@nox.session
+@nox.parametrize("python,package,resolution", ENVIRONMENTS)
+def matrix(session: nox.Session, package: str, resolution: str) -> None:
+    """All tests with `lightning`; those that take either with `pytorch-lightning` alone. Then a row of docs/versions.md."""
+    _install(session, package, resolution)
+    report = f"{session.create_tmp()}/report.xml"
+    paths = ["tests", "--ignore=tests/conformance"] if package == "lightning" else [*WITH_EITHER_PACKAGE]
+    _test(session, package, *paths, f"--junitxml={report}", *session.posargs)
+    session.run("python", "docs/versions_table.py", _name(session), report)
+
+
+@nox.session
+@nox.parametrize("python,package,resolution", [ENVIRONMENTS[0], ENVIRONMENTS[-1]])
+def smoke(session: nox.Session, package: str, resolution: str) -> None:
+    """Each feature, with the oldest versions and with the newest."""
+    _install(session, package, resolution)
+    _test(session, package, *WITH_EITHER_PACKAGE, *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """The sdist, the wheel built from it, and what has to be in them."""
+    session.install("build", "twine")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("python", "-m", "build", "--outdir", str(DIST))
+    session.run("twine", "check", "--strict", *(str(path) for path in DIST.iterdir()))
+    (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
+    with zipfile.ZipFile(wheel) as opened, tarfile.open(sdist) as unpacked:
+        names = {"wheel": opened.namelist(), "sdist": unpacked.getnames()}
+    for kind, found in names.items():
+        missing = [name for name in IN_BOTH if not any(path.endswith(name) for path in found)]
+        if missing:
+            session.error(f"the {kind} lacks {', '.join(missing)}")
+
+
+@nox.session(venv_backend="venv")
+def wheel(session: nox.Session) -> None:
+    """The quickstart with the wheel in an empty environment, as a user begins. pip, since most do."""
+    (built,) = DIST.glob("*.whl")
+    session.install("-q", "-c", "constraints.txt", f"{built}[lightning]")
+    session.chdir(session.create_tmp())  # away from the sources, which would be imported instead
+    session.run("python", str(ROOT / "examples" / "quickstart.py"))
+
+
+def _install(session: nox.Session, package: str, resolution: str) -> None:
+    """The package as a user gets it, and what tests need besides."""
+    extras = [f"--extra={extra}" for extra in (package, "all", "examples")]
+    pins = [FOR_OLD_TENSORBOARD] if resolution == OLDEST else []
+    session.install(f"--resolution={resolution}", "-r", "pyproject.toml", *extras, *pins)
+    session.install("--no-deps", ".")
+    session.install("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "selenium", *pins)
+
+
+def _test(session: nox.Session, package: str, *arguments: str) -> None:
+    name = {"lightning": "lightning.pytorch", "pytorch-lightning": "pytorch_lightning"}[package]
+    session.run("pytest", *arguments, env={"GRADGUARD_TEST_PACKAGE": name})
+
+
+def _name(session: nox.Session) -> str:
+    return session.name.removeprefix("matrix(").removesuffix(")")

@@ -1,0 +1,143 @@
+"""DeepSpeed's ZeRO 1, 2 and 3 on two ranks over gloo; skipped where DeepSpeed is not installed."""
+
+from __future__ import annotations
+
+import functools
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+if find_spec("deepspeed") is None:
+    pytest.skip("needs DeepSpeed: pip install deepspeed", allow_module_level=True)
+
+from deepspeed_scenarios import CLIPPERS, NUM_STEPS, SCENARIOS, Student, play, reference_clipped, reference_norms
+
+STAGES = (1, 2, 3)
+EXPECTED = {"skip": ([True, True, False, True, True, True], None, None), "stop": ([True, True, False], 2, None)}
+EXPECTED["raise"] = ([True, True], 2, 2)
+
+
+@pytest.fixture(scope="module")
+def played(once_on_ranks, tmp_path_factory):
+    """Plays all scenarios in one process group, and looks one up."""
+
+    def find(name):
+        ranks = once_on_ranks("deepspeed", 2, play, list(SCENARIOS), str(tmp_path_factory.mktemp("deepspeed")))
+        for rank, found in enumerate(found[name] for found in ranks):
+            assert "error" not in found, f"rank {rank}: {found['error']}"
+        return [found[name] for found in ranks]
+
+    return find
+
+
+@functools.cache
+def _clipped():
+    return reference_clipped()
+
+
+@pytest.mark.parametrize("kind", ["healthy", "healthy-offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_norms_are_those_of_one_process_over_twenty_steps(stage, kind, played):
+    """Of each parameter, within 1e-6, also where it does not divide by the number of ranks; with its name and whole size."""
+    found = played(f"{kind}-{stage}")[0]
+    parameters = dict(Student().named_parameters())
+    assert found["names"] == list(parameters)
+    assert found["numels"] == [parameter.numel() for parameter in parameters.values()]
+    assert found["ndims"] == [parameter.ndim for parameter in parameters.values()]
+    norms, expected = torch.tensor(found["norms"]), torch.tensor(reference_norms())
+    assert norms.shape == expected.shape == (NUM_STEPS, len(parameters))
+    assert float(((norms - expected) / expected).abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["healthy", "healthy-offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_healthy_training_is_the_one_without_a_guard(stage, kind, played):
+    """To the last bit, on each rank, without an alert."""
+    for rank in played(f"{kind}-{stage}"):
+        assert rank["same"]
+        assert (rank["num_steps"], rank["alerts"]) == (NUM_STEPS, 0)
+
+
+@pytest.mark.parametrize("kind", ["skip", "stop", "raise", "skip-offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_nan_loss_on_one_rank_changes_nothing_on_any(stage, kind, played):
+    """Neither weights nor optimizer state; all ranks decide alike, and DeepSpeed counts the skip."""
+    action = kind.partition("-")[0]
+    for rank in played(f"{kind}-{stage}"):
+        assert (rank["moved"], rank["stopped_at"], rank["raised_at"]) == EXPECTED[action]
+        assert rank["alerts"] == [["nonfinite", action, 2, 0, 1]]
+        assert rank["engine"] == {"skip": [6, 1], "stop": [3, 1], "raise": None}[action]
+
+
+@pytest.mark.parametrize("kind", ["exploded", "bf16", "exploded-offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_step_that_the_guard_alone_finds_bad_is_skipped_by_deepspeed(stage, kind, played):
+    """In bf16 DeepSpeed does not look for NaN by itself; in offloaded partitions it has looked before."""
+    for rank in played(f"{kind}-{stage}"):
+        assert rank["moved"] == [True, True, False, True, True]
+        assert rank["num_skipped"] == 1
+        assert rank["engine"] == [5, 1]
+
+
+@pytest.mark.parametrize("clipper", CLIPPERS)
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_clippers_clip_as_on_whole_gradients(stage, clipper, played):
+    """Factor and norm after it, step by step, and the weights that come of it, as in one process."""
+    found, expected = played(f"clipped-{stage}")[0][clipper], _clipped()[clipper]
+    steps = torch.tensor(found["steps"])
+    torch.testing.assert_close(steps, torch.tensor(expected["steps"]), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(torch.tensor(found["weights"]), torch.tensor(expected["weights"]), rtol=1e-4, atol=1e-5)
+    assert float(steps[:, 0].min()) < 1.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_accumulation_is_one_decision_a_window(stage, played):
+    """Though the Trainer calls for each micro-batch; the alert names the one whose loss was NaN."""
+    ranks = played(f"accumulated-{stage}")
+    assert len(ranks[0]["norms"]) == NUM_STEPS // 2
+    assert ranks[0]["norms"] == pytest.approx(played("accumulated-1")[0]["norms"], rel=1e-6)
+    for rank in ranks:
+        assert rank["alerts"] == [["nonfinite", "skip", 1, 1, 1]]
+        assert rank["moved"] == [False, True, False, False, False, True]
+        assert rank["engine"] == [3, 1]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_histograms_and_updates_are_of_whole_parameters(stage, played):
+    """Each of 1 + 91 + 13 + 143 + 11 elements once; updates of matrices from the second step on."""
+    found = played(f"watched-{stage}")[0]
+    assert found["counted"] == [259.0] * 4
+    assert [len(row) for row in found["updates"]] == [0, 5, 5, 5]
+    is_matrix = ["weight" in name for name in found["names"]]
+    for row in found["updates"][1:]:
+        assert [0.0 < value < 0.2 for value in row] == is_matrix
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_healthy_step_is_one_collective_of_the_guards(stage, played):
+    """Of 4 bytes a parameter and 16 a rank."""
+    for rank in played(f"collectives-{stage}"):
+        assert rank["sizes"] == [4 * 7 + 16 * 2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_resumed_run_clips_and_trains_as_in_one_go(stage, played):
+    """To the last bit."""
+    ranks = played(f"resumed-{stage}")
+    assert ranks[0]["in_one_go"] == ranks[0]["in_two"]
+    assert all(rank["same"] for rank in ranks)
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("clip", "`gradient_clipping` must be unset where GradGuard clips, got 1.0"),
+        ("rollback", "The action 'rollback' must not be used under DeepSpeed"),
+        ("stage", "must be of stage 1, 2 or 3 for GradGuard, got an optimizer of type AdamW"),
+    ],
+)
+def test_deepspeed_refuses_what_it_does_itself_or_hides(what, message, played):
+    """With the setting to change."""
+    for rank in played("refused"):
+        assert message in rank[what]

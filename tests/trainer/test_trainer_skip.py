@@ -1,0 +1,141 @@
+"""A skipped step never happened: buffers, weights and the optimizer's state are as before it, in every regime."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from toys import FEATURES, Net, fit, make_batches, same
+
+from lightning_gradguard import GradGuard, GradientWarning
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+
+
+class Normalised(Net):
+    """Batch normalisation before the network, a centre that is assigned, and a counter: a batch leaves its mark in each."""
+
+    def __init__(self, faults=None, *, scale=()):
+        super().__init__(faults)
+        self.norm = nn.BatchNorm1d(FEATURES)
+        self.register_buffer("center", torch.zeros(FEATURES))
+        self.register_buffer("adjacency", torch.eye(FEATURES).to_sparse())
+        self.scale = scale
+        self.after = []
+
+    def training_step(self, batch, batch_idx):
+        number, x, y = batch
+        if int(number) in self.scale:
+            x, y = x * 1e4, y * 1e4
+        self.center = 0.9 * self.center + 0.1 * x.mean(0)
+        return super().training_step((number, self.norm((self.adjacency @ x.T).T), y), batch_idx)
+
+    def on_train_batch_end(self, *args):
+        self.after.append(self.everything())
+
+    def everything(self):
+        """All that a step can change."""
+        states = self.trainer.optimizers[0].state_dict()["state"]
+        return copy.deepcopy({**self.state_dict(), **{f"{k}.{n}": v for k, s in states.items() for n, v in s.items()}})
+
+
+def equal(a, b):
+    """Whether two of these are the same to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key].to_dense(), b[key].to_dense()) for key in a)
+
+
+@pytest.mark.parametrize("fault", ["nan", "nan_loss", "inf"])
+def test_skipped_step_leaves_all_buffers_as_they_were(fault, tmp_path):
+    """Finite ones as well: the forward pass was in order, the loss was not."""
+    net = Normalised({5: fault})
+    fit(tmp_path, net, GradGuard(), batches=make_batches(8))
+    assert equal(net.after[5], net.after[4])
+    assert not equal(net.after[6], net.after[5])
+
+
+def test_step_skipped_as_an_explosion_leaves_running_statistics_as_they_were(tmp_path):
+    """One batch x 1e4 would leave a variance of 1e7."""
+    net = Normalised(scale=[30])
+    guard = GradGuard(explosion="skip")
+    fit(tmp_path, net, guard, batches=make_batches(32))
+    assert [alert.step for alert in guard.alerts if alert.action == "skip"] == [30]
+    assert equal(net.after[30], net.after[29])
+
+
+@pytest.mark.parametrize("bad", [6, 7])
+def test_skipped_window_of_micro_batches_leaves_no_trace_of_any(bad, tmp_path):
+    """The whole window's effect is gone, whichever of its passes was bad."""
+    net = Normalised({bad: "nan"})
+    fit(tmp_path, net, GradGuard(), batches=make_batches(10), accumulate_grad_batches=2)
+    assert equal(net.after[7], net.after[5])
+    assert not equal(net.after[9], net.after[7])
+
+
+def test_what_changes_between_two_steps_survives_a_skip(tmp_path):
+    """A user's moving average of the step before is no part of the bad one."""
+
+    class Averaging(Normalised):
+        def on_train_batch_end(self, *args):
+            self.center.add_(1.0)
+            super().on_train_batch_end(*args)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.seen = self.center.clone()
+            return loss
+
+    net = Averaging({5: "nan"})
+    fit(tmp_path, net, GradGuard(), batches=make_batches(6))
+    assert torch.equal(net.after[5]["center"], net.after[4]["center"] + 1.0)
+
+
+def test_second_optimizer_that_is_skipped_keeps_what_the_first_has_done(tmp_path):
+    """In a batch with two steps only the second is undone."""
+
+    class Two(Normalised):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for index, optimizer in enumerate(self.optimizers()):
+                loss = super().training_step(batch, batch_idx)
+                if batch_idx == 3 and index == 1:
+                    loss = loss * torch.nan
+                self.marks = [*getattr(self, "marks", []), {k: v.clone() for k, v in self.norm.state_dict().items()}]
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(self.body.parameters(), 0.01), torch.optim.SGD(self.head.parameters(), 0.01)]
+
+        def everything(self):
+            return copy.deepcopy(self.state_dict())
+
+    net = Two()
+    guard = GradGuard()
+    fit(tmp_path, net, guard, batches=make_batches(5))
+    assert guard.num_skipped == 1
+    assert same({k: net.after[3][f"norm.{k}"] for k in net.marks[6]}, net.marks[6])
+
+
+@pytest.mark.parametrize("action", ["stop", "raise"])
+def test_stronger_actions_leave_buffers_as_they_were_too(action, tmp_path):
+    """They skip as well."""
+    net = Normalised({5: "nan"})
+    try:
+        fit(tmp_path, net, GradGuard(nonfinite=action), batches=make_batches(8))
+    except RuntimeError:
+        net.after.append(copy.deepcopy(net.state_dict()))
+    assert all(torch.equal(net.after[5][key].to_dense(), net.after[4][key].to_dense()) for key in net.state_dict())
+
+
+def test_warned_step_is_applied_with_all_that_it_has_done(tmp_path):
+    """Nothing is put back where nothing is skipped."""
+    net = Normalised({5: "inf"})
+    with pytest.warns(GradientWarning, match="The step is applied"):
+        fit(tmp_path, net, GradGuard(nonfinite="warn"), batches=make_batches(6))
+    assert net.after[5]["norm.num_batches_tracked"] == 6

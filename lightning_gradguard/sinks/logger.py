@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.layout import Floats
 from lightning_gradguard.record import Record
-from lightning_gradguard.sinks.tags import scalars, tag_prefix
+from lightning_gradguard.sinks.tags import LoggedNorms, scalars, tag_prefix
 
 
 class MetricsLogger(Protocol):
@@ -28,16 +28,18 @@ class LoggerSink:
 
     Args:
         logger: CSVLogger, or your own.
+        norms: of what norms are logged: "totals", "groups" or "all".
     """
 
-    def __init__(self, logger: MetricsLogger) -> None:
+    def __init__(self, logger: MetricsLogger, *, norms: LoggedNorms = "groups") -> None:
         self._logger = logger
+        self._norms: LoggedNorms = norms
 
     def write(self, record: Record) -> None:
         """Pass the scalars on."""
         if record.scalars_due or record.alerts:
             prefix = tag_prefix(record.position)
-            values = scalars(record)
+            values = scalars(record, self._norms)
             values |= {
                 f"alerts/{kind}": float(count) for kind, count in Counter(each.kind for each in record.alerts).items()
             }
@@ -57,12 +59,13 @@ class WandbSink(LoggerSink):
     Args:
         logger: Lightning's WandbLogger.
         histogram: makes what W&B draws from counts and bin edges: `wandb.Histogram`.
+        norms: as for `LoggerSink`.
     """
 
     _COLUMNS = ("step", "kind", "action", "value", "limit", "parameters", "message", "remedy")
 
-    def __init__(self, logger: Any, histogram: Callable[..., Any]) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, histogram: Callable[..., Any], *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._wandb = logger
         self._histogram = histogram
         self._rows: list[list[Any]] = []
@@ -91,8 +94,8 @@ class MlflowSink(LoggerSink):
         logger: Lightning's MLFlowLogger.
     """
 
-    def __init__(self, logger: Any) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._mlflow = logger
         self._lines: list[str] = []
 

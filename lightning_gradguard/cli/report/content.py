@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -59,12 +60,13 @@ class RunReport:
     def steps(self) -> Steps:
         """What its steps came to."""
         snapshots = [series.snapshot() for series in self.series.values() if len(series.snapshot().steps)]
+        clipped = sum(float(it.fact("num_clipped")[-1]) for it in snapshots)
         skipped = sorted({int(step) for it in snapshots for step in it.steps[it.fact("skipped") > 0]})
         return Steps(
             num_logged=sum(len(it.steps) for it in snapshots),
             first=min((int(it.steps[0]) for it in snapshots), default=None),
             last=max((int(it.steps[-1]) for it in snapshots), default=None),
-            num_clipped=sum(int(it.fact("num_clipped")[-1]) for it in snapshots),
+            num_clipped=int(clipped) if math.isfinite(clipped) else None,
             num_skipped=sum(int(it.fact("num_skipped")[-1]) for it in snapshots),
             skipped=skipped,
         )
@@ -136,14 +138,14 @@ class Steps:
     Attributes:
         num_logged: steps in the event files.
         first, last: the ends of the axis; None without event files.
-        num_clipped, num_skipped: totals of the run, steps that are not logged included.
+        num_clipped, num_skipped: totals of the run, steps that are not logged included; None where it is not known.
         skipped: which ones were skipped.
     """
 
     num_logged: int = 0
     first: int | None = None
     last: int | None = None
-    num_clipped: int = 0
+    num_clipped: int | None = 0
     num_skipped: int = 0
     skipped: list[int] = field(default_factory=list)
 

@@ -80,7 +80,9 @@ export class NormsView {
       ...Object.fromEntries(panelAxes),
       yaxis9: marks.axis((below + main) / inner, 1),
     });
-    const clipped = `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
+    const clipped = data.num_clipped === null
+      ? `${count(data.num_skipped)} steps skipped so far; what is clipped after the guard is not known here.`
+      : `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
     const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${count(data.num_steps)} logged steps are drawn, all extremes among them.` : "";
     fill(
       this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",

@@ -148,7 +148,9 @@ class Fit:
                 max_mib=options.max_bundle_mib,
                 guard=self._settings.in_words(),
             )
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
+        settings = replace(
+            self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words(), options.log_norms)
+        )
         self.guards = Guards(trainer, self._watch, settings, self._environment(), history)
         if self._quarantine is not None:
             self._quarantine.start()

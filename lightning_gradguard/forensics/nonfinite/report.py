@@ -43,7 +43,13 @@ _OTHERS: tuple[KnownFailure, ...] = (
 
 
 def culprit_of(
-    blame: Blame, suspects: Suspects, *, rank: int = 0, reproduced: bool = False, error: float | None = None
+    blame: Blame,
+    suspects: Suspects,
+    *,
+    rank: int = 0,
+    reproduced: bool = False,
+    error: float | None = None,
+    root: str = "training_step",
 ) -> Culprit:
     """Put a finding into words.
 
@@ -53,6 +59,7 @@ def culprit_of(
         rank: the process that it was found on.
         reproduced: whether the replay gave the same gradients.
         error: relative error of the replayed gradients.
+        root: the function that runs the step.
     """
     provenance = blame.provenance
     rows = rows_in_words(suspects.certain) or rows_in_words(suspects.probable, " probably")
@@ -75,12 +82,12 @@ def culprit_of(
     failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
-    place = place_in_words(provenance.location, is_hook=provenance.is_hook)
+    place = place_in_words(provenance.location, root, is_hook=provenance.is_hook)
     happened = "gave a damaged gradient" if provenance.is_custom else failure.sentence(provenance)
     if cause is not provenance:
         happened += f", where `{cause.op}` {known_failure_of(cause).sentence(cause)}"
     others = beside_in_words(blame.beside, happened)
-    message = f"`{op}` {place} {happened}{rows}{others}{way_in_words(blame.way)}"
+    message = f"`{op}` {place} {happened}{rows}{others}{way_in_words(blame.way, root)}"
     source = "" if line is None else line.source or ""
     remedies = dict.fromkeys(remedy_of(it, source) for it in (cause, *blame.beside))
     return replace(

@@ -10,8 +10,7 @@ from contextlib import ExitStack
 
 import pytest
 from disk_faults import full, quota, read_only, replaced_by_a_file, small_disk, vanished
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_package import Callback, CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Net, fit, make_batches
 

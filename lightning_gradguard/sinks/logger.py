@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.layout import Floats
 from lightning_gradguard.record import Record
 from lightning_gradguard.sinks.tags import LoggedNorms, scalars, tag_prefix
+
+_MAX_ALERTS = 1000
+"""Each is sent with every new one, so they can't be without end."""
 
 
 class MetricsLogger(Protocol):
@@ -53,8 +57,42 @@ class LoggerSink:
         return f"{type(self).__name__}({type(self._logger).__name__})"
 
 
+class CsvSink(LoggerSink):
+    """A CSV file. Rows that can't be written are given up: the logger would try them again when training ends, and end it.
+
+    Args:
+        logger: Lightning's CSVLogger.
+        norms: which norms are logged.
+    """
+
+    def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
+        self._csv = logger
+
+    def write(self, record: Record) -> None:
+        """Pass the scalars on."""
+        with self._taken_back():
+            super().write(record)
+
+    def close(self) -> None:
+        """Write out the rows that wait."""
+        with self._taken_back():
+            self._csv.save()
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[None]:
+        """Take the guard's columns out of the rows that wait, if they can't be written."""
+        try:
+            yield
+        except OSError:
+            rows = self._csv.experiment.metrics
+            kept = [{name: value for name, value in row.items() if not name.startswith("gradguard")} for row in rows]
+            rows[:] = [row for row in kept if row.keys() - {"step"}]
+            raise
+
+
 class WandbSink(LoggerSink):
-    """Weights & Biases: also histograms, and alerts as a table that grows.
+    """Weights & Biases: also histograms, and the last 1,000 alerts as a table.
 
     Args:
         logger: Lightning's WandbLogger.
@@ -68,7 +106,7 @@ class WandbSink(LoggerSink):
         super().__init__(logger, norms=norms)
         self._wandb = logger
         self._histogram = histogram
-        self._rows: list[list[Any]] = []
+        self._rows: deque[list[Any]] = deque(maxlen=_MAX_ALERTS)
 
     def write(self, record: Record) -> None:
         """Pass everything on that is due."""
@@ -81,14 +119,14 @@ class WandbSink(LoggerSink):
             self._wandb.log_metrics(drawn, step=step)
         if record.alerts:
             self._rows.extend(_row(alert) for alert in record.alerts)
-            self._wandb.log_text(key="gradguard/alerts", columns=list(self._COLUMNS), data=self._rows, step=step)
+            self._wandb.log_text(key="gradguard/alerts", columns=list(self._COLUMNS), data=list(self._rows), step=step)
 
     def _draw(self, counts: Floats, edges: Floats) -> Any:
         return self._histogram(np_histogram=(counts, edges))
 
 
 class MlflowSink(LoggerSink):
-    """MLflow: also alerts, as the artifact `gradguard/alerts.jsonl`. It has no histograms.
+    """MLflow: also the last 1,000 alerts, as the artifact `gradguard/alerts.jsonl`. It has no histograms.
 
     Args:
         logger: Lightning's MLFlowLogger.
@@ -97,7 +135,7 @@ class MlflowSink(LoggerSink):
     def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
         super().__init__(logger, norms=norms)
         self._mlflow = logger
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=_MAX_ALERTS)
 
     def write(self, record: Record) -> None:
         """Pass everything on that is due."""

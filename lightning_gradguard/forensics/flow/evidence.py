@@ -85,7 +85,8 @@ class Cause:
         message: one sentence, with figures.
         remedy: what to try.
         module: where it is, as far as it is at one place.
-        samples: rows of the batch.
+        samples: rows of the batch, where a replay has shown that it is these.
+        probable_samples: rows that it may be, where none has.
         test: what shows whether it is this cause, where another fits too.
     """
 
@@ -95,6 +96,7 @@ class Cause:
     remedy: str
     module: str = ""
     samples: tuple[int, ...] | None = None
+    probable_samples: tuple[int, ...] | None = None
     test: str = ""
 
 

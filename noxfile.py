@@ -99,7 +99,7 @@ def _install(session: nox.Session, package: str, resolution: str) -> None:
     pins = [FOR_OLD_TENSORBOARD] if resolution == OLDEST else []
     session.install(f"--resolution={resolution}", "-r", "pyproject.toml", *extras, *pins)
     session.install("--no-deps", ".")
-    session.install("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "selenium", *pins)
+    session.install("-r", "pyproject.toml", "--extra=test-tools", "--extra=docs", *pins)
 
 
 def _test(session: nox.Session, package: str, *arguments: str) -> None:

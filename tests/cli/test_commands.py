@@ -172,7 +172,7 @@ def test_command_runs_in_a_process_of_its_own(tmp_path):
     code = "import sys; sys.argv[0] = 'gradguard'; from lightning_gradguard.cli import main; main()"
     environment = {**os.environ, "COLUMNS": "200"}
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code, "alerts", str(tmp_path)],
+        [sys.executable, "-W", "error", "-W", "ignore::DeprecationWarning", "-c", code, "alerts", str(tmp_path)],
         capture_output=True,
         text=True,
         env=environment,

@@ -64,20 +64,22 @@ class RowLabels:
         before = self.get(tensor)
         if label is not None and before is not None and before.shape == label.shape and torch.equal(before, label):
             return
-        views = self._views.get(tensor.untyped_storage()._cdata)
-        if not views or tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes():
-            self._views.pop(tensor.untyped_storage()._cdata, None)
-            if label is None:
-                return
-            whole = tensor if tensor._base is None else tensor._base
-            if whole is tensor or whole.numel() <= tensor.numel() or not _is_plain(whole):
+        storage = tensor.untyped_storage()
+        views = self._views.get(storage._cdata, {})
+        if tensor.numel() * tensor.element_size() >= storage.nbytes():
+            self._views.pop(storage._cdata, None)
+            if label is not None:
                 self.put(tensor, label)
+            return
+        if not any(_is_dense(shape, stride) for _, shape, stride in views):
+            if label is None and not views:
                 return
-            views = {_geometry(whole): _uniform(NONE, whole.dim())}
-            self.put(whole, views[_geometry(whole)])
+            length = storage.nbytes() // tensor.element_size()
+            views = {(0, (length,), (1,)): _uniform(UNKNOWN if views else NONE, 1)}
+            self._storages[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
         base = _widest(views)
         changed = _with_part((base, views[base]), tensor, label)
-        self._views[tensor.untyped_storage()._cdata] = {base: changed}
+        self._views[storage._cdata] = {base: changed}
 
 
 def _is_plain(tensor: Tensor) -> bool:

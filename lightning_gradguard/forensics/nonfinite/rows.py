@@ -68,7 +68,8 @@ class Rows:
         labels: list[Tensor | None] = [None] * len(outputs)
         self._is_elementwise = False
         if has_label:
-            if operator.name == "as_strided":  # told by where it lies
+            # What is only seen in another way is told by where it lies.
+            if operator.name == "as_strided" or torch.Tag.inplace_view in func.tags:
                 return
             labels, mixes = self._told(func, operator, args, kwargs, outputs)
             self.mixes |= mixes and not is_backward  # where gradients of weights are summed, all samples meet

@@ -8,7 +8,8 @@ import { set, state } from "./state.js";
 import { colour } from "./theme.js";
 
 const GAP_PX = 12;
-const PANEL_PX = 76;
+const PANEL_PX = [40, 76];
+const MAIN_PX = 190;
 const LEGEND_PX = 44;
 
 const real = (values) => values.filter((value) => typeof value === "number");
@@ -49,8 +50,11 @@ export class NormsView {
     });
     const panels = PANELS.filter(([, curves]) => curves.some(([, field]) => real(data[field]).length > 0));
     const marks = new Marks(data.marks, plain);
-    const below = panels.length * (PANEL_PX + GAP_PX);
-    const main = Math.max(heightBelow(this.plot, 420) - LEGEND_PX - 40 - marks.height - below, 220);
+    const room = heightBelow(this.plot, 420) - LEGEND_PX - 40 - marks.height;
+    // The panels leave the norm its room, and become lower where there is little.
+    const panel = Math.min(Math.max((room - MAIN_PX) / Math.max(panels.length, 1) - GAP_PX, PANEL_PX[0]), PANEL_PX[1]);
+    const below = panels.length * (panel + GAP_PX);
+    const main = Math.max(room - below, MAIN_PX);
     const inner = marks.height + main + below;
     const traces = [
       line("global norm", data.global_norm, { color: colour("accent"), width: 2 }),
@@ -64,10 +68,10 @@ export class NormsView {
     ];
     const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, fixedrange: true, ...more });
     const panelAxes = panels.map(([title, curves, kind], index) => {
-      const top = (panels.length - index) * (PANEL_PX + GAP_PX) - GAP_PX;
+      const top = (panels.length - index) * (panel + GAP_PX) - GAP_PX;
       const values = curves.map(([, field]) => real(data[field]));
       const isLog = kind === "log" && values.flat().every((value) => value > 0);
-      return [`yaxis${index + 2}`, titled(title, { domain: [(top - PANEL_PX) / inner, top / inner], nticks: 4, ...(isLog ? logAxis(values, 3) : kind === "log" ? {} : kind) })];
+      return [`yaxis${index + 2}`, titled(title, { domain: [(top - panel) / inner, top / inner], nticks: 4, ...(isLog ? logAxis(values, 3) : kind === "log" ? {} : kind) })];
     });
     const [first, last] = [steps[0] ?? 0, steps[steps.length - 1] ?? 1];
     const settings = layout({

@@ -8,7 +8,7 @@ import { set, state } from "./state.js";
 import { colour } from "./theme.js";
 
 const GAP_PX = 12;
-const PANEL_PX = [40, 76];
+const PANEL_PX = [46, 76];
 const MAIN_PX = 190;
 const LEGEND_PX = 44;
 
@@ -19,12 +19,12 @@ const AT_DUE_STEPS = ["learning_rate", "weight_norm", "update_ratio"];
 
 // The panels below the norms: title, and the curves in it as [name, field, colour, more].
 const PANELS = [
-  ["clip coef.", [["clip coefficient", "clip_coef", "clipped"]], { range: [0, 1.05], nticks: 3 }],
+  ["clip<br>coef.", [["clip coefficient", "clip_coef", "clipped"]], { range: [0, 1.05], nticks: 3 }],
   ["loss", [["loss", "loss", "quiet"]], "log"],
-  ["learning rate", [["learning rate", "learning_rate", "accent"]], { rangemode: "tozero" }],
-  ["update / weight", [["update over weights, of the step before", "update_ratio", "other"]], "log"],
-  ["weight norm", [["weight norm", "weight_norm", "text"]], { rangemode: "tozero" }],
-  ["steps so far", [["clipped so far", "clipped_so_far", "clipped"], ["skipped so far", "skipped_so_far", "guilty", { dash: "dash" }]], { rangemode: "tozero" }],
+  ["learning<br>rate", [["learning rate", "learning_rate", "accent"]], { rangemode: "tozero" }],
+  ["update /<br>weight", [["update over weights, of the step before", "update_ratio", "other"]], "log"],
+  ["weight<br>norm", [["weight norm", "weight_norm", "text"]], { rangemode: "tozero" }],
+  ["steps<br>so far", [["clipped so far", "clipped_so_far", "clipped"], ["skipped so far", "skipped_so_far", "guilty", { dash: "dash" }]], { rangemode: "tozero" }],
 ];
 
 export class NormsView {
@@ -77,7 +77,7 @@ export class NormsView {
     const settings = layout({
       height: inner + LEGEND_PX + 40,
       hovermode: "x unified",
-      margin: { l: 72, r: 16, t: LEGEND_PX, b: 40 },
+      margin: { l: 84, r: 16, t: LEGEND_PX, b: 40 },
       shapes: state.step === null ? [] : [vertical(Number(state.step), "select", { dash: "dot" })],
       xaxis: axis({ ...STEP_AXIS, anchor: panels.length ? `y${panels.length + 1}` : "y", range: [first - 1, last + 0.01 * (last - first) + 1] }),
       yaxis: titled("gradient norm", { ...logAxis([data.global_norm, data.explosion_limit, data.clipped_norm], 8), domain: [below / inner, (below + main) / inner] }),

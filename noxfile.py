@@ -93,6 +93,13 @@ def wheel(session: nox.Session) -> None:
     session.run("python", str(ROOT / "examples" / "quickstart.py"))
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site in docs/_build; a warning is an error, and so is a link to a page or heading that is not there."""
+    session.install("-c", "constraints.txt", ".[all,docs,lightning]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "docs", "docs/_build")
+
+
 def _install(session: nox.Session, package: str, resolution: str) -> None:
     """The package as a user gets it, and what tests need besides."""
     extras = [f"--extra={extra}" for extra in (package, "all", "examples")]

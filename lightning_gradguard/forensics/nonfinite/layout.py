@@ -191,6 +191,8 @@ def _of_graphs(leaves: _Leaves, batch: Any) -> Layout | None:  # noqa: ARG001
     labels: dict[str, Tensor] = {}
     for name, leaf in leaves:
         key, length = _last_key(name), leaf.shape[0]
+        if key.endswith("ptr"):  # where each graph begins
+            continue
         if leaf is edges and of_edges is not None:
             labels[name] = along(of_edges, 2, 1)
         elif of_edges is not None and length == len(of_edges) and (key.startswith("edge") or length != len(of_nodes)):

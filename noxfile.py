@@ -40,6 +40,9 @@ IN_BOTH = ("/LICENSE", "/py.typed", "/static/index.js", "/__init__.py")
 FOR_OLD_TENSORBOARD = "setuptools>=80,<81"
 """TensorBoard before 2.21 imports `pkg_resources`, which was taken out of setuptools."""
 
+LEFT_OUT = ("conformance", "distributed", "tensorboard_plugin", "test_examples.py")
+"""Below `tests`: what takes several processes or a browser, and is run with the versions of `constraints.txt` alone."""
+
 WITH_EITHER_PACKAGE = ("tests/trainer", "tests/cli", "tests/sinks", "tests/test_guard.py")
 """The parts that depend on Lightning most, and that run where there is only `pytorch-lightning`."""
 
@@ -47,12 +50,14 @@ WITH_EITHER_PACKAGE = ("tests/trainer", "tests/cli", "tests/sinks", "tests/test_
 @nox.session
 @nox.parametrize("python,package,resolution", ENVIRONMENTS)
 def matrix(session: nox.Session, package: str, resolution: str) -> None:
-    """All tests with `lightning`; those that take either with `pytorch-lightning` alone. Then a row of docs/versions.md."""
+    """Most tests with `lightning`; those that take either with `pytorch-lightning` alone. Then a row of docs/versions.md."""
     _install(session, package, resolution)
     report = f"{session.create_tmp()}/report.xml"
-    paths = ["tests", "--ignore=tests/conformance"] if package == "lightning" else [*WITH_EITHER_PACKAGE]
-    _test(session, package, *paths, f"--junitxml={report}", *session.posargs)
-    session.run("python", "docs/versions_table.py", _name(session), report)
+    paths = ["tests", *(f"--ignore=tests/{name}" for name in LEFT_OUT)] if package == "lightning" else [*WITH_EITHER_PACKAGE]
+    try:
+        _test(session, package, *paths, f"--junitxml={report}", *session.posargs)
+    finally:  # failures are for the table, too
+        session.run("python", "docs/versions_table.py", _name(session), report)
 
 
 @nox.session
@@ -94,7 +99,7 @@ def _install(session: nox.Session, package: str, resolution: str) -> None:
     pins = [FOR_OLD_TENSORBOARD] if resolution == OLDEST else []
     session.install(f"--resolution={resolution}", "-r", "pyproject.toml", *extras, *pins)
     session.install("--no-deps", ".")
-    session.install("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "selenium", *pins)
+    session.install("-r", "pyproject.toml", "--extra=test-tools", "--extra=docs", *pins)
 
 
 def _test(session: nox.Session, package: str, *arguments: str) -> None:

@@ -116,9 +116,9 @@ def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
         healthy_flow,
         healthy_norm,
         _norm_without_row(module, bundle, flow),
-        usual_of(bundle.healthy_norms),
-        bundle.weights_have_moved(),
-        bundle.is_from_start,
+        usual=usual_of(bundle.healthy_norms),
+        weight_growths=bundle.weights_have_moved(),
+        is_from_start=bundle.is_from_start,
     )
     causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
     return Rerun(losses, norm, culprit_of_cause(causes, flow, rank=0, error=None, tolerance=0.0))

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.detectors import Vanishing
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.guard import Environment, Guard
 from lightning_gradguard.measure.parameters import WatchedParameters
@@ -34,6 +35,7 @@ from lightning_gradguard.trainer.recovery.run_state import set_random_states
 from lightning_gradguard.trainer.recovery.saving import SaveGate
 from lightning_gradguard.trainer.replay.bundles import Bundles
 from lightning_gradguard.trainer.replay.investigation import Investigation
+from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import engine_of
@@ -75,6 +77,7 @@ class Fit:
         self._window = Window()
         self._investigation: Investigation | None = None
         self._bundles: Bundles | None = None
+        self._time_probe: TimeProbe | None = None
         self._recovery: Recovery | None = None
         self._save_gate: SaveGate | None = None
         self._quarantine: Quarantine | None = None
@@ -135,11 +138,19 @@ class Fit:
             self._investigation = Investigation(
                 trainer, module, self._window, self._buffers, left, sample_dim=options.sample_dim
             )
-        if options.max_bundle_mib is not None:
+        self._follow_time()
+        if options.max_bundle_mib is not None and self._investigation is not None and self._knows_batches:
             self._bundles = Bundles(
-                trainer, module, self._window, max_mib=options.max_bundle_mib, guard=self._settings.in_words()
+                trainer,
+                module,
+                self._window,
+                self._investigation.diagnosis,
+                max_mib=options.max_bundle_mib,
+                guard=self._settings.in_words(),
             )
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
+        settings = replace(
+            self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words(), options.log_norms)
+        )
         self.guards = Guards(trainer, self._watch, settings, self._environment(), history)
         if self._quarantine is not None:
             self._quarantine.start()
@@ -274,7 +285,7 @@ class Fit:
             listener=self._note,
             clips_later=clips_later(self._trainer, self._module),
             investigate=self._investigation,
-            archive=self._archive,
+            archive=None if self._bundles is None else self._bundles.write,
         )
 
     def _watch(self, optimizer: Optimizer) -> WatchedParameters:
@@ -286,20 +297,20 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _archive(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
-        """Write a bad step down; its alerts say where."""
-        if self._bundles is None or self._investigation is None or not self._knows_batches:
-            return alerts
-        optimizer = self._trainer.optimizers[alerts[0].optimizer]
-        return self._bundles.write(alerts, optimizer, self._investigation.diagnosis)
-
     def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
         """After a step: note what a later replay needs."""
         if self._investigation is not None:
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
             self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
+        if self._time_probe is not None and (alert := self._time_probe.look(optimizer, guard.last)) is not None:
+            guard.notify(alert)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+
+    def _follow_time(self) -> None:
+        vanishing = next((it for it in self._settings.detectors if isinstance(it, Vanishing)), None)
+        if self._investigation is not None and vanishing is not None:
+            self._time_probe = self._investigation.time_probe(min(vanishing.policy.action, Action.WARN))
 
     def _position(self, index: int, guards: Guards) -> Position:
         return Position(

@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1, 2 and 3 on two ranks over gloo; skipped where DeepSpeed is not installed."""
+"""DeepSpeed's ZeRO 1, 2 and 3 on two ranks over gloo; skipped where it is not installed. See `deepspeed_scenarios.py`."""
 
 from __future__ import annotations
 

@@ -87,19 +87,24 @@ def _sample(evidence: Evidence, same: str) -> Cause | None:
     if found is None or before is None:
         return None
     row, share, size = found
-    if evidence.norm * math.sqrt(max(1.0 - share, 0.0)) > _BY_DATA * before:
-        return None
-    alone = f"{same}, and row {row} alone makes {share:.0%} of it ({1 / size:.0%} would be its part)"
+    probably = "probably " if rest is None else ""
+    alone = f"{same}, and row {row} alone {probably}makes {share:.0%} of it ({1 / size:.0%} would be its part)"
     remedy = (
         "Look at this sample: a wrong label, another unit, a broken file. A robust loss (Huber) or clipping bounds what one "
         "sample can do."
     )
     if rest is not None and rest <= _BY_DATA * before:
         alone += f"; with another row in its place the norm is {rest:.3g}"
+    elif evidence.norm * math.sqrt(max(1.0 - share, 0.0)) > _BY_DATA * before or evidence.is_place is False:
+        return None
     elif rest is not None:
-        alone += f"; another row in its place gives {rest:.3g}, so it is how the step treats this row"
+        alone += f"; with another row in its place the norm is {rest:.3g}"
+        if evidence.is_place:
+            alone += ", of which that row makes most: it is how the step treats this place"
         remedy = f"Look at what the step does with row {row}: a weight, a mask, a target that is made there."
-    return Cause("sample", "data", alone, remedy, "batch", (row,), test="without this row the batch is in order")
+    certain, probable = (None, (row,)) if rest is None else ((row,), None)
+    test = "without this row the batch is in order"
+    return Cause("sample", "data", alone, remedy, "batch", certain, probable, test)
 
 
 def top_row(flow: Flow) -> tuple[int, float, int] | None:

@@ -60,6 +60,7 @@ def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float |
         phase=first.phase,
         module=first.module,
         samples=first.samples,
+        probable_samples=first.probable_samples,
         rank=rank,
         reproduced=error is not None and error <= tolerance,
         error=error,

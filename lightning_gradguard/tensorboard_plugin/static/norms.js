@@ -13,13 +13,16 @@ const LEGEND_PX = 44;
 
 const real = (values) => values.filter((value) => typeof value === "number");
 
+// These are measured at the steps that are due; a step that is logged for its alert is no gap in them.
+const AT_DUE_STEPS = ["learning_rate", "weight_norm", "update_ratio"];
+
 // The panels below the norms: title, and the curves in it as [name, field, colour, more].
 const PANELS = [
   ["clip coef.", [["clip coefficient", "clip_coef", "clipped"]], { range: [0, 1.05], nticks: 3 }],
   ["loss", [["loss", "loss", "quiet"]], "log"],
-  ["learning rate", [["learning rate", "learning_rate", "accent"]], {}],
+  ["learning rate", [["learning rate", "learning_rate", "accent"]], { rangemode: "tozero" }],
   ["update / weight", [["update over weights, of the step before", "update_ratio", "other"]], "log"],
-  ["weight norm", [["weight norm", "weight_norm", "text"]], {}],
+  ["weight norm", [["weight norm", "weight_norm", "text"]], { rangemode: "tozero" }],
   ["steps so far", [["clipped so far", "clipped_so_far", "clipped"], ["skipped so far", "skipped_so_far", "guilty", { dash: "dash" }]], { rangemode: "tozero" }],
 ];
 
@@ -57,7 +60,7 @@ export class NormsView {
       }),
       ...marks.traces("y9"),
       ...panels.flatMap(([, curves], index) =>
-        curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false }))),
+        curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false, connectgaps: AT_DUE_STEPS.includes(field) }))),
     ];
     const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, fixedrange: true, ...more });
     const panelAxes = panels.map(([title, curves, kind], index) => {
@@ -77,7 +80,9 @@ export class NormsView {
       ...Object.fromEntries(panelAxes),
       yaxis9: marks.axis((below + main) / inner, 1),
     });
-    const clipped = `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
+    const clipped = data.num_clipped === null
+      ? `${count(data.num_skipped)} steps skipped so far; what is clipped after the guard is not known here.`
+      : `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
     const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${count(data.num_steps)} logged steps are drawn, all extremes among them.` : "";
     fill(
       this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",

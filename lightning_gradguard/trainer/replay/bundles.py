@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import distributed
-from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.errors import SinkWarning
@@ -36,16 +35,25 @@ class Bundles:
         trainer: the Trainer.
         module: the one that is trained.
         window: the running micro-batches.
+        diagnosis: what it remembers of healthy steps.
         max_mib: size of a bundle at most, in MiB.
         guard: the guard's configuration, in words.
     """
 
     def __init__(
-        self, trainer: Trainer, module: LightningModule, window: Window, *, max_mib: float, guard: dict[str, str]
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        window: Window,
+        diagnosis: Diagnosis,
+        *,
+        max_mib: float,
+        guard: dict[str, str],
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._window = window
+        self._diagnosis = diagnosis
         self._room = int(max_mib * 2**20)
         self._guard = guard
         log_dir = trainer.log_dir
@@ -53,7 +61,7 @@ class Bundles:
         self._folder = None if wants_none else Path(str(log_dir)) / "gradguard"
         self._has_failed = False
 
-    def write(self, alerts: tuple[Alert, ...], optimizer: Optimizer, diagnosis: Diagnosis) -> tuple[Alert, ...]:
+    def write(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
         """Write the step of these alerts, before the optimizer applies it. A collective if there are several ranks.
 
         Returns:
@@ -63,7 +71,7 @@ class Bundles:
         alert = next((alert for alert in alerts if alert.kind in INVESTIGATED and alert.limit > 0.0), None)
         if alert is None or self._folder is None:
             return alerts
-        path = self._written(alert, optimizer, diagnosis) if _writer(alert) == self._trainer.global_rank else None
+        path = self._written(alert) if _writer(alert) == self._trainer.global_rank else None
         paths = [path]
         if self._trainer.world_size > 1:
             paths = [None] * self._trainer.world_size
@@ -71,10 +79,10 @@ class Bundles:
         path = next((path for path in paths if path is not None), None)
         if path is None:
             return alerts
-        told = replace(alert, message=f"{alert.message} To replay it: `gradguard replay {shlex.quote(path)}`.")
+        told = replace(alert, message=f"{alert.message} It is kept for `gradguard replay {shlex.quote(path)}`.")
         return tuple(told if it is alert else it for it in alerts)
 
-    def _written(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> str | None:
+    def _written(self, alert: Alert) -> str | None:
         """Write a bundle; its path, or None if there are enough already, or it failed."""
         assert self._folder is not None
         rank = f"-rank{_writer(alert)}" if self._trainer.world_size > 1 else ""
@@ -82,7 +90,7 @@ class Bundles:
         try:
             if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
                 return None
-            self._collect(alert, optimizer, diagnosis).save(path)
+            self._collect(alert).save(path)
         except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training goes on
             if not self._has_failed:
                 self._has_failed = True
@@ -95,7 +103,8 @@ class Bundles:
             return None
         return str(path)
 
-    def _collect(self, alert: Alert, optimizer: Optimizer, diagnosis: Diagnosis) -> Bundle:
+    def _collect(self, alert: Alert) -> Bundle:
+        optimizer, diagnosis = self._trainer.optimizers[alert.optimizer], self._diagnosis
         bundle = Bundle(alert.to_dict(), self._guard, versions())
         batches = [
             {"batch": it.batch, "batch_idx": it.batch_idx, "rng": it.rng, "cuda_rng": it.cuda_rng}

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.detectors.vanishing import lost_at
 from lightning_gradguard.forensics.comparison import TOLERANCE
 from lightning_gradguard.forensics.flow.evidence import Changed, Evidence
 from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
@@ -134,9 +136,11 @@ class Diagnosis:
             weight_growths=self.weight_growths(optimizer),
             is_from_start=self._is_from_start or (self._num_noted == 0 and position.step == position.log_step == 0),
             changed=changed,
+            lost_at=lost_at(measurement),
         )
         if kind == "explosion":
-            evidence = self._with_other_batches(evidence, optimizer, held, batches, measurement)
+            replay = partial(self._run, optimizer, held, measurement=measurement)
+            evidence = self._with_other_batches(evidence, optimizer, batches, measured.index, replay)
         causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
         error = None if changed is None else changed.error
         return culprit_of(causes, measured.flow, rank=position.rank, error=error, tolerance=TOLERANCE), measured.norm
@@ -145,29 +149,38 @@ class Diagnosis:
         self,
         evidence: Evidence,
         optimizer: Optimizer,
-        held: int | None,
         batches: Sequence[MicroBatch],
-        measurement: Measurement,
+        index: int,
+        replay: Callable[[Sequence[MicroBatch]], _Measured],
     ) -> Evidence:
-        """What the last healthy batch gives on these weights, and the step's own without the row that counts most."""
+        """What the last healthy batch gives on these weights, and the step's own without the row that counts most.
+
+        Args:
+            evidence: so far.
+            optimizer: whose step it is.
+            batches: of the step.
+            index: which of them is looked at.
+            replay: runs others in their place.
+        """
         healthy = self._healthy.get(id(optimizer))
         if healthy is not None and healthy.is_untouched:
-            other = self._run(optimizer, held, [healthy] * len(batches), measurement)
+            other = replay([healthy] * len(batches))
             evidence = replace(evidence, healthy=other.flow, healthy_norm=other.norm)
         found = top_row(evidence.flow)
-        if found is None or len(batches) != 1:
+        if found is None:
             return evidence
-        (batch,) = batches
         row, _, size = found
         try:
-            layout = layout_of(batch.batch)
+            layout = layout_of(batches[index].batch)
             if layout.size != size:
                 return evidence
-            rest = exchanged(batch.batch, layout, with_row_replaced(row, size))
-            norm = self._run(optimizer, held, [replace(batch, batch=rest)], measurement).norm
+            rest = exchanged(batches[index].batch, layout, with_row_replaced(row, size))
+            instead = replace(batches[index], batch=rest)
+            other = replay([*batches[:index], instead, *batches[index + 1 :]])
         except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
             return evidence
-        return replace(evidence, norm_without_row=norm)
+        again = top_row(other.flow)
+        return replace(evidence, norm_without_row=other.norm, is_place=again is not None and again[0] == row)
 
     def _run(
         self, optimizer: Optimizer, held: int | None, batches: Sequence[MicroBatch], measurement: Measurement
@@ -186,8 +199,9 @@ class Diagnosis:
         names = {id(parameter): name for name, parameter in self._module.named_parameters()}
         norm = _norm(gradient for key, gradient in replayed.gradients.items() if names.get(key) in watched)
         # Of several micro-batches the one that did most.
-        flow = max((meter.flow for meter in meters), key=_size, default=Flow(()))
-        return _Measured(flow, norm, replayed)
+        flows = [meter.flow for meter in meters]
+        index = max(range(len(flows)), key=lambda index: _size(flows[index]), default=0)
+        return _Measured(flows[index] if flows else Flow(()), index, norm, replayed)
 
     def _compare(self, replayed: Replayed, measurement: Measurement) -> Changed | None:
         """How the gradients that are there differ from those of the replay."""
@@ -209,9 +223,17 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class _Measured:
-    """What one replay has shown: the way of the gradient, its norm over the watched parameters, and the rest."""
+    """What one replay has shown.
+
+    Attributes:
+        flow: of the micro-batch that did most.
+        index: which one that is.
+        norm: of the gradients of all watched parameters.
+        replayed: the gradients themselves.
+    """
 
     flow: Flow
+    index: int
     norm: float
     replayed: Replayed
 

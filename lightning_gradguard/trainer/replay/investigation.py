@@ -25,10 +25,12 @@ from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
+from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
+from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
@@ -79,6 +81,12 @@ class Investigation:
     def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the record is of the one before."""
         self.diagnosis.note(optimizer, record, is_pending=is_pending)
+
+    def time_probe(self, action: Action) -> TimeProbe | None:
+        """What looks whether gradients vanish in time, which no detector can see; None where nothing can be run again."""
+        if self._is_sharded or not can_replay(self._trainer, self._module):
+            return None
+        return TimeProbe(self._module, self._window, self._replay, action)
 
     def clear(self) -> None:
         """Let go of all batches."""

@@ -371,6 +371,14 @@ def _added(call: Call) -> list[_Label]:
     return [compressed(merged(low, high).reshape(whole.shape))]
 
 
+def _scattered(call: Call) -> list[_Label]:
+    """Values of another tensor, or a number, which an index puts in its places."""
+    if "src" in call.args:
+        return _moved(("self", "src"))(call)
+    index = reduced(call.label(call.args["index"]), _dims(call, call.outputs[0].dim()))
+    return [call.combine([call.label(call.args["self"]), index])]
+
+
 def _none(call: Call) -> list[_Label]:
     return [None] * len(call.outputs)
 
@@ -412,7 +420,8 @@ _RULES: dict[str, Callable[[Call], list[_Label]]] = {
                                 "unsafe_split_with_sizes unsafe_chunk"),
     **_named(_reshaped, "view _unsafe_view _reshape_alias _reshape_copy"),
     **_named(_moved(("grad_output",)), "slice_backward select_backward diagonal_backward"),
-    **_named(_moved(("self", "src")), "slice_scatter select_scatter scatter"),
+    **_named(_moved(("self", "src")), "slice_scatter select_scatter"),
+    **_named(_scattered, "scatter"),
     **_named(_moved(("self", "source")), "index_copy masked_scatter"),
     **_named(_moved(("input",)), "_pack_padded_sequence"),
     **_named(_moved(("data",)), "_pad_packed_sequence"),

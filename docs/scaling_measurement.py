@@ -24,7 +24,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_gradguard.act.buffers import Buffers
-from lightning_gradguard.guard import Environment, Guard
+from lightning_gradguard.pipeline import Environment, Pipeline
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.strategies.base import Engine
 from lightning_gradguard.trainer.strategies.deepspeed import DeepSpeed
@@ -131,7 +131,7 @@ def measure(rank: int, num_ranks: int, port: int, name: str) -> None:
             histogram_every_n_steps=interval,
         )
         parameters = engine.watch(net, optimizer, settings.only)
-        guard = Guard.from_settings(settings, parameters, Environment(50, Buffers()))
+        guard = Pipeline(settings, parameters, Environment(50, Buffers()))
         sizes: list[int] = []
         seconds = []
         for _ in range(NUM_STEPS):

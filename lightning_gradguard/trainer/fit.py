@@ -14,8 +14,8 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.detectors import Vanishing
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.guard import Environment, Guard
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.pipeline import Environment, Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -297,7 +297,7 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
+    def _look_back(self, optimizer: Optimizer, guard: Pipeline) -> None:
         """After a step: note what a later replay needs."""
         if self._investigation is not None:
             if isinstance(optimizer, torch.optim.LBFGS):

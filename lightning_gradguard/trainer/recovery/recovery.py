@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.guard import Guard
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
@@ -49,7 +49,7 @@ class Recovery:
         rollback: Rollback,
         trainer: Trainer,
         module: LightningModule,
-        guards: Sequence[Guard],
+        guards: Sequence[Pipeline],
         *,
         armed: Sequence[str],
         stop: Callable[[], None],

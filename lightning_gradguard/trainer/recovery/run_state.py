@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_gradguard.guard import Guard
 from lightning_gradguard.measure.shards import FlatShard
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.recovery.host import copy_to_host, num_bytes, put_back
 from lightning_gradguard.trainer.callback_order import callbacks_of
 from lightning_gradguard.trainer.strategies import engine_of
@@ -35,7 +35,7 @@ class RunState:
         guards: one for each optimizer.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, guards: Sequence[Guard]) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, guards: Sequence[Pipeline]) -> None:
         self._trainer = trainer
         self._module = module
         self._guards = list(guards)

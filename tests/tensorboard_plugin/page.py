@@ -49,7 +49,7 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         return self
 
-    def until(self, condition, seconds: float = 60):
+    def until(self, condition, seconds: float = 240):
         """Wait until something is so."""
         # What is drawn anew while one looks is looked at again.
         wait = WebDriverWait(self.driver, seconds, poll_frequency=0.05, ignored_exceptions=(StaleElementReferenceException,))

@@ -160,9 +160,7 @@ class Fit:
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
         if options.snapshots is not None:
-            self._recovery = Recovery(
-                options.snapshots, trainer, module, list(self.guards), armed=options.armed, stop=self._stop
-            )
+            self._recovery = Recovery(options.snapshots, trainer, module, self.guards, armed=options.armed, stop=self._stop)
             self._recovery.progress = replace(history.rollbacks)
             rank_zero_info(self._recovery.start())
         if history.random is not None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 from torch.optim import Optimizer
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class Guards:
+class Guards(Sequence[Pipeline]):
     """One guard for each optimizer, in the Trainer's order.
 
     An optimizer that takes another's place gets a guard that goes on with the other's counts, alerts and baselines.
@@ -66,7 +66,11 @@ class Guards:
     def __len__(self) -> int:
         return len(self._guards)
 
-    def __getitem__(self, index: int) -> Pipeline:
+    @overload
+    def __getitem__(self, index: int) -> Pipeline: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Pipeline]: ...
+    def __getitem__(self, index: int | slice) -> Pipeline | Sequence[Pipeline]:
         return self._guards[index]
 
     def index_of(self, optimizer: Optimizer) -> int:

@@ -56,7 +56,7 @@ class Recovery:
     ) -> None:
         self._settings = rollback
         self._trainer = trainer
-        self._guards = list(guards)
+        self._guards = guards  # not copied: an optimizer may be replaced
         self._doubtful = {*armed, *_DAMAGING}
         self._stop = stop
         self._state = RunState(trainer, module, guards)

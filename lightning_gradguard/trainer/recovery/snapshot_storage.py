@@ -145,7 +145,7 @@ class OnDisk:
     def __init__(self, trainer: Trainer, state: RunState, guards: Sequence[Pipeline], directory: str | Path) -> None:
         self._trainer = trainer
         self._state = state
-        self._guards = list(guards)
+        self._guards = guards
         self._directory = Path(directory).resolve()
         self._own: set[tuple[int, ...]] = set()
         # The first rank's finding, since it may have begun to write when another one looks.

@@ -49,6 +49,7 @@ def real_address(real_runs):
 def real_page(driver, real_address):
     """A look at the real runs, at the end of which the console must hold no error."""
     found = Page(driver, real_address)
+    found.leave()
     found.errors()
     yield found
     found.resize(1500, 950)

@@ -80,6 +80,7 @@ def address(runs):
 def page(driver, address):
     """A fresh look, at the end of which the console must hold no error."""
     found = Page(driver, address)
+    found.leave()
     found.errors()
     yield found
     assert found.errors() == []

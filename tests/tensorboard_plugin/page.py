@@ -109,6 +109,11 @@ class Page:
         """TensorBoard's own address."""
         return self.run("return window.parent.location.href")
 
+    def leave(self) -> None:
+        """Look at nothing, so that no page asks a server that is gone."""
+        self.driver.switch_to.default_content()
+        self.driver.get("about:blank")
+
     def errors(self) -> list[str]:
         """What the console holds against the page; the icon is TensorBoard's, which is not there alone."""
         entries = [entry for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]

@@ -18,7 +18,7 @@ sys.path.append(str(ROOT / "tests" / "conformance"))
 
 from cells import LOOPS, OPTIMIZERS, PRECISIONS, REASONS, TOPOLOGIES, Cell, reason_against  # noqa: E402
 
-TITLES = {"single": "One process", "ddp": "DDP", "fsdp2": "FSDP2", "tp": "Tensor parallel"}
+TITLES = {"single": "One process", "ddp": "DDP", "fsdp2": "FSDP2", "tp": "Tensor parallel", "fsdp1": "FSDP1"}
 HEAD = """# Conformance
 
 Written by `docs/conformance_table.py` from a run of `tests/conformance`; do not edit.
@@ -55,7 +55,7 @@ def main(reports: list[str]) -> None:
             passed[cell] += 1
         else:
             failed[cell].append(test)
-    letters = dict(zip(REASONS, "abcdefgh", strict=False))
+    letters = dict(zip(REASONS, "abcdefghijkl", strict=False))
     summary = f"{len(passed):,} cells, {sum(passed.values()):,} tests passed, {sum(map(len, failed.values())):,} failed."
     names = "\n".join(f"- {test.removeprefix('test_').replace('_', ' ')}" for test in sorted(tests))
     parts = [HEAD.format(tests=names, summary=summary)]

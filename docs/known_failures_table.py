@@ -21,9 +21,10 @@ Written by `docs/known_failures_table.py` from the list in the package; do not e
 What operators make NaN and infinity of, what an alert says then (with the values that were there, and the index of the first
 damaged element), and what helps. `tests/forensics/test_remedies.py` applies each change, as the alert prints it, to a line
 that fails: afterwards result and gradients are finite, and values that were in order stay as they are, or within the small
-number that the change adds. A failure without such a change has no remedy, here or in an alert.
+number that the change adds (with bfloat16, within its precision). A failure without such a change has no remedy, here or in
+an alert. What else fails on the same line is told with its own.
 
-`x`, `y` and `w` are what the line works on, `...` is the function, `m` is a mask, `t` holds targets, `p` is the exponent,
+`x`, `y` and `w` are what the line works on, `f` is the function, `m` is a mask, `t` holds targets, `p` is the exponent,
 and `bound` is the largest base, or exponent, whose power is well inside the type: the alert says the number.
 """
 NUMBERS = """
@@ -43,10 +44,9 @@ MEANINGS = {
 SAFE = """
 ## Not in the list
 These were looked at with torch 2.13 on a CPU, at the places where one would expect NaN, and gave none, forward or backward
-(`tests/forensics/test_remedies.py` runs them): {safe}.
+(`tests/forensics/test_remedies.py` runs them; `z` is all zeros, and `one` all ones): {safe}.
 
-`embedding` with an index out of range, `binary_cross_entropy` outside [0, 1], and `inv`, `solve` and `cholesky` of a matrix
-without full rank raise an error instead. `prod`, `cumprod`, sums and products beyond the largest number of float32 have no
+These raise an error instead: {raises}. `prod`, `cumprod`, sums and products beyond the largest number of float32 have no
 remedy that always works: the alert names the largest value that went in, and where it stands.
 """
 SAFE_CODE = (
@@ -65,11 +65,20 @@ SAFE_CODE = (
     "F.binary_cross_entropy(z, one.detach())",
     "F.binary_cross_entropy_with_logits(1e30 * one, z)",
     "F.scaled_dot_product_attention(one, one, one, attn_mask=z > 0)",
+    "F.scaled_dot_product_attention(one, one, one, attn_mask=z.detach() - torch.inf)",
     "torch.linalg.lstsq(one, one)[0]",
     "torch.linalg.svdvals(one)",
     "F.grid_sample(one[None, None], 1e30 * one[None, None])",
 )
 """`z` is all zeros and `one` all ones, 2 x 2."""
+RAISING_CODE = (
+    "F.embedding(torch.tensor([2]), one)",
+    "F.binary_cross_entropy(1.1 * one, z)",
+    "F.batch_norm(one, None, None, training=True, eps=0.0)",
+    "torch.linalg.inv(one)",
+    "torch.linalg.solve(one, one)",
+    "torch.linalg.cholesky(z)",
+)
 
 
 def main() -> None:
@@ -81,8 +90,8 @@ def page() -> str:
     """All of it."""
     rows = [row for failure in KNOWN_FAILURES for row in _rows(failure)]
     table = ["| failure | operators | the alert says | instead of | write |", "|---" * 5 + "|", *rows]
-    safe = ", ".join(f"`{code}`" for code in SAFE_CODE)
-    return "\n".join([HEAD, *table, NUMBERS, *_numbers(), SAFE.format(safe=safe)])
+    safe, raises = (", ".join(f"`{code}`" for code in codes) for codes in (SAFE_CODE, RAISING_CODE))
+    return "\n".join([HEAD, *table, NUMBERS, *_numbers(), SAFE.format(safe=safe, raises=raises)])
 
 
 def _rows(failure: KnownFailure) -> list[str]:
@@ -102,7 +111,7 @@ def _said(happened: str) -> str:
 def _shown(template: str) -> str:
     """With the numbers of float32; the function stays open, as it is one of several."""
     words = {name: written(value) for name, value in numbers_of(torch.float32).items()}
-    for name, text in (words | {"op": "...", "exponent": "p", "bound": "bound", "base": "w", "top": "bound"}).items():
+    for name, text in (words | {"op": "f", "exponent": "p", "bound": "bound", "base": "w", "top": "bound"}).items():
         template = template.replace(f"{{{name}}}", text)
     return template
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from typing import Any
 
 from lightning_gradguard.policy import Action
@@ -170,14 +170,14 @@ _NOT_KNOWN: Mapping[str, Any] = {
 }
 
 
-def _fields_of(cls: type, content: Any, *, required: tuple[str, ...]) -> dict[str, Any]:
-    """The values of those fields of a dataclass that a dictionary has."""
+def _fields_of(cls: type, content: Any, *, required: tuple[str, ...] | None = None) -> dict[str, Any]:
+    """The values of those fields of a dataclass that a dictionary has; required are those without a default, or these."""
     if not isinstance(content, Mapping):
         raise ValueError("it has no fields")
     values = {}
     for entry in fields(cls):
         if entry.name not in content:
-            if entry.name in required:
+            if entry.default is MISSING if required is None else entry.name in required:
                 raise ValueError(f"`{entry.name}` is missing")
             continue
         try:
@@ -215,21 +215,13 @@ def _all(convert: Callable[[Any], Any]) -> Callable[[Any], tuple[Any, ...]]:
     return converted
 
 
-def _report(value: Any) -> ParameterReport:
-    return ParameterReport(**_fields_of(ParameterReport, value, required=("name", "norm")))
-
-
-def _culprit(value: Any) -> Culprit:
-    return Culprit(**_fields_of(Culprit, value, required=("phase",)))
-
-
-def _frame(value: Any) -> Frame:
-    return Frame(**_fields_of(Frame, value, required=("file", "line", "function")))
+def _made(cls: type) -> Callable[[Any], Any]:
+    return lambda value: cls(**_fields_of(cls, value))
 
 
 _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "Action": Action,
-    "Culprit | None": _or_none(_culprit),
+    "Culprit | None": _or_none(_made(Culprit)),
     "bool": _exactly(bool),
     "float": _number,
     "float | None": _or_none(_number),
@@ -237,8 +229,8 @@ _CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "int | None": _or_none(_exactly(int)),
     "str": _exactly(str),
     "str | None": _or_none(_exactly(str)),
-    "tuple[Frame, ...]": _all(_frame),
-    "tuple[ParameterReport, ...]": _all(_report),
+    "tuple[Frame, ...]": _all(_made(Frame)),
+    "tuple[ParameterReport, ...]": _all(_made(ParameterReport)),
     "tuple[int, ...] | None": _or_none(_all(_exactly(int))),
     "tuple[str, ...]": _all(_exactly(str)),
 }

@@ -19,6 +19,7 @@ from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.forensics.raw_loop import HOW, RawLoop
 from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
@@ -58,6 +59,7 @@ class Environment:
         clips_later: whether somebody else clips after the guard.
         investigate: says who is to blame for a finding.
         archive: writes a step with these alerts down, and gives them back with where that is; called before they are told.
+        hint: what is said where nobody can tell who is to blame.
 
     Raises:
         ValueError: if `log_every_n_steps` is wrong.
@@ -70,6 +72,7 @@ class Environment:
     clips_later: bool = False
     investigate: Investigate | None = None
     archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None
+    hint: str = ""
 
     def __post_init__(self) -> None:
         require_int("log_every_n_steps", self.log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
@@ -98,6 +101,9 @@ class Guard:
             they were when the last step was applied.
         scaler: what scales the loss in fp16 training. The guard unscales the gradients by it before it looks at them (give
             `optimizer` too), and leaves the calibration of its scale alone.
+        replay: a function that runs the step again and returns the loss, as `lambda: loss_of(model(x), y)`, or runs
+            `backward()` too and returns None. It is called at up to three steps with NaN or Inf, to name the culprit; module
+            and batch are found among the variables that it uses. It must not step the optimizer.
 
     In distributed training every rank needs a guard and has to call it at the same points: ranks decide together, over
     torch's default process group.
@@ -133,6 +139,7 @@ class Guard:
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         named_buffers: Iterable[tuple[str, Tensor]] = (),
         scaler: GradScaler | None = None,
+        replay: Callable[[], Tensor | None] | None = None,
     ) -> None:
         settings = Settings.of(
             clip=clip,
@@ -149,7 +156,17 @@ class Guard:
         settings.refuse_rollback()
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
         parameters = WatchedParameters(named_parameters, optimizer, settings.only)
-        environment = Environment(log_every_n_steps, Buffers(named_buffers), scaler)
+        raw_loop = (
+            None if replay is None else RawLoop(replay, [it for it in parameters.tensors if isinstance(it, Tensor)], scaler)
+        )
+        environment = Environment(
+            log_every_n_steps,
+            Buffers(named_buffers),
+            scaler,
+            listener=None if raw_loop is None else raw_loop.note,
+            investigate=raw_loop,
+            hint=HOW if raw_loop is None else "",
+        )
         self._set_up(settings, parameters, environment)
 
     @classmethod
@@ -177,6 +194,7 @@ class Guard:
             listener=environment.listener,
             archive=environment.archive,
             clips_later=environment.clips_later,
+            hint=environment.hint,
         )
         self._investigate = environment.investigate
         self._pending: PendingStep | None = None

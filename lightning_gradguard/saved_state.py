@@ -21,9 +21,9 @@ from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector
 from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.judge.decision import Streak
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.measure.gradients import Gradients
-from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Measurement, Totals
 
 VERSION = 1
@@ -145,20 +145,20 @@ def _alert_in(entry: Any) -> Alert | None:
 
 def _mended_detector(detector: Detector, saved: Any, layout: Layout, mending: Mending) -> dict[str, Any]:
     kind = type(detector).__qualname__
-    fresh = {"type": kind, "state": copy.deepcopy(detector).state_dict(), "streak": [0, None, None]}
+    streak = Streak().state_dict()
+    fresh = {"type": kind, "state": copy.deepcopy(detector).state_dict(), "streak": streak}
     if not _is_part(saved):
         mending.note(f"the state of detector `{detector.name}` is damaged and starts afresh")
         return fresh
     if saved["type"] != kind:
-        return {**saved, "streak": [0, None, None]}  # whoever restores it says that it is another one now
+        return {**saved, "streak": streak}  # whoever restores it says that it is another one now
     problem = _problem_of(detector, saved["state"], lambda trial: _try_detector(trial, layout))
     if problem is not None:
         mending.note(f"the state of detector `{detector.name}` is damaged ({problem}) and starts afresh")
         return fresh
-    if not _is_streak(saved.get("streak")):
+    if (known := _streak_in(saved.get("streak"))) is None:
         mending.note(f"the streak of detector `{detector.name}` is damaged and starts afresh")
-        return {**saved, "streak": [0, None, None]}
-    return dict(saved)
+    return {**saved, "streak": known or streak}
 
 
 def _mended_totals(saved: Mapping[str, Any], mending: Mending) -> dict[str, Any]:
@@ -184,6 +184,7 @@ def _problem_of(part: Detector | Clipper, state: Any, try_out: Callable[[Any], N
         trial.load_state_dict(copy.deepcopy(state))
         if _is_own(part):
             _refuse_nan(state)
+            _refuse_other_types(state, copy.deepcopy(part).state_dict())
             try_out(trial)
     except Exception as error:  # noqa: BLE001 - a damaged state may raise anything
         return f"{type(error).__name__}: {error}"[:80]
@@ -197,7 +198,14 @@ def _is_own(part: object) -> bool:
 
 def _try_detector(trial: Detector, layout: Layout) -> None:
     number = len(layout.names)
-    measurement = Measurement(layout, np.ones(number), np.ones(number, dtype=np.bool_), math.sqrt(number), loss=1.0)
+    measurement = Measurement(
+        layout,
+        np.ones(number),
+        np.ones(number, dtype=np.bool_),
+        math.sqrt(number),
+        loss=1.0,
+        update_ratios=np.full(number, 1e-3),
+    )
     if math.isnan(trial.limit()):
         raise ValueError("its limit is NaN")
     trial.needs_update()
@@ -227,6 +235,21 @@ def _refuse_nan(state: Any) -> None:
         raise ValueError("it holds NaN")
 
 
+def _refuse_other_types(saved: Any, present: Any) -> None:
+    """What is a number, a text or a list in the state of a part that begins is one in every other."""
+    if isinstance(present, Mapping) and isinstance(saved, Mapping):
+        for key in present.keys() & saved.keys():
+            _refuse_other_types(saved[key], present[key])
+        return
+    if saved is None and not (isinstance(present, (int, float)) and present == 0):
+        return  # what is not a count may be None, too, where nothing is known
+    for kind in ((bool,), (int, float), (str,), (list, tuple), (Mapping,)):
+        if isinstance(present, kind):
+            if not isinstance(saved, kind):
+                raise TypeError(f"{type(saved).__name__} in the place of {kind[0].__name__}")
+            return
+
+
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, Mapping)
 
@@ -235,12 +258,18 @@ def _is_part(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("type"), str) and isinstance(value.get("state"), Mapping)
 
 
-def _is_streak(value: Any) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != 3:
-        return False
-    hits, alerted_at, action = value
-    is_action = action is None or action in [each.value for each in Action]
-    return is_count(hits) and (alerted_at is None or is_count(alerted_at)) and is_action
+def _streak_in(saved: Any) -> dict[str, Any] | None:
+    """A streak as it is saved now, of one in this layout or an earlier one; None if it is damaged."""
+    fresh = Streak().state_dict()
+    if isinstance(saved, Mapping):
+        saved = {name: saved.get(name, value) for name, value in fresh.items()}
+    try:
+        streak = Streak.from_state(saved).state_dict()
+    except Exception:  # noqa: BLE001 - a damaged state may raise anything
+        return None
+    numbers = {name: value for name, value in streak.items() if name != "alerted_action"}
+    is_sound = all(is_count(value) or (value is None and fresh[name] is None) for name, value in numbers.items())
+    return streak if is_sound else None
 
 
 def _is_counts_by_name(value: Any) -> bool:

@@ -13,12 +13,13 @@ from raw_loop import records
 
 import lightning_gradguard
 from lightning_gradguard import Action, Alert, Culprit
-from lightning_gradguard.alert import ParameterReport
+from lightning_gradguard.alert import Frame, ParameterReport
 from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.recovery.quarantine import _MAX_SAMPLES, Incident, QuarantineFile
 from lightning_gradguard.sinks import JsonlSink
 
-CULPRIT = Culprit("forward", "net.0", "div", "net.py", 3, "x / y", (1, 2), 0, True, 0.0, "`div` by 0", "Add eps.", ("a",))
+FRAME = Frame("net.py", 3, "Net.forward", "x / y")
+CULPRIT = Culprit("forward", "net.0", "div", "net.py", 3, "x / y", (1, 2), 0, True, 0.0, "by 0", "Add eps.", frames=(FRAME,))
 
 
 def schema(name):
@@ -59,6 +60,7 @@ def test_schema_of_alerts_has_the_fields_of_the_class():
     content = schema("alert").schema
     assert set(content["properties"]) == {"version", *(field.name for field in fields(Alert))}
     assert set(content["$defs"]["culprit"]["properties"]) == {field.name for field in fields(Culprit)}
+    assert set(content["$defs"]["frame"]["properties"]) == {field.name for field in fields(Frame)}
     assert set(content["$defs"]["parameter"]["properties"]) == {field.name for field in fields(ParameterReport)}
 
 

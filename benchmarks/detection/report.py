@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from benchmarks.detection import sections
 from benchmarks.detection.recording import all_of
 from benchmarks.detection.rules import PEERS, gradguard, with_updates
 from benchmarks.detection.score import Score, score
@@ -158,9 +159,9 @@ def document(halves: Sequence[Half]) -> str:
         parts += [by_detector(one).markdown(), by_rule(one).markdown()]
     parts += [_CURVE, curve([one.name for one in halves]).markdown()]
     if len(halves) == 1:
-        parts.append("The test half has not been looked at yet.")
+        parts.append("The test halves are left alone.")
     else:
-        parts.append(_REMARKS)
+        parts += [sections.published(), sections.architectures(), sections.before_the_loss(), _REMARKS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -170,6 +171,7 @@ def _lines(of: Half) -> str:
     )
     lines = [
         f"- Not found: {', '.join(of.ours.missed) or 'none'}.",
+        f"- Found by a note in the log alone: {', '.join(of.ours.noted) or 'none'}.",
         f"- False alarms: {first}; on fresh seeds of the healthy kinds {fresh}.",
     ]
     return "\n".join(lines)
@@ -201,8 +203,10 @@ and does nothing else; detectors and rules are then replayed over the recorded m
 - *Delay*: steps from onset to the first alarm. 0 means at the step itself.
 - *False alarm*: a flagged step in a healthy run, or before the onset of a sick one. Flagged steps inside a cooldown count.
 - The kinds are split (`benchmarks/detection/split.py`). Detectors were tuned on the *tuning* half. The *opened* half was the
-  first test half: its scores were looked at once, and detectors were changed after that, so it judges no longer and counts
-  as tuning material. The *test* half was written anew, and scored once, after the last change of a detector.
+  first set of unseen kinds, and the *first test* half the second: detectors were changed after their scores had been looked
+  at, so they judge no longer and count as tuning material. The *second test* half was written before the last change of a
+  detector, and scored once after it.
+- What is only logged (a branch without gradient since the first step) counts as found, and is no alarm.
 - Before any scoring the labels of all sick kinds were checked by their losses, and of some also by how far each matrix moves
   and how many of its gradient's elements are zero; a kind that turned out to learn was made a healthy one.
 - `UpdateRatio` is off by default. It has a column of its own, and may find whatever `Explosion` may.
@@ -216,36 +220,53 @@ _CURVE = """## The trade-off
 
 _REMARKS = """## What was aimed at, and what was not reached
 
-On the test half, for the default detectors:
+On the second test half, for the default detectors:
 
 | aim | reached |
 | --- | --- |
 | NaN and infinity: all found, at the step itself | yes |
 | sudden explosions: 95 %, median delay 1 step at most | yes |
-| slow explosions: 95 %, median delay 15 steps at most | all are found, but after 60 steps |
+| slow explosions: 95 %, median delay 15 steps at most | all are found, but after 50 steps; a quarter more a step earlier |
 | vanishing, dead, detached: 95 %, within `persistence` | all are found; dead ones within it, decay by depth at step 30 |
-| no false alarm on the seeds above | yes: the six counted are true, see below |
-| on fresh seeds at most 1 in 10,000 steps | yes |
-| more found than by any rule with as few false alarms | yes |
+| no false alarm on the seeds above | no: `single_samples` |
+| on fresh seeds at most 1 in 10,000 steps | no: `single_samples` |
 
-On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`, and one step of one healthy run
-is flagged; on the tuning half `bad_init_large` and one seed of `range_test_adam`.
+`single_samples` trains on one sample a step, and norms of 30 times the median are ordinary there: batches of one have
+so heavy a tail that whatever finds each spike of 30 times also finds these. That is the price of the ceiling of the
+limit, and `mlp_momentum` in the opened half pays it, too: three and six steps of two fresh seeds, of 25 to 51 times the
+usual norm. Who trains like that should pass a larger `ratio`, of which the ceiling is a multiple.
 
-The six false alarms of the test half are `sqrt_of_zero` before its onset: by chance two neighbours in a batch had equal
-codes, and the gradient was NaN there in truth. The label is wrong, and was left as it is, since the scores had been seen.
+Labels of the second test half were checked by the losses before it was scored: a residual net at a rate of 0.2, meant
+as healthy, diverged within 24 steps in all seeds and was made a sick kind; a convolutional net at a rate of one learned
+all the same and was left out.
 
-`UpdateRatio` found all that is sick from the first step in the test half, at the price of four flagged steps in 9,000
-(`adagrad_words`: Adagrad's first steps at a high rate move an embedding by a third of its size). So it stays off by
-default.
+`UpdateRatio` stays off by default. A rule was added for updates that settle, after which it raised no alarm in any
+healthy run of the first three halves at the recall that it had; the second test half then had one flagged step in one
+of 21 healthy runs (`adagrad_digits`, whose very first step moves a matrix further than its size). Besides, it needs a
+copy of the weights from one step to the next, and where parameters are sharded a collective of its own. What it finds
+and nothing else does is a rate that is a thousand times too high from the first step on (`rate_too_high_adam`,
+`rate_too_high_text`).
 
-Slow growth is found late because it is told by a trend over 64 steps, in which norm and loss rise together: shorter ones
-would not tell it from a model that begins to learn. Vanishing reports no decay by depth in its first 30 steps, since
-recurrent nets look as if they vanished then, and train later.
+On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`; on the tuning half
+`bad_init_large` and one seed of `range_test_adam`. The six false alarms of the first test half are `sqrt_of_zero`
+before its onset: by chance two neighbours in a batch had equal codes, and the gradient was NaN there in truth. The
+label is wrong, and was left as it is.
 
-These figures are those of the detectors as they were when the test half was scored. Whoever changes a detector because of a
-kind named here has used up the test half for it, and should say so and add new kinds.
+Slow growth is found late because it is told by a trend over 64 steps, in which norm and loss rise together, or the norm
+30 times while the loss does not fall: shorter ones would not tell it from a model that begins to learn. Vanishing
+reports no decay by depth in its first 30 steps, since recurrent nets look as if they vanished then, and train later.
+
+These figures are those of the detectors as they were when the second test half was scored. Whoever changes a detector
+because of a kind named here has used it up, and should say so and add new kinds.
 
 A network that is sick from its first step is found by the default detectors only once it produces NaN or infinity:
 `bad_init_large`, whose gradients are of size 1e10 from the start and shrink, has no history that would tell. An absolute
 limit finds it (`Explosion(max_norm=...)`); the fixed limits of neurolens do, too, and pay for it with hundreds of false
-alarms in 10,000 steps. That is the other trade-off: absolute limits add those kinds, and alarm on every summed loss."""
+alarms in 10,000 steps. That is the other trade-off: absolute limits add those kinds, and alarm on every summed loss.
+
+## The scores before
+
+Of the first test half, when it was new and had not been seen, under the detectors of that time: sudden 100 %, slow 100
+% (after 60.5 steps), from step 0 50 %, NaN, infinity and fp16 100 %, vanishing 100 %, dead 100 %; six false alarms in
+12,603 healthy steps, all `sqrt_of_zero`, none in 9,000 of fresh seeds; with `UpdateRatio` from step 0 100 %, and 3 of
+30 healthy runs alarmed."""

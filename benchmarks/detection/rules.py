@@ -22,6 +22,9 @@ from lightning_gradguard.layout import Partition, module_of
 Fired = list[frozenset[str]]
 Rule = Callable[[Recording], Fired]
 
+LOGGED = "logged "
+"""Stands before the kind of what is a note in the log, and no alarm."""
+
 _SOMETHING, _NOTHING = frozenset({"alarm"}), frozenset[str]()
 
 
@@ -38,7 +41,8 @@ def with_updates() -> list[Detector]:
 def gradguard(make: Callable[[], Sequence[Detector]] = defaults) -> Rule:
     """Our detectors, driven as a guard drives them: they learn only from steps that are applied.
 
-    A step is flagged by the kinds of its verdicts at warn or above; silence inside a cooldown doesn't count as silence here.
+    A step is flagged by the kinds of its verdicts, those that are only logged apart; silence inside a cooldown doesn't count
+    as silence here.
     """
 
     def rule(recording: Recording) -> Fired:
@@ -49,7 +53,9 @@ def gradguard(make: Callable[[], Sequence[Detector]] = defaults) -> Rule:
             judgement = judge.judge(step if is_measured else replace(step, update_ratios=None))
             is_measured = judge.needs_update()
             named = zip(judgement.verdicts, judgement.decision.actions, strict=True)
-            fired.append(frozenset(verdict.kind for verdict, action in named if action >= Action.WARN))
+            fired.append(
+                frozenset(verdict.kind if action >= Action.WARN else LOGGED + verdict.kind for verdict, action in named)
+            )
         return fired
 
     return rule

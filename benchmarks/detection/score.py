@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from benchmarks.detection.recording import Recording
-from benchmarks.detection.rules import Rule
+from benchmarks.detection.rules import LOGGED, Rule
 
 WITHIN = 100
 """Steps after the onset within which a fault has to be found."""
@@ -28,6 +28,7 @@ class Score:
         alarmed: healthy runs with a false alarm, and how many steps were flagged.
         healthy_runs: how many.
         missed: sick runs that were not found.
+        noted: sick runs that were found by a note in the log alone.
     """
 
     delays: dict[str, list[int | None]] = field(default_factory=dict)
@@ -36,6 +37,7 @@ class Score:
     alarmed: dict[str, int] = field(default_factory=dict)
     healthy_runs: int = 0
     missed: list[str] = field(default_factory=list)
+    noted: list[str] = field(default_factory=list)
 
     @property
     def recall(self) -> float:
@@ -74,12 +76,12 @@ def score(
     for recording in recordings:
         fired = rule(recording)
         if kinds is not None:
-            fired = [names & frozenset(kinds) for names in fired]
+            fired = [names & {*kinds, *(LOGGED + kind for kind in kinds)} for names in fired]
         kind = recording.kind
         name = f"{kind.name} (seed {recording.seed})"
         healthy = fired if kind.is_healthy else fired[: kind.onset]
         result.healthy_steps += len(healthy)
-        number = sum(bool(names) for names in healthy)
+        number = sum(not all(name.startswith(LOGGED) for name in names) for names in healthy)
         result.false_alarms += number
         result.healthy_runs += kind.is_healthy
         if number:
@@ -87,10 +89,14 @@ def score(
         if kind.is_healthy:
             continue
         wanted = None if any_kind else frozenset(kind.must_find) | {_ALSO[name] for name in kind.must_find if name in _ALSO}
+        if wanted is not None:
+            wanted |= {LOGGED + name for name in wanted}
         after = fired[kind.onset : kind.onset + WITHIN + 1]
         hits = (step for step, names in enumerate(after) if (names if wanted is None else names & wanted))
         delay = next(hits, None)
         result.delays.setdefault(kind.fault, []).append(delay)
         if delay is None:
             result.missed.append(name)
+        elif all(one.startswith(LOGGED) for names in after for one in names):
+            result.noted.append(name)
     return result

@@ -20,12 +20,10 @@ from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
 from lightning_gradguard.forensics.flow.norm_history import usual_of
 from lightning_gradguard.forensics.flow.report import culprit_of as culprit_of_cause
 from lightning_gradguard.forensics.flow.vanishing_causes import vanishing_causes
-from lightning_gradguard.forensics.nonfinite.blame import find_culprit
-from lightning_gradguard.forensics.nonfinite.damage import Damage
 from lightning_gradguard.forensics.nonfinite.layout import layout_of
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.rows import Rows
 from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import unchanged
 
@@ -87,26 +85,11 @@ def _check(module: nn.Module, bundle: Bundle) -> None:
 
 def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
     """Who made the damage."""
-    found: list[Culprit] = []
-
-    @contextmanager
-    def watch(entry: dict[str, Any]) -> Iterator[None]:
-        layout = layout_of(entry["batch"])
-        batch, rows = Batch.from_layout(layout), Rows(layout)
-        damage = Damage(module, batch, rows)
-        damage.label(layout.leaves, "data")
-        damage.label(module.named_parameters(), "weights")
-        damage.label(module.named_buffers(), "state")
-        with damage.watch():
-            yield
-        grads = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        blame = find_culprit(damage.losses, damaged, batch, damage.drops)
-        if blame is not None:
-            found.append(culprit_of(blame, suspects_of(blame, layout, rows, None)))
-
-    losses, norm = _run(module, bundle.batches, watch)
-    return Rerun(losses, norm, found[0] if found else None)
+    search = Search(module, follow_rows=True)
+    losses, norm = _run(module, bundle.batches, lambda entry: search.watch(entry["batch"]))
+    blame = search.blame
+    culprit = None if blame is None else culprit_of(blame, suspects_of(blame, search.layout, search.rows, None))
+    return Rerun(losses, norm, culprit)
 
 
 def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:

@@ -110,7 +110,9 @@ class WatchedParameters:
         left_out = [] if self.only.keeps_all else [pair for pair in named if not self.only.keeps(pair[0])]
         self.tensors, self.layout = _split(kept)
         self.excluded, self.excluded_layout = _split(left_out)
-        self.is_uniform = len({(tensor.device, tensor.dtype) for tensor in self.tensors}) <= 1
+        # What an engine keeps gradients in need not be what it keeps weights in.
+        has_shards = any(isinstance(parameter, FlatShard) for parameter in self.tensors)
+        self.is_uniform = not has_shards and len({(tensor.device, tensor.dtype) for tensor in self.tensors}) <= 1
         self.is_sharded = is_sharded(self.everything)
 
 

@@ -37,3 +37,10 @@ class LossScaling:
         has_gradients = any(parameter.grad is not None for group in groups for parameter in group["params"])
         if stage is OptState.READY and has_gradients:
             self._scaler.unscale_(self._optimizer)
+            self._let_fused_read_it()
+
+    def _let_fused_read_it(self) -> None:
+        """Make a scalar of what was found: FSDP1's scaler keeps a vector of one, which torch's fused Adam refuses."""
+        found = self._scaler._per_optimizer_states[id(self._optimizer)]["found_inf_per_device"]
+        for device, is_infinite in found.items():
+            found[device] = is_infinite.reshape(())

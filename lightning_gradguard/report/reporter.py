@@ -52,6 +52,7 @@ class Reporter:
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
+        hint: what the remedy of NaN and Inf says besides where no culprit is named.
     """
 
     def __init__(
@@ -62,12 +63,14 @@ class Reporter:
         listener: Callable[[Record], None] | None = None,
         archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None,
         clips_later: bool = False,
+        hint: str = "",
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
         self._listener = listener
         self._archive = archive
         self._clips_later = clips_later
+        self._hint = hint
         self._notices: list[Alert] = []
         self.totals = Totals()
         """Counts so far."""
@@ -77,6 +80,11 @@ class Reporter:
         """The last step."""
         self.stopped_by: Alert | None = None
         """What asked for the end of training; None: nothing has."""
+
+    def _with_hint(self, alert: Alert) -> Alert:
+        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None:
+            return alert
+        return replace(alert, remedy=f"{alert.remedy} {self._hint}")
 
     def report(self, step: DecidedStep, *, replaces_last: bool = False) -> Record:
         """Count a step, and tell.
@@ -92,6 +100,7 @@ class Reporter:
             self.totals = without_last_step(self.totals)
         judgement = step.judgement
         found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        found = tuple(self._with_hint(alert) for alert in found)
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self.totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)

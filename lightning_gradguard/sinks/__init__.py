@@ -3,11 +3,12 @@
 from lightning_gradguard.sinks.base import FunctionSink, Sink
 from lightning_gradguard.sinks.console import ConsoleSink
 from lightning_gradguard.sinks.jsonl import JsonlSink
-from lightning_gradguard.sinks.logger import LoggerSink, MlflowSink, WandbSink
+from lightning_gradguard.sinks.logger import CsvSink, LoggerSink, MlflowSink, WandbSink
 from lightning_gradguard.sinks.tensorboard import TensorBoardSink
 
 __all__ = [
     "ConsoleSink",
+    "CsvSink",
     "FunctionSink",
     "JsonlSink",
     "LoggerSink",

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.layout import Floats
 from lightning_gradguard.record import Record
-from lightning_gradguard.sinks.tags import scalars, tag_prefix
+from lightning_gradguard.sinks.tags import LoggedNorms, scalars, tag_prefix
+
+_MAX_ALERTS = 1000
+"""Each is sent with every new one, so they can't be without end."""
 
 
 class MetricsLogger(Protocol):
@@ -28,16 +32,18 @@ class LoggerSink:
 
     Args:
         logger: CSVLogger, or your own.
+        norms: of what norms are logged: "totals", "groups" or "all".
     """
 
-    def __init__(self, logger: MetricsLogger) -> None:
+    def __init__(self, logger: MetricsLogger, *, norms: LoggedNorms = "groups") -> None:
         self._logger = logger
+        self._norms: LoggedNorms = norms
 
     def write(self, record: Record) -> None:
         """Pass the scalars on."""
         if record.scalars_due or record.alerts:
             prefix = tag_prefix(record.position)
-            values = scalars(record)
+            values = scalars(record, self._norms)
             values |= {
                 f"alerts/{kind}": float(count) for kind, count in Counter(each.kind for each in record.alerts).items()
             }
@@ -51,21 +57,56 @@ class LoggerSink:
         return f"{type(self).__name__}({type(self._logger).__name__})"
 
 
+class CsvSink(LoggerSink):
+    """A CSV file. Rows that can't be written are given up: the logger would try them again when training ends, and end it.
+
+    Args:
+        logger: Lightning's CSVLogger.
+        norms: which norms are logged.
+    """
+
+    def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
+        self._csv = logger
+
+    def write(self, record: Record) -> None:
+        """Pass the scalars on."""
+        with self._taken_back():
+            super().write(record)
+
+    def close(self) -> None:
+        """Write out the rows that wait."""
+        with self._taken_back():
+            self._csv.save()
+
+    @contextmanager
+    def _taken_back(self) -> Iterator[None]:
+        """Take the guard's columns out of the rows that wait, if they can't be written."""
+        try:
+            yield
+        except OSError:
+            rows = self._csv.experiment.metrics
+            kept = [{name: value for name, value in row.items() if not name.startswith("gradguard")} for row in rows]
+            rows[:] = [row for row in kept if row.keys() - {"step"}]
+            raise
+
+
 class WandbSink(LoggerSink):
-    """Weights & Biases: also histograms, and alerts as a table that grows.
+    """Weights & Biases: also histograms, and the last 1,000 alerts as a table.
 
     Args:
         logger: Lightning's WandbLogger.
         histogram: makes what W&B draws from counts and bin edges: `wandb.Histogram`.
+        norms: as for `LoggerSink`.
     """
 
     _COLUMNS = ("step", "kind", "action", "value", "limit", "parameters", "message", "remedy")
 
-    def __init__(self, logger: Any, histogram: Callable[..., Any]) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, histogram: Callable[..., Any], *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._wandb = logger
         self._histogram = histogram
-        self._rows: list[list[Any]] = []
+        self._rows: deque[list[Any]] = deque(maxlen=_MAX_ALERTS)
 
     def write(self, record: Record) -> None:
         """Pass everything on that is due."""
@@ -78,23 +119,23 @@ class WandbSink(LoggerSink):
             self._wandb.log_metrics(drawn, step=step)
         if record.alerts:
             self._rows.extend(_row(alert) for alert in record.alerts)
-            self._wandb.log_text(key="gradguard/alerts", columns=list(self._COLUMNS), data=self._rows, step=step)
+            self._wandb.log_text(key="gradguard/alerts", columns=list(self._COLUMNS), data=list(self._rows), step=step)
 
     def _draw(self, counts: Floats, edges: Floats) -> Any:
         return self._histogram(np_histogram=(counts, edges))
 
 
 class MlflowSink(LoggerSink):
-    """MLflow: also alerts, as the artifact `gradguard/alerts.jsonl`. It has no histograms.
+    """MLflow: also the last 1,000 alerts, as the artifact `gradguard/alerts.jsonl`. It has no histograms.
 
     Args:
         logger: Lightning's MLFlowLogger.
     """
 
-    def __init__(self, logger: Any) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._mlflow = logger
-        self._lines: list[str] = []
+        self._lines: deque[str] = deque(maxlen=_MAX_ALERTS)
 
     def write(self, record: Record) -> None:
         """Pass everything on that is due."""

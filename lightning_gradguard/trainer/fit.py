@@ -148,10 +148,14 @@ class Fit:
                 max_mib=options.max_bundle_mib,
                 guard=self._settings.in_words(),
             )
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
+        settings = replace(
+            self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words(), options.log_norms)
+        )
         self.guards = Guards(trainer, self._watch, settings, self._environment(), history)
         if self._quarantine is not None:
             self._quarantine.start()
+            if (find := self._investigation) is not None:
+                self._quarantine.find_culprit = lambda record: find(record.position, record.measurement, "nonfinite")
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 PRECISIONS = ("fp32", "fp64", "bf16-mixed", "bf16-true", "fp16")
 OPTIMIZERS = ("sgd_foreach", "sgd_forloop", "sgd_fused", "adamw_foreach", "adamw_forloop", "adamw_fused", "lbfgs")
 LOOPS = ("automatic", "accumulation", "manual", "gan")
-TOPOLOGIES = ("single", "ddp", "fsdp2", "tp")
+TOPOLOGIES = ("single", "ddp", "fsdp2", "tp", "fsdp1")
 
 
 class Cell(NamedTuple):
@@ -50,14 +50,21 @@ REASONS = {
     ),
     "fused-sgd-dtensor": "torch has no fused SGD for DTensors.",
     "lbfgs-fsdp2": "torch's LBFGS flattens each gradient, which DTensors refuse for shards of unequal size.",
+    "lbfgs-fsdp1": "LBFGS takes the piece that a rank holds for the whole, so GradGuard refuses it under FSDP1.",
+    "fp64-fsdp1": "Lightning's FSDP1 strategy has no fp64.",
+    "manual-fsdp1": (
+        "Lightning calls `training_step` inside of FSDP1's forward pass, in which torch's FSDP1 takes no backward pass, so "
+        "there is no manual optimization, guard or not."
+    ),
 }
 """Why a combination can't exist, by the name that `reason_against` gives it."""
 
 
 def reason_against(cell: Cell) -> str | None:
     """Key of the reason why a cell can't exist; None if it can."""
-    is_sharded = cell.topology in ("fsdp2", "tp")
-    if cell.optimizer == "sgd_fused" and is_sharded:
+    if cell.topology == "fsdp1" and (cell.precision == "fp64" or cell.loop in ("manual", "gan")):
+        return "fp64-fsdp1" if cell.precision == "fp64" else "manual-fsdp1"
+    if cell.optimizer == "sgd_fused" and cell.topology in ("fsdp2", "tp"):
         return "fused-sgd-dtensor"
     if cell.optimizer != "lbfgs":
         return None
@@ -65,7 +72,7 @@ def reason_against(cell: Cell) -> str | None:
         return "lbfgs-fp16"
     if cell.loop == "accumulation":
         return "lbfgs-accumulation"
-    return "lbfgs-fsdp2" if cell.topology == "fsdp2" else None
+    return f"lbfgs-{cell.topology}" if cell.topology in ("fsdp2", "fsdp1") else None
 
 
 ALL_CELLS = [

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from cells import Cell
+from fsdp1 import CPUPrecision, CPUStrategy
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
@@ -19,6 +20,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn import functional
@@ -164,8 +166,9 @@ class Student(LightningModule):
             self._begin_step(batch_idx)
         is_bad = is_bad and self.run_.spoil and self.global_rank == self.run_.num_ranks - 1
         x, noise = batch
-        dtype = self.second[0].weight.dtype
-        x, noise = x.to(dtype), noise.to(dtype)
+        if self.cell.topology != "fsdp1":  # which casts them, and holds its weights in another type than it computes in
+            dtype = self.second[0].weight.dtype
+            x, noise = x.to(dtype), noise.to(dtype)
         spoil = float("nan") if is_bad else 1.0
         if self.automatic_optimization:
             return self._regress(x) * spoil
@@ -225,19 +228,27 @@ class Student(LightningModule):
 
     def _look_by_hand(self, optimizer: torch.optim.Optimizer) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        scale = 1.0
         if scaler is not None and self.cell.optimizer.endswith("fused"):
-            scaler.unscale_(optimizer)
+            if self.cell.topology == "fsdp1":  # whose `unscale_` leaves what torch's fused Adam can't read
+                scale = scaler.get_scale()
+            else:
+                scaler.unscale_(optimizer)
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        norm = torch.stack([_whole(parameter.grad).double().norm() for parameter in parameters]).norm()
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = torch.stack([_whole(gradient).double().norm() for gradient in gradients]).norm() / scale
+        if self.cell.topology == "fsdp1":
+            square = norm.square()
+            distributed.all_reduce(square)
+            norm = square.sqrt()
         index = [id(entry) for entry in self.trainer.optimizers].index(id(optimizer))
         self.run_.norms.setdefault((self.step_index, index), float(norm))
         if not self.run_.clip_by_hand:
             return
-        if self.cell.topology in ("fsdp2", "tp"):  # torch's own refuses a mix of DTensors and plain tensors
-            for parameter in parameters:
-                parameter.grad.mul_(float((MAX_NORM / (norm + 1e-6)).clamp(max=1.0)))
+        if self.cell.topology in ("fsdp2", "tp", "fsdp1"):  # torch's own refuses a mix of DTensors and plain tensors
+            for gradient in gradients:
+                gradient.mul_(float((MAX_NORM / (norm + 1e-6)).clamp(max=1.0)))
         else:  # `clip_grad_norm_` in two: of bf16 gradients it would compute the norm in bf16
-            gradients = [parameter.grad for parameter in parameters]
             wide = [grad.float() if grad.dtype is torch.bfloat16 else grad for grad in gradients]
             clip_grads_with_norm_(parameters, MAX_NORM, get_total_norm(wide))
 
@@ -299,6 +310,8 @@ def _bad_backward(cell: Cell) -> int:
 def _strategy(cell: Cell, num_ranks: int) -> Strategy | str:
     if cell.topology == "single":
         return "auto"
+    if cell.topology == "fsdp1":
+        return CPUStrategy(auto_wrap_policy=ModuleWrapPolicy({nn.Linear}), process_group_backend="gloo")
     if cell.topology == "ddp":
         return DDPStrategy(process_group_backend="gloo", find_unused_parameters=cell.loop == "gan")
     sizes = {"data_parallel_size": num_ranks, "tensor_parallel_size": 1}
@@ -308,6 +321,8 @@ def _strategy(cell: Cell, num_ranks: int) -> Strategy | str:
 
 
 def _precision(cell: Cell) -> Precision:
+    if cell.topology == "fsdp1":
+        return CPUPrecision({"fp32": "32-true", "fp16": "16-mixed"}.get(cell.precision, cell.precision), LOSS_SCALE)
     return {
         "fp32": Precision,
         "fp64": DoublePrecision,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import csv
 import math
 
 import numpy as np
 import pytest
 from builders import measurement
 
+from benchmarks.detection import before_loss, public, rules
 from benchmarks.detection import recording as recordings
-from benchmarks.detection import rules
 from benchmarks.detection.recording import Recording, recorded, run
 from benchmarks.detection.score import score
 from benchmarks.detection.split import HALVES
 from benchmarks.detection.trainings import KINDS, Kind
+from benchmarks.detection.trainings.architectures import ARCHITECTURES
+from benchmarks.detection.trainings.architectures import STEPS as ARCHITECTURE_STEPS
 
 HEALTHY = Kind("calm", KINDS["mlp_adam"].build)
 SICK = Kind("spiked", KINDS["mlp_adam"].build, "a fault", ("explosion",), onset=30)
@@ -98,3 +101,46 @@ def test_detectors_at_default_settings_raise_no_alarm_on_healthy_kinds():
     """One seed of each, all of them run afresh or from the cache."""
     healthy = [recorded(kind, 0) for kind in KINDS.values() if kind.is_healthy]
     assert score(rules.gradguard(), healthy).alarmed == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_detectors_at_default_settings_raise_no_alarm_on_architectures(name):
+    """A few of the twelve, run afresh or from the cache."""
+    found = score(rules.gradguard(), [recorded(ARCHITECTURES[name], 0, ARCHITECTURE_STEPS)])
+    assert found.alarmed == {}
+
+
+def test_published_histories_each_have_a_source_and_a_licence():
+    """What others have published is named."""
+    with (public.FOLDER / "index.csv").open(encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["file"] for row in rows} == {path.name for path in public.FOLDER.glob("*.csv.gz")}
+    assert all(row["source"].startswith("github.com/") and row["licence"] in {"MIT", "Apache-2.0"} for row in rows)
+
+
+@pytest.mark.parametrize("name", ["translation_noisy", "vit_lora_every500", "nli_every10", "self_play_rl"])
+def test_published_history_spike_of_thirty_times_is_found(name):
+    """In the noisiest, too; by the detector itself."""
+    history = next(each for each in public.histories() if each.name == name)
+    assert public.found(history, public.replayed(history).limits, 30.0) >= 0.99
+
+
+def test_score_of_a_note_in_the_log_is_found_and_no_alarm():
+    """A branch without gradient since the first step is told of."""
+
+    def rule(recording):
+        return [frozenset({"logged explosion"} if step == 40 else ()) for step in range(len(recording.measurements))]
+
+    found = score(rule, [made(HEALTHY, [1.0] * 60), made(SICK, [1.0] * 60)])
+    assert (found.false_alarms, found.alarmed, found.recall, found.noted) == (0, {}, 1.0, ["spiked (seed 0)"])
+
+
+def test_foresight_of_a_spike_counts_steps_from_the_onset():
+    """The loss leaves its range, and a candidate is a figure a step."""
+    assert before_loss.loss_rises([1.0] * 40 + [5.0] * 20, 40) == 3  # four of eight
+    series = before_loss.Series.of(made(SICK, [1.0] * 40 + [50.0] * 10))
+    figure = before_loss.against_second_moment(0.999, max)(series)
+    assert figure[:40] == pytest.approx(1.0)
+    assert figure[40] > 5.0

@@ -9,20 +9,17 @@ import math
 import tempfile
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from fsdp1 import CPUPrecision, CPUStrategy
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.utils.data import DataLoader
 
@@ -45,39 +42,6 @@ from lightning_gradguard import (
 from lightning_gradguard.trainer.conflicts import ConflictError
 
 FEATURES, BATCH, NUM_STEPS = 7, 8, 20
-
-
-class CPUStrategy(FSDPStrategy):
-    """FSDP1 on a CPU, which Lightning refuses to `FSDPStrategy` itself."""
-
-    def _setup_model(self, model: nn.Module) -> nn.Module:
-        return FullyShardedDataParallel(
-            model,
-            cpu_offload=self.cpu_offload,
-            mixed_precision=self.mixed_precision_config,
-            sharding_strategy=self.sharding_strategy,
-            device_id=torch.device("cpu"),
-            **self.kwargs,
-        )
-
-
-class CPUPrecision(FSDPPrecision):
-    """fp16 or bf16 on a CPU: the plugin takes CUDA's autocast and scaler, whatever the device."""
-
-    def __init__(self, precision: Any) -> None:
-        super().__init__("32-true" if precision == "16-mixed" else precision)
-        self.precision = precision
-        if precision == "16-mixed":
-            self.scaler = ShardedGradScaler("cpu", init_scale=2.0**8)
-
-    def forward_context(self) -> Any:
-        """Without autocast: the wrapper casts parameters and inputs."""
-        return super().forward_context() if "true" in self.precision else _nothing()
-
-
-@contextmanager
-def _nothing() -> Any:
-    yield
 
 
 class Student(LightningModule):
@@ -126,7 +90,7 @@ def train(module: Student, strategy: CPUStrategy, *callbacks: Any, count: int = 
         accelerator="cpu",
         devices=distributed.get_world_size(),
         strategy=strategy,
-        plugins=[LightningEnvironment(), *([] if precision is None else [CPUPrecision(precision)])],
+        plugins=[LightningEnvironment(), *([] if precision is None else [CPUPrecision(precision, 2.0**8)])],
         callbacks=list(callbacks),
         **{"max_epochs": 1} | settings,
         use_distributed_sampler=False,

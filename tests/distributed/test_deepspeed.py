@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO 1, 2 and 3 on two ranks over gloo; skipped where DeepSpeed is not installed."""
+"""DeepSpeed's ZeRO 1, 2 and 3 on two ranks over gloo; skipped where it is not installed. See `deepspeed_scenarios.py`."""
 
 from __future__ import annotations
 
@@ -119,6 +119,13 @@ def test_deepspeed_healthy_step_is_one_collective_of_the_guards(stage, played):
     """Of 4 bytes a parameter and 16 a rank."""
     for rank in played(f"collectives-{stage}"):
         assert rank["sizes"] == [4 * 7 + 16 * 2]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_gradients_are_never_gathered(stage, played):
+    """No tensor in a guarded step is as large as the largest parameter, of 143 elements: a rank looks at its own part."""
+    for rank in played(f"collectives-{stage}"):
+        assert 0 < rank["largest"] < 143
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -83,7 +83,14 @@ DOMAINS = [
     *_of_one("root, differentiated at 0", "sqrt", [[1.0, 0.0]], [[1.0, 0.25]], "differentiated at 0 at [0, 1]", *ALL),
     *_of_one("inverse root of 0 or less", "rsqrt", [[1.0, 0.0]], [[1.0, 0.25]], "got 0 at [0, 1]", *ALL),
     *_of_one("inverse root of 0 or less", "rsqrt", [[1.0, -0.5]], [[1.0, 0.25]], "got -0.5 at [0, 1]"),
-    *_of_one("outside (-1, 1)", "acos asin atanh erfinv", [[0.5, 1.5]], [[0.5, -0.7]], "got 1.5 at [0, 1]; its", *ALL),
+    *_of_one(
+        "outside (-1, 1)",
+        "acos asin atanh erfinv",
+        [[0.5, 1.5]],
+        [[0.5, -0.7]],
+        "1.5 at [0, 1], which is not",
+        *ALL,
+    ),
     *_of_one("outside (-1, 1)", "atanh erfinv", [[0.5, -1.0]], [[0.5, -0.7]], "got -1 at [0, 1]", *ALL),
     *_of_one("outside (-1, 1)", "acos asin", [[0.5], [1.0]], [[0.5], [-0.7]], "Backward0` in `line`", *ALL),
     *_of_one("outside (-1, 1)", "acos asin", [[0.5], [-1.0]], [[0.5], [-0.7]], "got -1 at [1, 0]"),
@@ -135,7 +142,7 @@ OVERFLOWS = [
     Example("float16 overflow of a product", {"x": [[300.0, 300.0]], "w": [[300.0, 1.0], [1.0, 1.0]]}, {"x": ROW, "w": ROW},
             "went beyond 65504, the largest number of float16; the largest value that went in: 300 at [0, 0] of `self`",
             fixes=(0, 1), tolerance=2e-2),
-    Example("float16 overflow in the backward pass", {"x": [[1.0, 1.0]], "w": [[250.0, 1.0], [250.0, 1.0]]},
+    Example("float16 overflow in the backward pass", {"x": [[1.0, 1.0]], "w": [[250.0, 250.0], [1.0, 1.0]]},
             {"x": [[1e-3, 1e-3]], "w": [[1e-3, 1e-3], [1.0, 1.0]]}, "largest number of float16, in the backward pass",
             tolerance=2e-2, setup="w = (w * 150.0).half().float()"),
     Example("cast beyond the largest number of float16", {"x": [[1.0, 7e4]]}, {"x": ROW},
@@ -199,7 +206,7 @@ LOSSES = [
     Example("logit of -Inf", {"x": ROW, "m": CROSS, "y": [[0.0, 1.0], [1.0, 0.0]]},
             {"x": ROW, "m": NONE_MASKED, "y": [[0.0, 1.0], [1.0, 0.0]]}, "got a logit of -Inf"),
     Example("CTC without an alignment", {"x": [[[1.0, 2.0]]] * 4, "t": [[1, 1, 1, 1]], "n": [4], "k": [4]},
-            {"x": [[[1.0, 2.0]]] * 4, "t": [[1, 1, 1, 1]], "n": [4], "k": [2]}, "found no way to align a target"),
+            {"x": [[[1.0, 2.0]]] * 4, "t": [[1, 1, 1, 1]], "n": [4], "k": [2]}, "a target that is too long for its input"),
 ]  # fmt: skip
 
 EXAMPLES = DOMAINS + OVERFLOWS + QUOTIENTS + STATISTICS + LOSSES

@@ -133,7 +133,7 @@ def test_culprit_of_the_second_of_two_manual_optimizers():
     alert = guard.alerts[0]
     assert alert.optimizer == 1
     check(alert.culprit)
-    assert guard.alerts[1].culprit is not None
+    assert alert.culprit is not None
 
 
 def test_culprit_under_a_grad_scaler():

@@ -8,79 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
+from lines import alert_of, fit, line_of, outcome, tensors
 from remedy_examples import EXAMPLES
-from torch.utils.data import DataLoader
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lightning_gradguard import GradGuard
 from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 
 ROOT = Path(__file__).parents[2]
 FAILURES = {failure.name: failure for failure in KNOWN_FAILURES}
 CASES = [(example, index) for example in EXAMPLES for index in example.fixes]
-
-
-def tensors(inputs, dtype):
-    """As tensors; integers and booleans stay what they are."""
-    made = {name: torch.tensor(values) if isinstance(values, list) else values for name, values in inputs.items()}
-    return {name: value.to(dtype) if is_float(value) else value for name, value in made.items()}
-
-
-def is_float(value):
-    """A tensor that may need a gradient."""
-    return isinstance(value, torch.Tensor) and value.is_floating_point()
-
-
-def line_of(folder, code, names, setup=""):
-    """A function in a file of its own that runs the code."""
-    statement = code if "out =" in code else f"out = {code}"
-    head = "import torch\nfrom torch.nn import functional as F\n\n\n"
-    text = f"{head}def line({', '.join(names)}):\n    {setup}\n    {statement}\n    return out\n"
-    file = folder / f"step_{len([*folder.iterdir()])}.py"
-    file.write_text(text)
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.line
-
-
-class Step(LightningModule):
-    """Runs a line on a batch; each floating-point input depends on a parameter."""
-
-    def __init__(self, line, names):
-        super().__init__()
-        self.line = line
-        self.shift = torch.nn.ParameterDict({name: torch.nn.Parameter(torch.zeros(())) for name in names})
-
-    def training_step(self, batch, batch_idx):
-        made = {k: v + self.shift[k].to(v.dtype) if k in self.shift else v for k, v in batch.items()}
-        return self.line(**made).float().sum()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def fit(module, batch, **settings):
-    """One step of a real Trainer under a guard."""
-    guard = GradGuard()
-    silent = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = Trainer(max_steps=1, callbacks=[guard], accelerator="cpu", devices=1, **silent, **settings)
-    trainer.fit(module, DataLoader([batch], batch_size=None))
-    return guard
-
-
-def alert_of(line, inputs):
-    """What a guard says of a step of a real Trainer that runs the line."""
-    module = Step(line, [name for name, value in inputs.items() if is_float(value)])
-    return fit(module, inputs).alerts[0]
-
-
-def outcome(line, inputs):
-    """Result and gradients."""
-    leaves = {k: v.clone().requires_grad_() if is_float(v) else v for k, v in inputs.items()}
-    out = line(**leaves)
-    out.float().sum().backward()
-    return [out.detach(), *(leaf.grad for leaf in leaves.values() if is_float(leaf) and leaf.grad is not None)]
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -161,6 +98,83 @@ def test_what_the_page_calls_safe_is_safe(code, tmp_path):
     """Finite, forward and backward, at zeros and ones."""
     line = line_of(tmp_path, code, ["z", "one"])
     assert all(values.isfinite().all() for values in outcome(line, {"z": torch.zeros(2, 2), "one": torch.ones(2, 2)}))
+
+
+WHOLE_LINES = [
+    (
+        "(x - x.mean(0)) / x.var(0).sqrt()",
+        [[1.0, 2.0], [1.0, 3.0]],
+        ["x / torch.where(y.abs() < 1e-8, 1e-8, y)", "torch.sqrt(x.clamp_min(1e-12))"],
+        "(x - x.mean(0)) / torch.where((s := x.var(0).clamp_min(1e-12).sqrt()).abs() < 1e-8, 1e-8, s)",
+    ),
+    (
+        "(x - x.mean(0)) / x.var(0, correction=0) ** 0.5",
+        [[1.0, 2.0], [1.0, 3.0]],
+        ["x / torch.where(y.abs() < 1e-8, 1e-8, y)", "torch.pow(x.clamp_min(1e-8), p)"],
+        "(x - x.mean(0)) / torch.where((s := x.var(0, correction=0).clamp_min(1e-8) ** 0.5).abs() < 1e-8, 1e-8, s)",
+    ),
+    (
+        "torch.log(torch.acos(x))",
+        [0.5, 1.0],
+        ["torch.log(x.clamp_min(1e-8))", "torch.acos(x.clamp_max(1 - 1e-6))"],
+        "torch.log(torch.acos(x.clamp_max(1 - 1e-6)).clamp_min(1e-8))",
+    ),
+    (
+        "x / x.std(0)",
+        [[1.0, 2.0]],
+        ["torch.std(x, dim, correction=min(1, x.shape[dim] - 1)).clamp_min(1e-8)"],
+        "x / torch.std(x, 0, correction=min(1, x.shape[0] - 1)).clamp_min(1e-8)",
+    ),
+    (
+        "x / x.norm(dim=1, keepdim=True)",
+        [[1.0, 2.0], [0.0, 0.0]],
+        ["x / torch.where(y.abs() < 1e-8, 1e-8, y)"],
+        "x / torch.where((n := x.norm(dim=1, keepdim=True)).abs() < 1e-8, 1e-8, n)",
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("code", "x", "remedies", "fixed"), WHOLE_LINES)
+def test_remedies_suffice_for_a_line_of_several_operators(code, x, remedies, fixed, tmp_path):
+    """Also where what is clamped comes from an operator with an infinite slope."""
+    inputs = tensors({"x": x}, torch.float32)
+    assert re.findall(r"`([^`]+)`\.", alert_of(line_of(tmp_path, code, inputs), inputs).remedy) == remedies
+    assert all(values.isfinite().all() for values in outcome(line_of(tmp_path, fixed, inputs), inputs))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_remedies_of_all_that_fails_on_a_line_are_told(tmp_path):
+    """With the first alone the line would go on to fail."""
+    inputs = tensors({"x": [1.0, 0.0]}, torch.float32)
+    code = "torch.lgamma(x) - torch.log(x) * x"
+    alert = alert_of(line_of(tmp_path, code, inputs), inputs)
+    assert "got 0 at [1]; it has a pole at 0" in alert.message
+    assert "; on the same line `log` got 0 at [1]" in alert.message
+    for safe in re.findall(r"`([^`]+)`\.", alert.remedy):
+        code = code.replace(f"{safe.partition('(')[0]}(x)", safe)
+    assert all(values.isfinite().all() for values in outcome(line_of(tmp_path, code, inputs), inputs))
+
+
+@pytest.mark.parametrize("code", documentation().RAISING_CODE)
+def test_what_the_page_says_to_raise_raises(code, tmp_path):
+    """So that there is no NaN to explain."""
+    with pytest.raises((IndexError, RuntimeError, ValueError)):
+        line_of(tmp_path, code, ["z", "one"])(torch.zeros(2, 2), torch.ones(2, 2))
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+@pytest.mark.parametrize("is_additive", [True, False])
+def test_attention_kernels_give_no_nan_for_a_masked_row(backend, is_additive):
+    """None of those that a CPU has."""
+    keep = torch.tensor([[True, True, False], [False, False, False], [True, True, True]])
+    mask = torch.zeros(3, 3).masked_fill(~keep, -torch.inf) if is_additive else keep
+    x = torch.randn(1, 1, 3, 4, requires_grad=True)
+    with sdpa_kernel(backend):
+        out = torch.nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=mask)
+    out.sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
 
 
 class Angle(LightningModule):

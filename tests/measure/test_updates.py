@@ -104,6 +104,32 @@ def test_update_ratio_in_a_row_is_a_hit():
     assert judged(UpdateRatio(), [0.1, 1.5, 0.1]) == [1]
 
 
+def test_update_ratio_that_settles_is_no_hit():
+    """Adagrad begins with long steps, each shorter than the one before; what stays high, or grows, is found."""
+    assert judged(UpdateRatio(), [0.85, 0.48, 0.39, 0.32, 0.27]) == []
+    assert judged(UpdateRatio(), [0.4, 0.38, 0.35]) == [2]
+    assert judged(UpdateRatio(), [0.31, 0.35, 0.4]) == [2]
+
+
+def test_update_ratio_that_comes_near_is_measured_at_each_step():
+    """What grows is found soon after."""
+    detector = UpdateRatio(every_n_steps=50)
+    for step in range(60):
+        detector.observe(measurement([1.0]))
+        assert detector.needs_update() == (step < 9 or step == 49)
+    judged(detector, [0.12])
+    assert detector.needs_update()
+    judged(detector, [0.05])
+    assert not detector.needs_update()
+
+
+def test_update_ratio_state_of_an_earlier_version_is_taken():
+    """It did not know the last ratio."""
+    detector = UpdateRatio()
+    detector.load_state_dict({"num_seen": 40, "num_high": 0, "num_low": 0})
+    assert detector.state_dict()["num_seen"] == 40
+
+
 def test_update_ratio_too_small_in_a_row_is_a_hit_if_asked_for():
     """A rate of almost zero."""
     assert judged(UpdateRatio(min_ratio=1e-6), [1e-3, 1e-8, 1e-8, 1e-8, 1e-3]) == [3]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from collections import Counter
 from contextlib import ExitStack
 
 import pytest
 from disk_faults import full, quota, read_only, replaced_by_a_file, small_disk, vanished
-from lightning.pytorch import Callback
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning_package import Callback, CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from toys import Net, fit, make_batches
 
@@ -40,14 +40,14 @@ class Misbehaves(Callback):
             self.stack.close()
 
 
-def run(folder, condition, *callbacks, end=END, **settings):
+def run(folder, condition, *callbacks, end=END, log=True, **settings):
     """One fit on such a disk: what it raised, if anything, and what was warned of."""
     misbehaves = Misbehaves(condition, folder, end)
     raised = None
     with misbehaves.stack, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            fit(folder, Net(FAULTS, log=True), *callbacks, misbehaves, batches=make_batches(NUM_BATCHES), **settings)
+            fit(folder, Net(FAULTS, log=log), *callbacks, misbehaves, batches=make_batches(NUM_BATCHES), **settings)
         except Exception as error:  # noqa: BLE001 - what is asked for
             raised = type(error)
     found = [warning for warning in caught if issubclass(warning.category, (SinkWarning, GuardWarning))]
@@ -119,11 +119,25 @@ def test_event_files_outlive_it_and_so_does_what_the_user_logs(condition, folder
         assert condition is vanished or steps >= {*range(BEGIN)}
 
 
-def test_csv_logger_ends_as_without_the_guard(condition, folder):
-    """What the guard writes there fails no fit that would not fail without it."""
-    with_guard, _ = run(folder, condition, GradGuard(max_bundle_mib=None), end=None, logger=CSVLogger(folder))
-    without, _ = run(folder, condition, end=None, logger=CSVLogger(folder))
-    assert with_guard in (None, without)
+def test_csv_logger_ends_well_where_only_the_guard_writes_there(condition, folder):
+    """What can't be written of the guard's is given up."""
+    raised, _ = run(folder, condition, GradGuard(max_bundle_mib=None), end=None, log=False, logger=CSVLogger(folder))
+    assert raised is None
+
+
+def test_logger_whose_sink_can_not_be_made_is_one_warning(tmp_path):
+    """As W&B's without its package; training goes on, with all other sinks."""
+
+    class WandbLogger(CSVLogger):
+        """Is told from others by its name."""
+
+    guard = GradGuard()
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        warnings.simplefilter("always")
+        patch.setitem(sys.modules, "wandb", None)
+        fit(tmp_path, Net(), guard, logger=WandbLogger(tmp_path))
+    assert sum("There is no sink for WandbLogger (ModuleNotFoundError" in str(each.message) for each in caught) == 1
+    assert guard.num_steps == 12
 
 
 def test_snapshots_are_kept_again_when_they_can_be(condition, folder):

@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning_package import Callback
 from toys import Net, fit, make_batches
 
 from lightning_gradguard import GradGuard, Rollback

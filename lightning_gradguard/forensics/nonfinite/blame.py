@@ -38,6 +38,7 @@ class Blame:
         met: the samples whose values the damage is first seen in, after its birth; None if they are not known.
         way: how the damage came into the gradients without going through the loss; None where it did, or where it was made
             in the backward pass.
+        beside: other births on the same line, that would be left if the culprit were mended.
     """
 
     phase: Phase
@@ -46,6 +47,7 @@ class Blame:
     is_widespread: bool = False
     met: tuple[int, ...] | None = None
     way: Way | None = None
+    beside: tuple[Provenance, ...] = ()
 
     def is_like(self, other: Blame) -> bool:
         """Whether another replay has found the same."""
@@ -110,14 +112,14 @@ def _first_use(source: Provenance, reached: Sequence[Provenance]) -> int:
 
 def _born(reached: Sequence[Provenance]) -> Provenance | None:
     """The first operator that made damage out of healthy inputs."""
-    births = [
-        provenance
-        for provenance in reached
-        if not provenance.parents and not provenance.origin and not provenance.is_sentinel
-    ]
+    births = [provenance for provenance in reached if _is_birth(provenance)]
     # Minus infinities that depend on no parameter, and of which fewer rows came to harm, are a mask.
     masks = {id(birth): _harmed_fewer(birth, reached) for birth in births if birth.flaw.is_negative and not birth.needs_grad}
     return next((masks.get(id(birth)) or birth for birth in births), None)
+
+
+def _is_birth(provenance: Provenance) -> bool:
+    return not provenance.parents and not provenance.origin and not provenance.is_sentinel
 
 
 def _harmed_fewer(source: Provenance, reached: Sequence[Provenance]) -> Provenance | None:
@@ -207,7 +209,16 @@ def _blame(culprit: Provenance, reached: Sequence[Provenance], batch: Batch) -> 
         return Blame(phase, culprit, _rows(culprit, reached, batch) if phase == "data" else None)
     rows = _rows(culprit, reached, batch)
     is_widespread = rows is not None and 2 * len(rows) > max(batch.size, 2)
-    return Blame(phase, culprit, None if is_widespread else rows, is_widespread, met=_met(culprit, reached))
+    guess = None if is_widespread else rows
+    return Blame(phase, culprit, guess, is_widespread, met=_met(culprit, reached), beside=_beside(culprit, reached))
+
+
+def _beside(culprit: Provenance, reached: Sequence[Provenance]) -> tuple[Provenance, ...]:
+    if culprit.location.line is None:
+        return ()
+    same = (provenance for provenance in reached if provenance.location.line == culprit.location.line)
+    others = (it for it in same if it is not culprit and it.is_backward == culprit.is_backward)
+    return tuple(provenance for provenance in others if _is_birth(provenance))
 
 
 def _met(culprit: Provenance, reached: Sequence[Provenance]) -> tuple[int, ...] | None:

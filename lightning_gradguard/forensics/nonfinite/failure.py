@@ -23,7 +23,8 @@ class Fix:
         advice: what it does, as the beginning of a sentence.
         before: code that fails.
         after: the same, changed.
-        within: a function that calls the operator; where it is in the failing line, this fix is told and no other.
+        within: a function of `torch.nn.functional` that runs the operator; where the failing line calls it, this fix is told
+            and no other.
     """
 
     advice: str
@@ -76,9 +77,13 @@ class KnownFailure:
             provenance: the damaged result, for its type and its operands.
             source: the failing line.
         """
-        own = [fix for fix in self.fixes if fix.within and fix.within in source]
+        own = [fix for fix in self.fixes if fix.within and _calls(source, fix.within)]
         chosen = own or [fix for fix in self.fixes if not fix.within]
         return " ".join(f"{fix.advice}: `{code(fix.after, key, provenance)}`." for fix in chosen)
+
+
+def _calls(source: str, function: str) -> bool:
+    return f"F.{function}(" in source or f"functional.{function}(" in source
 
 
 def code(template: str, key: str, provenance: Provenance) -> str:

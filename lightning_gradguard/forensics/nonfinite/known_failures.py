@@ -15,26 +15,31 @@ def _ops(text: str) -> frozenset[str]:
 
 
 _DIVISOR = "torch.where(y.abs() < {small}, {small}, y)"
-_TIES = "1e-3 * torch.eye(*x.shape[-2:]) * torch.arange(1, x.shape[-1] + 1)"
+_TIES = "1e-3 * torch.eye(*x.shape[-2:]).to(x) * torch.arange(1, x.shape[-1] + 1).to(x)"
 _MATMUL = "addmm mm bmm baddbmm linear matmul addmv mv dot"
 _NLL = _ops("nll_loss_forward nll_loss nll_loss2d_forward")
 
 _ROOT = Fix("Keep the input above 0", "torch.sqrt(x)", "torch.sqrt(x.clamp_min({tiny}))")
 _BASE = Fix("Keep the base above 0", "torch.pow(x, {exponent})", "torch.pow(x.clamp_min({small}), {exponent})")
-_BFLOAT16 = Fix(
-    "Use bfloat16, whose range is that of float32",
-    "with torch.autocast(x.device.type, torch.float16): out = F.linear(x, w)",
-    "with torch.autocast(x.device.type, torch.bfloat16): out = F.linear(x, w)",
-)
+_FLOAT16 = "with torch.autocast(x.device.type, torch.float16): out = x @ w"
+_BFLOAT16 = Fix("Use bfloat16, whose range is that of float32", _FLOAT16, _FLOAT16.replace("float16", "bfloat16"))
+
+STEEP = {
+    "sqrt": "torch.sqrt(x.clamp_min({tiny}))",
+    "pow": "torch.pow(x.clamp_min({small}), p)",
+    "acos": "torch.acos(x.clamp_max(1 - {eps}))",
+    "acosh": "torch.acosh(x.clamp_min(1 + {eps}))",
+}
+"""Operators whose slope is infinite where they give 0, and how to write them where that 0 makes another fail: a clamp after
+them passes on a gradient of 0, and 0 times infinity is NaN."""
 
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "float16 overflow of a product", _ops(_MATMUL), (when.half, when.forward, when.fresh),
         "went beyond {max}, the largest number of {dtype}{largest}",
         (_BFLOAT16,
-         Fix("Or compute this part in float32",
-             "with torch.autocast(x.device.type, torch.float16): out = F.linear(x, w)",
-             "with torch.autocast(x.device.type, enabled=False): out = F.linear(x.float(), w.float())")),
+         Fix("Or compute this part in float32", _FLOAT16,
+             "with torch.autocast(x.device.type, enabled=False): out = x.float() @ w.float()")),
     ),
     KnownFailure(
         "float16 overflow in the backward pass", _ops(f"{_MATMUL} convolution"), (when.half, when.backward, when.fresh),
@@ -70,16 +75,16 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     ),
     KnownFailure(
         "outside (-1, 1)", _ops("acos asin atanh erfinv special_erfinv"), (when.outside("self", -1, 1),),
-        "got {self}; its slope is finite only between -1 and 1",
+        "got {self}, which is not inside (-1, 1)",
         (Fix("Keep the input inside", "torch.{op}(x)", "torch.{op}(x.clamp(-1 + {eps}, 1 - {eps}))"),),
     ),
     KnownFailure(
-        "1 or below", _ops("acosh"), (when.at_most("self", 1),), "got {self}; its slope is finite only above 1",
+        "1 or below", _ops("acosh"), (when.at_most("self", 1),), "got {self}, which is not above 1",
         (Fix("Keep the input above 1", "torch.acosh(x)", "torch.acosh(x.clamp_min(1 + {eps}))"),),
     ),
     KnownFailure(
         "outside (0, 1)", _ops("logit special_logit special_ndtri"), (when.outside("self", 0, 1),),
-        "got {self}, which is not between 0 and 1",
+        "got {self}, which is not inside (0, 1)",
         (Fix("Keep the input inside", "torch.{op}(x)", "torch.{op}(x.clamp({eps}, 1 - {eps}))"),),
     ),
     KnownFailure(
@@ -150,17 +155,17 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     ),
     KnownFailure(
         "gamma function at 0", _ops("lgamma digamma special_gammaln special_digamma special_psi"),
-        (when.near_zero("self"),), "got {self}, where it is infinite",
+        (when.near_zero("self"),), "got {self}; it has a pole at 0",
         (Fix("Keep the input away from 0", "torch.{op}(x)", "torch.{op}(torch.where(x.abs() < {eps}, {eps}, x))"),),
     ),
     KnownFailure(
         "gamma function at a negative integer", _ops("lgamma digamma special_gammaln special_digamma special_psi"),
-        (when.below("self", 0), when.whole_number("self")), "got {self}, where it is infinite",
+        (when.below("self", 0), when.whole_number("self")), "got {self}; it has a pole there",
     ),
     KnownFailure(
         "hypotenuse of 0, differentiated", _ops("hypot"),
         (when.backward, when.near_zero("self"), when.near_zero("other")),
-        "was differentiated at {self:value} and {other}, where it has no slope",
+        "was differentiated at {self:value} and {other}",
         (Fix("Keep one of the two away from 0", "torch.hypot(x, y)",
              "torch.hypot(x, torch.where(x.abs() + y.abs() < {small}, {small}, y))"),),
     ),
@@ -178,11 +183,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         (Fix("Sum the powers in float64", "torch.cdist(x, y, p)", "torch.cdist(x.double(), y.double(), p).to(x.dtype)"),),
     ),
     KnownFailure(
-        "deviation of a single value", _ops("std var std_mean var_mean"),
+        "deviation of a single value", _ops("std var"),
         (when.forward, when.fresh, when.is_nan, when.single),
         "had a single value, of which there is no deviation",
         (Fix("Correct the count only where there are several", "torch.{op}(x, dim)",
-             "torch.{op}(x, dim, correction=min(1, x.shape[dim] - 1))"),),
+             "torch.{op}(x, dim, correction=min(1, x.shape[dim] - 1)).clamp_min({small})"),),
     ),
     KnownFailure(
         "mean of nothing", _ops("mean"), (when.forward, when.empty("self")),
@@ -225,7 +230,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     ),
     KnownFailure(
         "CTC without an alignment", _ops("ctc_loss cudnn_ctc_loss"), (when.forward, when.fresh, when.is_inf),
-        "found no way to align a target with its input: it is too long",
+        "got a target that is too long for its input",
         (Fix("Let such losses count as 0", "F.ctc_loss(x.log_softmax(-1), t, n, k)",
              "F.ctc_loss(x.log_softmax(-1), t, n, k, zero_infinity=True)"),),
     ),
@@ -272,13 +277,13 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "determinant of 0", _ops("linalg_slogdet"), (when.forward, when.fresh, when.is_inf),
         "got a matrix whose determinant is 0",
         (Fix("Add to its diagonal", "torch.linalg.slogdet(x)[1]",
-             "torch.linalg.slogdet(x + 1e-3 * torch.eye(x.shape[-1]))[1]"),),
+             "torch.linalg.slogdet(x + 1e-3 * torch.eye(x.shape[-1]).to(x))[1]"),),
     ),
     KnownFailure(
         "inverse of a matrix without full rank", _ops("linalg_inv_ex"), (when.forward, when.fresh),
         "found no inverse of its matrix",
         (Fix("Add to its diagonal", "torch.linalg.inv_ex(x)[0]",
-             "torch.linalg.inv_ex(x + 1e-3 * torch.eye(x.shape[-1]))[0]"),),
+             "torch.linalg.inv_ex(x + 1e-3 * torch.eye(x.shape[-1]).to(x))[0]"),),
     ),
     KnownFailure(
         "0 times infinity", _ops("mul"),

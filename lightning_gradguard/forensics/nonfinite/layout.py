@@ -41,12 +41,28 @@ def leaves_of(batch: Any, name: str = "batch", depth: int = 0) -> Iterator[tuple
             yield from leaves_of(value, inner, depth + 1)
 
 
+def iterators_in(batch: Any, name: str = "batch", depth: int = 0) -> Iterator[str]:
+    """Names of what can be read only once."""
+    if isinstance(batch, Iterator):
+        yield name
+    elif depth < _MAX_DEPTH:
+        for inner, value in _entries(batch, name):
+            yield from iterators_in(value, inner, depth + 1)
+
+
 _MAX_DEPTH = 8
 """An object may hold itself."""
 
 
+class Variables(dict[str, Any]):
+    """The variables that a function uses, as its batch."""
+
+
 def _entries(batch: Any, name: str) -> Iterator[tuple[str, Any]]:
     if isinstance(batch, (Tensor, str, bytes, type)):
+        return
+    if isinstance(batch, Variables):
+        yield from batch.items()
         return
     if isinstance(batch, Mapping):
         yield from ((f"{name}[{key!r}]", value) for key, value in batch.items())
@@ -175,6 +191,8 @@ def _of_graphs(leaves: _Leaves, batch: Any) -> Layout | None:  # noqa: ARG001
     labels: dict[str, Tensor] = {}
     for name, leaf in leaves:
         key, length = _last_key(name), leaf.shape[0]
+        if key.endswith("ptr"):  # where each graph begins
+            continue
         if leaf is edges and of_edges is not None:
             labels[name] = along(of_edges, 2, 1)
         elif of_edges is not None and length == len(of_edges) and (key.startswith("edge") or length != len(of_nodes)):

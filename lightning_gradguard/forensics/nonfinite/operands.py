@@ -19,6 +19,7 @@ _INSIDE = {
     for node, kept in (("Sqrt", "result"), ("Log", "self"), ("Log2", "self"), ("Log10", "self"), ("Div", "other"))
 }
 """Arguments inside a node that are 0 where what it has saved is, for when it does not give that out."""
+_STEEP = {"SqrtBackward0": "sqrt", "PowBackward0": "pow", "AcosBackward0": "acos", "AcoshBackward0": "acosh"}
 _SPECTRA = ("S", "eigenvalues")
 
 
@@ -51,6 +52,7 @@ class Operand:
         line: range along the dimension that the operator reduces, through the first damaged element; None without one.
         is_number: whether it is a number and no tensor.
         has_ties: whether it is a spectrum with equal values.
+        source: the operator that it comes from, if that has an infinite slope where it gives 0; else "".
     """
 
     name: str
@@ -61,6 +63,7 @@ class Operand:
     line: Range | None = None
     is_number: bool = False
     has_ties: bool = False
+    source: str = ""
 
 
 def number(value: float) -> str:
@@ -132,6 +135,7 @@ def _operand(
         size=values.numel(),
         line=_line(values, damaged, dims),
         has_ties=name in _SPECTRA and _has_ties(values),
+        source=_steep_source(value),
     )
 
 
@@ -197,3 +201,10 @@ def _has_ties(values: Tensor) -> bool:
     gaps = ordered.diff(dim=-1)
     # Apart by no more than rounding: torch divides by the difference.
     return bool((gaps <= torch.finfo(values.dtype).eps * ordered[..., 1:].abs()).any())
+
+
+def _steep_source(value: Tensor) -> str:
+    node: Any = value.grad_fn
+    if node is None or (node.name() == "PowBackward0" and not 0 < node._saved_exponent < 1):
+        return ""
+    return _STEEP.get(node.name(), "")

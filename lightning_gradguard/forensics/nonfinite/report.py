@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite import conditions as when
 from lightning_gradguard.forensics.nonfinite.blame import Blame
-from lightning_gradguard.forensics.nonfinite.failure import KnownFailure
-from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
+from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
 from lightning_gradguard.forensics.nonfinite.wording import place_in_words, rows_in_words, way_in_words
 
+_NUM_BESIDE_SHOWN = 2
 _DATA_REMEDY = (
     "Look at these samples in the data set; check `isfinite` where they are loaded. If they are padding, select the rest "
     "by index: a mask does not keep NaN out of gradients."
@@ -41,7 +43,13 @@ _OTHERS: tuple[KnownFailure, ...] = (
 
 
 def culprit_of(
-    blame: Blame, suspects: Suspects, *, rank: int = 0, reproduced: bool = False, error: float | None = None
+    blame: Blame,
+    suspects: Suspects,
+    *,
+    rank: int = 0,
+    reproduced: bool = False,
+    error: float | None = None,
+    root: str = "training_step",
 ) -> Culprit:
     """Put a finding into words.
 
@@ -51,6 +59,7 @@ def culprit_of(
         rank: the process that it was found on.
         reproduced: whether the replay gave the same gradients.
         error: relative error of the replayed gradients.
+        root: the function that runs the step.
     """
     provenance = blame.provenance
     rows = rows_in_words(suspects.certain) or rows_in_words(suspects.probable, " probably")
@@ -73,12 +82,14 @@ def culprit_of(
     failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line
-    place = place_in_words(provenance.location, is_hook=provenance.is_hook)
+    place = place_in_words(provenance.location, root, is_hook=provenance.is_hook)
     happened = "gave a damaged gradient" if provenance.is_custom else failure.sentence(provenance)
     if cause is not provenance:
         happened += f", where `{cause.op}` {known_failure_of(cause).sentence(cause)}"
+    others = beside_in_words(blame.beside, happened)
+    message = f"`{op}` {place} {happened}{rows}{others}{way_in_words(blame.way, root)}"
     source = "" if line is None else line.source or ""
-    message = f"`{op}` {place} {happened}{rows}{way_in_words(blame.way)}"
+    remedies = dict.fromkeys(remedy_of(it, source) for it in (cause, *blame.beside))
     return replace(
         found,
         module=provenance.location.module,
@@ -87,7 +98,7 @@ def culprit_of(
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,
-        remedy=known_failure_of(cause).remedy(key_of(cause), cause, source),
+        remedy=" ".join(filter(None, remedies)),
         inputs=provenance.inputs,
         before=provenance.before,
         frames=provenance.location.frames,
@@ -110,6 +121,37 @@ def explained(provenance: Provenance) -> tuple[KnownFailure, Provenance]:
         own = [parent for parent in provenance.parents if not parent.is_backward and parent.operands]
         return failure, own[0] if own else provenance
     return failure, provenance
+
+
+def remedy_of(provenance: Provenance, source: str) -> str:
+    """What makes an operator safe, and what it comes from where that has an infinite slope; "" if nothing is known to.
+
+    Args:
+        provenance: the damaged result.
+        source: the line of code.
+    """
+    failure = known_failure_of(provenance)
+    if not failure.fixes:
+        return ""
+    remedies = [failure.remedy(key_of(provenance), provenance, source)]
+    for operand in provenance.operands:
+        is_zero = operand.at is not None and operand.at.value == 0
+        if operand.source and is_zero and operand.name != "result":
+            safe = code(STEEP[operand.source], operand.source, provenance)
+            remedies.append(f"It comes from `{operand.source}`, whose slope is infinite there; there write: `{safe}`.")
+    return " ".join(remedies)
+
+
+def beside_in_words(births: Sequence[Provenance], told: str) -> str:
+    """What else failed on the same line; as it ends a sentence.
+
+    Args:
+        births: the other damaged results.
+        told: what is told of the culprit already.
+    """
+    sentences = dict.fromkeys(f"`{it.node or it.op}` {known_failure_of(it).sentence(it)}" for it in births)
+    more = [sentence for sentence in sentences if not sentence.endswith(told)][:_NUM_BESIDE_SHOWN]
+    return "".join(f"; on the same line {sentence}" for sentence in more)
 
 
 def key_of(provenance: Provenance) -> str:

@@ -13,11 +13,13 @@ from torch import Tensor
 from lightning_gradguard.forensics.nonfinite.row_labels import (
     MANY,
     NONE,
+    UNKNOWN,
     RowLabels,
     combined,
     compressed,
-    many,
+    merged,
     reduced,
+    unknown,
 )
 from lightning_gradguard.forensics.tensors import tensors_in
 
@@ -69,6 +71,8 @@ class Call:
         result = reduced(label, dims)
         if label is not None and result is not None:
             self.mixes |= bool((result == MANY).any()) and not bool((label == MANY).any())
+            # Which of those that have met is not known.
+            result = torch.where(result == MANY, torch.where((label == MANY).all(), MANY, UNKNOWN), result).to(torch.int32)
         return result
 
     def full(self, tensor: Tensor) -> Tensor:
@@ -95,11 +99,11 @@ def _fitted(label: _Label, output: Tensor) -> _Label:
     if label is None:
         return None
     fits = label.dim() == output.dim() and all(a in (1, b) for a, b in zip(label.shape, output.shape, strict=True))
-    return label if fits else many(output)
+    return label if fits else unknown(output)
 
 
 def _unknown(call: Call) -> _Label:
-    return torch.full((1,), MANY, dtype=torch.int32) if any(call.label(it) is not None for it in call.inputs) else None
+    return torch.full((1,), UNKNOWN, dtype=torch.int32) if any(call.label(it) is not None for it in call.inputs) else None
 
 
 def _kind_of(call: Call) -> Callable[[Call], list[_Label]]:
@@ -152,7 +156,7 @@ def _moved(names: Sequence[str]) -> Callable[[Call], list[_Label]]:
         if uniform is not None:
             return [torch.full([1] * it.dim(), uniform, dtype=torch.int32) for it in call.outputs]
         if sum(it.numel() for it in call.outputs) > _MAX_ELEMENTS and not call.func.is_view:
-            return [many(it) for it in call.outputs]
+            return [unknown(it) for it in call.outputs]
         made = {name: _labels_in(call, value) if name in names else _on_host(value) for name, value in call.args.items()}
         if "padding_value" in made:
             made["padding_value"] = float(NONE)
@@ -176,7 +180,7 @@ def _reshaped(call: Call) -> list[_Label]:
         if kept is not None and math.prod(before[:cut]) <= _MAX_ELEMENTS:
             small = compressed(label.reshape(label.shape[:cut]).expand(before[:cut]).reshape(after[:kept]))
             return [small.reshape([*small.shape] + [1] * (len(after) - kept))]
-    return [many(call.outputs[0])]
+    return [unknown(call.outputs[0])]
 
 
 def _functional(call: Call) -> Any:
@@ -364,8 +368,15 @@ def _added(call: Call) -> list[_Label]:
     flat = places.flatten()
     high = high.scatter_reduce(0, flat, values, "amax")
     low = low.scatter_reduce(0, flat, torch.where(values == NONE, torch.iinfo(torch.int32).max, values), "amin")
-    label = torch.where((low == high) | (high == NONE) & (low > 0), high, MANY).to(torch.int32)
-    return [compressed(label.reshape(whole.shape))]
+    return [compressed(merged(low, high).reshape(whole.shape))]
+
+
+def _scattered(call: Call) -> list[_Label]:
+    """Values of another tensor, or a number, which an index puts in its places."""
+    if "src" in call.args:
+        return _moved(("self", "src"))(call)
+    index = reduced(call.label(call.args["index"]), _dims(call, call.outputs[0].dim()))
+    return [call.combine([call.label(call.args["self"]), index])]
 
 
 def _none(call: Call) -> list[_Label]:
@@ -405,10 +416,12 @@ _RULES: dict[str, Callable[[Call], list[_Label]]] = {
     **_named(_added, "index_add scatter_add scatter_reduce index_put _index_put_impl _unsafe_index_put"),
     **_named(_moved(("tensors",)), "cat stack _foreach_clone"),
     **_named(_moved(("self",)), "index index_select gather take masked_select flip roll repeat constant_pad_nd tril triu "
-                                "rot90 _unsafe_index"),
+                                "rot90 _unsafe_index unsafe_split "
+                                "unsafe_split_with_sizes unsafe_chunk"),
     **_named(_reshaped, "view _unsafe_view _reshape_alias _reshape_copy"),
     **_named(_moved(("grad_output",)), "slice_backward select_backward diagonal_backward"),
-    **_named(_moved(("self", "src")), "slice_scatter select_scatter scatter"),
+    **_named(_moved(("self", "src")), "slice_scatter select_scatter"),
+    **_named(_scattered, "scatter"),
     **_named(_moved(("self", "source")), "index_copy masked_scatter"),
     **_named(_moved(("input",)), "_pack_padded_sequence"),
     **_named(_moved(("data",)), "_pad_packed_sequence"),

@@ -85,7 +85,7 @@ def current_frames() -> tuple[Frame, ...]:
     own: list[Frame] = []
     libraries: dict[str, Frame] = {}
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and len(own) < MAX_FRAMES:
+    while frame is not None and len(own) < MAX_FRAMES and frame.f_code.co_name != _RAW_LOOP:
         code = frame.f_code
         if not _is_foreign(code):
             called = Frame(code.co_filename, frame.f_lineno, _name_of(frame), Line(code.co_filename, frame.f_lineno).source)
@@ -103,6 +103,8 @@ def current_frames() -> tuple[Frame, ...]:
 
 
 MAX_FRAMES = 5
+_RAW_LOOP = "run_step"
+"""What calls the user's function in a loop without a Trainer."""
 _OUTERMOST = ("training_step",)
 """What the Trainer calls; whoever started it is of no interest."""
 

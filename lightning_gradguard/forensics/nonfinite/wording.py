@@ -12,17 +12,17 @@ _SELECTING = ("index", "index_select", "gather", "masked_fill", "masked_select",
 """Operators of which a finite result of damaged input means that the damage was not selected."""
 
 
-def place_in_words(location: SourceLocation, *, is_hook: bool = False) -> str:
+def place_in_words(location: SourceLocation, root: str = "training_step", *, is_hook: bool = False) -> str:
     """As in "in `head`, model.py:11,"."""
-    where = f"in a hook on a tensor of `{location.module or 'training_step'}`" if is_hook else f"in {_caller(location)}"
+    where = f"in a hook on a tensor of `{location.module or root}`" if is_hook else f"in {_caller(location, root)}"
     return where if location.line is None else f"{where}, {location.line},"
 
 
-def _caller(location: SourceLocation) -> str:
+def _caller(location: SourceLocation, root: str) -> str:
     """The module; where it is a helper's line, that too."""
     helper = _helper(location)
     if not location.module:
-        return f"`{helper or 'training_step'}`"
+        return f"`{helper or root}`"
     return f"`{location.module}`" + (f" (`{helper}`)" if helper else "")
 
 
@@ -35,14 +35,14 @@ def _helper(location: SourceLocation) -> str:
     return "" if name.rpartition(".")[2] in ("forward", "training_step") else name
 
 
-def way_in_words(way: Way | None) -> str:
+def way_in_words(way: Way | None, root: str = "training_step") -> str:
     """How damage came into the gradients that the loss does not show; as it ends a sentence."""
     if way is None:
         return ""
-    entry = f"`{way.entry.node}` {place_in_words(way.entry.location)}".rstrip(",")
+    entry = f"`{way.entry.node}` {place_in_words(way.entry.location, root)}".rstrip(",")
     if way.drop is None:
         return f"; the loss does not show it, but it comes into the gradients through {entry}"
-    drop = f"`{way.drop.op}` {place_in_words(way.drop.location)}"
+    drop = f"`{way.drop.op}` {place_in_words(way.drop.location, root)}"
     selects = way.drop.op in _SELECTING or way.drop.is_partial
     left = "leaves it out of the loss" if selects else "gives a finite result"
     return f"; {drop} {left}, but it comes into the gradients through {entry}"

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.detectors.vanishing import lost_at
+from lightning_gradguard.forensics.comparison import TOLERANCE
 from lightning_gradguard.forensics.flow.evidence import Changed, Evidence
 from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
 from lightning_gradguard.forensics.flow.flow import Flow, FlowMeter
@@ -25,7 +26,7 @@ from lightning_gradguard.forensics.nonfinite.layout import layout_of
 from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.record import Measurement, Position, Record
-from lightning_gradguard.trainer.replay.replay import TOLERANCE, Replay, Replayed
+from lightning_gradguard.trainer.replay.replay import Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:

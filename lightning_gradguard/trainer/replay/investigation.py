@@ -16,13 +16,11 @@ from torch.optim import Optimizer
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
-from lightning_gradguard.forensics.nonfinite.damage import Damage
-from lightning_gradguard.forensics.nonfinite.layout import Layout, SampleDim, layout_of
+from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
 from lightning_gradguard.forensics.nonfinite.proof import Proof
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
-from lightning_gradguard.forensics.nonfinite.rows import Rows
-from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
+from lightning_gradguard.forensics.nonfinite.samples import exchanged
+from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
@@ -113,6 +111,9 @@ class Investigation:
 
     def _find(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         optimizer = self._trainer.optimizers[position.optimizer]
+        if (name := self._used_up(optimizer, position)) is not None:
+            _warn_of(f"`{name}` is an iterator, which the step has used up; a list could be replayed")
+            return None
         if kind != "nonfinite":
             return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
@@ -123,6 +124,11 @@ class Investigation:
         if self._ranks.size == 1:
             return looked.culprit
         return self._agree(looked, failure, optimizer, measurement)
+
+    def _used_up(self, optimizer: Optimizer, position: Position) -> str | None:
+        """Name of a part of the batches that can be read only once; with several ranks it is left to all of them to fail."""
+        batches = self._window.of(optimizer, position.step) if self._ranks.size == 1 else []
+        return next((name for it in batches for name in iterators_in(it.batch)), None)
 
     def _diagnose(self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
@@ -224,64 +230,31 @@ class _Look:
 
 def _warn(error: Exception) -> str:
     failure = f"{type(error).__name__}: {error}"
+    _warn_of(failure)
+    return failure
+
+
+def _warn_of(reason: str) -> None:
     warnings.warn(
-        f"The step could not be replayed ({failure}), so who is to blame is not known. Training goes on. "
+        f"The step could not be replayed ({reason}), so who is to blame is not known. Training goes on. "
         "`max_replays=0` turns replays off.",
         GuardWarning,
-        stacklevel=2,
+        stacklevel=3,
     )
-    return failure
 
 
 def _trained_by(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-class _Search:
-    """Follows the damage through the micro-batches of one replay; the first that shows any is blamed."""
-
-    def __init__(
-        self, module: LightningModule, sample_dim: SampleDim = None, *, follow_rows: bool = False, is_other: bool = False
-    ) -> None:
-        self._module = module
-        self._sample_dim = sample_dim
-        self._follows_rows = follow_rows
-        self._is_other = is_other
-        self.blame: Blame | None = None
-        self.batch: Any = None
-        """That of the micro-batch that is blamed."""
-        self.layout = Layout()
-        """Of that batch."""
-        self.rows: Rows | None = None
-        """What has followed the rows of the last one; None if nothing has."""
-        self._damage: Damage | None = None
-
-    def forget(self) -> None:
-        """Another optimizer has stepped: its loss is no concern of this one."""
-        if self._damage is not None:
-            self._damage.losses.clear()
+class _Search(Search):
+    """A search in a replay under a Trainer."""
 
     @contextmanager
     def observe(self, micro_batch: MicroBatch, state: State) -> Iterator[None]:
         """Watch one micro-batch."""
-        if self.blame is not None:
+        with self.watch(micro_batch.batch, state.tensors):
             yield
-            return
-        self.batch = micro_batch.batch
-        layout = layout_of(micro_batch.batch, self._sample_dim)
-        self.layout = layout = layout.alternative or layout if self._is_other else layout
-        self.rows = Rows(layout) if self._follows_rows else None
-        batch = Batch.from_layout(layout)
-        self._damage = damage = Damage(self._module, batch, self.rows)
-        damage.label(layout.leaves, "data")
-        damage.label(self._module.named_parameters(), "weights")
-        damage.label(self._module.named_buffers(), "state")
-        damage.label(state.tensors, "state")
-        with damage.watch():
-            yield
-        grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
-        damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
-        self.blame = find_culprit(damage.losses, damaged, batch, damage.drops)
 
 
 def _as_it_is(state: State) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
+from lightning_gradguard.forensics.comparison import compare_gradients
 from lightning_gradguard.forensics.state import State, unchanged
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.trainer.packages import dummy_logger, is_lightning_module, takes_argument
@@ -243,25 +244,8 @@ def _attribute(target: object, name: str, value: object) -> Iterator[None]:
 
 
 def compare(replayed: Replayed, parameters: Sequence[Tensor]) -> tuple[bool, float | None]:
-    """Whether a replay gave the gradients that parameters have, and the relative error of the finite elements.
-
-    (False, None) where there are no gradients any more.
-    """
-    pairs = [(it.grad, replayed.gradients.get(id(it))) for it in parameters if it.grad is not None]
-    if not pairs:
-        return False, None
-    difference = total = 0.0
-    is_alike = True
-    for there, again in pairs:
-        if again is None or again.shape != there.shape:
-            return False, None
-        left, right = _values(there), _values(again)
-        is_alike &= bool((left.isfinite() == right.isfinite()).all())
-        both = left.isfinite() & right.isfinite()
-        difference += float((left - right)[both].abs().double().square().sum())
-        total += float(left[both].abs().double().square().sum())
-    error = 0.0 if not difference else float((difference / total) ** 0.5) if total else float("inf")
-    return is_alike and error <= TOLERANCE, error
+    """Whether a replay gave the gradients that parameters have, and the relative error of the finite elements."""
+    return compare_gradients(replayed.gradients, parameters)
 
 
 def average_over_ranks_(replayed: Replayed, parameters: Sequence[Tensor], ranks: Ranks) -> None:
@@ -271,12 +255,3 @@ def average_over_ranks_(replayed: Replayed, parameters: Sequence[Tensor], ranks:
             own = replayed.gradients.get(id(parameter))
             whole = torch.zeros_like(parameter) if own is None else own.clone()
             replayed.gradients[id(parameter)] = ranks.sum_(whole) / ranks.size
-
-
-TOLERANCE = 1e-5
-"""Relative error up to which gradients count as the same: non-deterministic kernels sum in varying order."""
-
-
-def _values(grad: Tensor) -> Tensor:
-    grad = getattr(grad, "_local_tensor", grad)
-    return grad.to_dense() if grad.is_sparse else grad

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.forensics.host_random import HostRandom, HostRandomNotes
+
 _MAX_BATCHES = 64
 """Micro-batches kept at most; a longer window is replayed in part."""
 
@@ -26,6 +28,7 @@ class MicroBatch:
         versions: of the tensors of the batch, to tell whether they are changed in place.
         rng: torch's random state on the CPU before it.
         cuda_rng: the same on the current GPU; None without one.
+        host_random: python's and numpy's.
     """
 
     batch: Any
@@ -34,6 +37,7 @@ class MicroBatch:
     versions: tuple[int, ...]
     rng: Tensor
     cuda_rng: Tensor | None
+    host_random: HostRandom
 
     @property
     def is_untouched(self) -> bool:
@@ -41,10 +45,11 @@ class MicroBatch:
         return versions_of(self.batch) == self.versions
 
     def restore_rng(self) -> None:
-        """Put torch's random state back to where the call began."""
+        """Put all random states back to where the call began."""
         torch.set_rng_state(self.rng)
         if self.cuda_rng is not None:
             torch.cuda.set_rng_state(self.cuda_rng)
+        self.host_random.restore()
 
 
 class Window:
@@ -55,14 +60,16 @@ class Window:
         self._stepped: dict[int, tuple[int, int]] = {}
         self._held: tuple[int, list[MicroBatch]] | None = None
         self._serial = 0
+        self._host_random = HostRandomNotes()
 
     def open(self, batch: Any, batch_idx: int) -> None:
-        """A micro-batch is about to be trained on. A few microseconds; no sync."""
+        """A micro-batch is about to be trained on. Some ten microseconds; no sync."""
         self._serial += 1
         has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         cuda_rng = torch.cuda.get_rng_state() if has_cuda else None
         rng = torch.get_rng_state()
-        self._entries.append(MicroBatch(batch, batch_idx, self._serial, versions_of(batch), rng, cuda_rng))
+        random = self._host_random.note()
+        self._entries.append(MicroBatch(batch, batch_idx, self._serial, versions_of(batch), rng, cuda_rng, random))
 
     def reopen(self) -> None:
         """The same micro-batch will be evaluated again, as LBFGS does, with the random state as it is now."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -92,8 +91,6 @@ class _Piece(FlatShard):
         self._here = (
             slice(info.offset_in_shard, info.offset_in_shard + info.numel_in_shard) if info.in_shard else slice(0, 0)
         )
-        # Before the ranks have exchanged gradients (`no_sync`) the flat one is whole, with what pads it out.
-        self._whole = _places(flat)[index]
         self.shape = flat._shapes[index]
         self.start = info.intra_param_start_idx or 0
         self.share = (handle.world_size if self._is_sharded else 1) / ranks.size
@@ -105,7 +102,7 @@ class _Piece(FlatShard):
         """From the parameter, where an optimizer takes it from, or from the flat one."""
         flat = self._flat.grad
         if self._original is None:
-            return None if flat is None else flat[self._here if flat.shape == self._flat.shape else self._whole]
+            return None if flat is None else flat[self._here]
         own = self._original.grad
         if own is not None:  # in the order in which it lies in memory, as the weights
             return own.as_strided((own.numel(),), (1,))
@@ -132,10 +129,3 @@ def _pieces_of(model: nn.Module | None) -> dict[int, dict[str, _Piece]]:
             for index, info in enumerate(handle.flat_param._param_infos):
                 pieces.setdefault(id(info.module), {})[info.param_name] = _Piece(handle, index)
     return pieces
-
-
-def _places(flat: Any) -> list[slice]:
-    """Where each parameter lies in the whole flat one."""
-    ends = itertools.accumulate(flat._numels_with_padding)
-    spans = zip(ends, flat._numels_with_padding, flat._is_padding_mask, strict=True)
-    return [slice(end - numel, end) for end, numel, is_padding in spans if not is_padding]

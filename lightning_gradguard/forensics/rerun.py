@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -115,7 +115,7 @@ def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
         norm,
         healthy_flow,
         healthy_norm,
-        _norm_without_row(module, bundle, flow),
+        *_without_row(module, bundle, flow),
         usual=usual_of(bundle.healthy_norms),
         weight_growths=bundle.weights_have_moved(),
         is_from_start=bundle.is_from_start,
@@ -124,22 +124,24 @@ def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
     return Rerun(losses, norm, culprit_of_cause(causes, flow, rank=0, error=None, tolerance=0.0))
 
 
-def _norm_without_row(module: nn.Module, bundle: Bundle, flow: Flow) -> float | None:
-    """The gradient's norm with the row that counts most replaced by another; None if no single one does."""
+def _without_row(module: nn.Module, bundle: Bundle, flow: Flow) -> tuple[float | None, bool | None]:
+    """The gradient's norm with the row that counts most replaced by another, and whether that one counts most then."""
     found = top_row(flow)
     if found is None or len(bundle.batches) != 1:
-        return None
+        return None, None
     (entry,) = bundle.batches
     row, _, size = found
     try:
         layout = layout_of(entry["batch"])
         if layout.size != size:
-            return None
+            return None, None
         rest = exchanged(entry["batch"], layout, with_row_replaced(row, size))
-        _, norm = _run(module, [{**entry, "batch": rest}], lambda _: nullcontext())
+        meter = FlowMeter(module, size)
+        _, norm = _run(module, [{**entry, "batch": rest}], lambda _: meter.watch())
     except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
-        return None
-    return norm
+        return None, None
+    again = top_row(meter.flow)
+    return norm, again is not None and again[0] == row
 
 
 def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[tuple[float, ...], float]:

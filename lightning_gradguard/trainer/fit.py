@@ -14,8 +14,8 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.detectors import Vanishing
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.guard import Environment, Guard
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.pipeline import Environment, Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -160,9 +160,7 @@ class Fit:
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
         if options.snapshots is not None:
-            self._recovery = Recovery(
-                options.snapshots, trainer, module, list(self.guards), armed=options.armed, stop=self._stop
-            )
+            self._recovery = Recovery(options.snapshots, trainer, module, self.guards, armed=options.armed, stop=self._stop)
             self._recovery.progress = replace(history.rollbacks)
             rank_zero_info(self._recovery.start())
         if history.random is not None:
@@ -297,7 +295,7 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
+    def _look_back(self, optimizer: Optimizer, guard: Pipeline) -> None:
         """After a step: note what a later replay needs."""
         if self._investigation is not None:
             if isinstance(optimizer, torch.optim.LBFGS):

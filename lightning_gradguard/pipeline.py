@@ -25,6 +25,7 @@ from lightning_gradguard.measure.step import StepMeter
 from lightning_gradguard.policy import Action, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
+from lightning_gradguard.report.raised import Raised, alert_of
 from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
@@ -111,6 +112,7 @@ class Pipeline:
         )
         self._investigate = environment.investigate
         self._pending: PendingStep | None = None
+        self._raised: Raised | None = None
 
     @property
     def totals(self) -> Totals:
@@ -147,6 +149,24 @@ class Pipeline:
         """Note a backward pass that is about to begin; see `Guard.before_backward`."""
         self._meter.before_backward(loss)
 
+    @property
+    def skips_damage(self) -> bool:
+        """Whether the next step would be skipped, and no error raised, if NaN or infinity were found in it."""
+        action = self._judge.damage_action
+        return action is not None and action.skips and action is not Action.RAISE
+
+    def note_exception(self, raised: Raised) -> None:
+        """Note a forward or backward pass that NaN or infinity has ended by an exception, as one whose loss is NaN."""
+        self._raised = self._raised or raised
+        self.before_backward(torch.tensor(torch.nan, device=self._parameters.device))
+
+    def report_exception(self, position: Position, raised: Raised) -> Alert | None:
+        """Tell of an exception that NaN or infinity is the reason of, and that passes on; None if nobody looks for them."""
+        action = self._judge.damage_action
+        if action is None:
+            return None
+        return self._reporter.tell_exception(alert_of(position, raised, action), position, self._parameters.layout)
+
     @torch.no_grad()
     def decide(self, position: Position | None = None) -> Record:
         """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
@@ -164,7 +184,7 @@ class Pipeline:
         histogram_is_due = is_due(position.log_step, self._histogram_interval)
         step = self._meter.measure(position, updates, with_histogram=histogram_is_due)
         # What the device compares with. The first step is the host's, since it has to return a record.
-        knows_threshold = self._executor.wants_threshold and self.last is not None
+        knows_threshold = self._executor.wants_threshold and self.last is not None and self._raised is None
         pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
         if pending.is_left_to_device and self.last is not None:
             self._pending = pending
@@ -180,6 +200,8 @@ class Pipeline:
         """Judge a measured step, carry out what is decided, and tell."""
         measurement = pending.read()
         judgement = self._judge.judge(measurement, is_repeated=is_repeated)
+        if self._raised is not None:
+            judgement, self._raised = self._judge.tell_exception(judgement, self._raised.told_by), None
         culprit = self._culprit(pending.position, measurement, judgement)
         clipped = self._executor.finish_(pending, measurement, judgement.decision)
         if not pending.is_left_to_device:

@@ -86,7 +86,7 @@ def _check(module: nn.Module, bundle: Bundle) -> None:
 def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
     """Who made the damage."""
     search = Search(module, follow_rows=True)
-    losses, norm = _run(module, bundle.batches, lambda entry: search.watch(entry["batch"]))
+    losses, norm = _run(module, bundle.batches, lambda entry: search.watch(entry["batch"]), is_raised=True)
     blame = search.blame
     culprit = None if blame is None else culprit_of(blame, suspects_of(blame, search.layout, search.rows, None))
     return Rerun(losses, norm, culprit)
@@ -144,17 +144,25 @@ def _without_row(module: nn.Module, bundle: Bundle, flow: Flow) -> tuple[float |
     return norm, again is not None and again[0] == row
 
 
-def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[tuple[float, ...], float]:
+def _run(
+    module: nn.Module, batches: list[dict[str, Any]], watch: Any, *, is_raised: bool = False
+) -> tuple[tuple[float, ...], float]:
     losses = []
     with unchanged(module), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         for entry in batches:
-            with watch(entry):
-                torch.set_rng_state(entry["rng"])
-                output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
-                loss: Tensor = output["loss"] if isinstance(output, dict) else output
-                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
+            try:
+                with watch(entry):
+                    torch.set_rng_state(entry["rng"])
+                    output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
+                    loss: Tensor = output["loss"] if isinstance(output, dict) else output
+                    (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            except Exception:  # noqa: PERF203 - one for each micro-batch of a single step
+                if not is_raised:
+                    raise
+                losses.append(math.nan)  # as the guard has counted it
+            else:
+                losses.append(float(loss.detach()))
         norms = [float(it.grad.double().norm()) for it in module.parameters() if it.grad is not None]
     return tuple(losses), math.hypot(*norms) if norms else 0.0
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.detectors import Vanishing
+from lightning_gradguard.detectors import NonFinite, Vanishing
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.pipeline import Environment, Pipeline
@@ -29,11 +29,13 @@ from lightning_gradguard.trainer.options import Options
 from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
 from lightning_gradguard.trainer.progress import fetches_batches, log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.raised import RaisedSteps
 from lightning_gradguard.trainer.recovery.quarantine import Quarantine
 from lightning_gradguard.trainer.recovery.recovery import Recovery
 from lightning_gradguard.trainer.recovery.run_state import set_random_states
 from lightning_gradguard.trainer.recovery.saving import SaveGate
 from lightning_gradguard.trainer.replay.bundles import Bundles
+from lightning_gradguard.trainer.replay.exceptions import ExceptionCause
 from lightning_gradguard.trainer.replay.investigation import Investigation
 from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import Window
@@ -82,6 +84,7 @@ class Fit:
         self._save_gate: SaveGate | None = None
         self._quarantine: Quarantine | None = None
         self._scaled_clipping: ScaledClipping | None = None
+        self._raised: RaisedSteps | None = None
         # Which batch a step sees is not known where the module fetches its own.
         self._knows_batches = not fetches_batches(module)
         self._batch_idx: int | None = None
@@ -159,6 +162,7 @@ class Fit:
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
+        self._follow_exceptions(self.guards)
         if options.snapshots is not None:
             self._recovery = Recovery(options.snapshots, trainer, module, self.guards, armed=options.armed, stop=self._stop)
             self._recovery.progress = replace(history.rollbacks)
@@ -254,6 +258,8 @@ class Fit:
             self._quarantine.detach()
         if self._scaled_clipping is not None:
             self._scaled_clipping.detach()
+        if self._raised is not None:
+            self._raised.detach()
         if self.guards is not None:
             self.guards.detach()
 
@@ -309,6 +315,31 @@ class Fit:
         vanishing = next((it for it in self._settings.detectors if isinstance(it, Vanishing)), None)
         if self._investigation is not None and vanishing is not None:
             self._time_probe = self._investigation.time_probe(min(vanishing.policy.action, Action.WARN))
+
+    def _follow_exceptions(self, guards: Guards) -> None:
+        find = self._investigation
+        looks = any(isinstance(detector, NonFinite) for detector in self._settings.detectors)
+        if find is None or not looks or not self._knows_batches or self._trainer.world_size > 1:
+            return
+        cause = ExceptionCause(self._trainer, self._module, self._window, find.replay, sample_dim=self._options.sample_dim)
+        self._raised = RaisedSteps(
+            self._trainer,
+            self._module,
+            guards,
+            cause,
+            self._options.skip_exceptions,
+            begin=self._begin_raised,
+            position=lambda index: self._position(index, guards),
+            step=self.step,
+            hand_in=find.hand_in,
+        )
+
+    def _begin_raised(self) -> int:
+        """The running micro-batch has ended in an exception: it is one of its step all the same. Its number."""
+        if not self._has_backward and self._batch_idx is not None:
+            self._batches.append(self._batch_idx)
+        self._has_backward = True
+        return max(len(self._batches) - 1, 0)
 
     def _position(self, index: int, guards: Guards) -> Position:
         return Position(

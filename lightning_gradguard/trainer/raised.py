@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +14,10 @@ from lightning_gradguard.act.gate import is_of_torch
 from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GradientError, GuardWarning
+from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
 from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.record import Position
-from lightning_gradguard.report.raised import Raised, in_words
+from lightning_gradguard.report.raised import Raised, add_note, in_words
 from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.options import SkipExceptions
 from lightning_gradguard.trainer.packages import classes
@@ -26,8 +27,6 @@ from lightning_gradguard.trainer.replay.exceptions import Cause, ExceptionCause
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-_NO_MEMORY = ("out of memory", "can't allocate memory")
-_GPU_IS_LOST = ("device-side assert", "illegal memory access")
 _CANT_REPLAY = (
     "GradGuard can't tell whether NaN or Inf is the reason: after this error the process can't use its GPU any more, so "
     "that the step can't be replayed. `CUDA_LAUNCH_BLOCKING=1` shows the line; an index made from NaN often ends so."
@@ -121,8 +120,8 @@ class RaisedSteps:
         """Tell of an exception if damage is its reason; True if the batch is passed over."""
         if not len(self._guards) or _is_none_of_ours(error):
             return False
-        if any(words in str(error) for words in _GPU_IS_LOST):
-            _add_note(error, _CANT_REPLAY)
+        if is_lost_gpu(error):
+            add_note(error, _CANT_REPLAY)
             return False
         is_passable = can_pass()
         cause = self._reason_of(error)
@@ -135,7 +134,7 @@ class RaisedSteps:
             return self._pass_over(error, guard, raised, cause)
         alert = guard.report_exception(self._position(0), raised)
         if alert is not None:
-            _add_note(error, alert.message)
+            add_note(error, alert.message)
         return False
 
     def _reason_of(self, error: Exception) -> Cause | None:
@@ -169,7 +168,7 @@ class RaisedSteps:
             try:
                 self._step(optimizer)
             except GradientError as refused:  # the exception that was there first is not replaced
-                _add_note(error, str(refused))
+                add_note(error, str(refused))
                 return False
         optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers look for a first step
         progress = self._loops[0].optim_progress.optimizer.step
@@ -192,17 +191,8 @@ class RaisedSteps:
 
 def _is_none_of_ours(error: Exception) -> bool:
     """Whether it is no failure of a computation: an error of settings, an end that was asked for, or a lack of memory."""
-    if isinstance(error, (GradientError, StopIteration, MemoryError, torch.OutOfMemoryError)):
+    if isinstance(error, (GradientError, StopIteration)) or is_lack_of_memory(error):
         return True
     if isinstance(error, classes("utilities.exceptions.MisconfigurationException")):
         return True
-    if isinstance(error, classes("utilities.exceptions._TunerExitException")):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-
-
-def _add_note(error: Exception, note: str) -> None:
-    add = getattr(error, "add_note", None)  # from Python 3.11 on
-    if add is not None:
-        with suppress(Exception):  # an exception's class may have one of its own
-            add(note)
+    return isinstance(error, classes("utilities.exceptions._TunerExitException"))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -112,6 +113,33 @@ class WithoutDamage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._keeps_masks and not tensor.is_complex():
             is_bad &= tensor != -torch.inf
         return is_bad if bool(is_bad.any()) else None
+
+
+_WAYS_TO_MEND = ((0.0, True), (1.0, True), (0.0, False), (1.0, False))
+"""What is put in the place of NaN and infinity, and whether minus infinity, which masks are made of, is left alone."""
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+_GPU_IS_LOST = ("device-side assert", "illegal memory access")
+
+
+def is_gone_without_damage(run: Callable[[AbstractContextManager[object]], Exception | None]) -> bool:
+    """Whether a step that has raised runs to its end with finite numbers.
+
+    Args:
+        run: runs it again in a context; gives what it raises.
+    """
+    return any(run(WithoutDamage(fill, keeps_masks=keeps)) is None for fill, keeps in _WAYS_TO_MEND)
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory has run out, so that nothing should be run again."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def is_lost_gpu(error: Exception) -> bool:
+    """Whether the process can't use its GPU any more, so that nothing can be run again."""
+    return any(words in str(error) for words in _GPU_IS_LOST)
 
 
 def is_in_torch(error: BaseException) -> bool:

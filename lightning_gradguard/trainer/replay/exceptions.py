@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
 from lightning_gradguard.forensics.nonfinite.proof import Proof
-from lightning_gradguard.forensics.nonfinite.raised import WithoutDamage, is_in_torch, is_same
+from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damage, is_in_torch, is_same
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 
 _MAX_PROOF_RUNS = 24
 _MAX_PROOF_SECONDS = 20.0
-_WAYS_TO_MEND = ((0.0, True), (1.0, True), (0.0, False), (1.0, False))
-"""What is put in the place of NaN and infinity, and whether minus infinity, which masks are made of, is left alone."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +91,8 @@ class ExceptionCause:
         detailed, _, _ = self._follow(run, follow_rows=True)
         if detailed.blame is not None and detailed.blame.is_like(search.blame):
             search = detailed
-        if not self._is_gone_without(run, search, batch):
+        # Not with other samples in the places of the bad ones: these may hold a reason that is none of ours as well.
+        if not is_gone_without_damage(lambda context: run(observe=lambda *_: context).error):
             return None
         culprit = self._culprit(run, search, batch, seconds)
         return Cause(culprit, search.is_raised_by_operator or is_in_torch(error))
@@ -110,24 +108,6 @@ class ExceptionCause:
         begin = time.perf_counter()
         replayed = run(observe=observe)
         return search, time.perf_counter() - begin, replayed.error
-
-    def _is_gone_without(self, run: Callable[..., Replayed], search: Search, batch: MicroBatch) -> bool:
-        """Whether the step runs to its end with other samples in the places of the bad ones, or with finite numbers."""
-        assert search.blame is not None
-        bad = search.blame.provenance.samples or search.blame.guess
-        others = [row for row in range(search.layout.size) if bad is not None and row not in bad]
-        if bad and others and search.layout.can_exchange:
-            places = [others[row % len(others)] if row in bad else row for row in range(search.layout.size)]
-            if run(change=_changed(search, batch, places)).error is None:
-                return True
-
-        def mend(micro_batch: MicroBatch, state: State, fill: float, keeps_masks: bool) -> Any:  # noqa: ARG001, FBT001
-            return WithoutDamage(fill, keeps_masks=keeps_masks)
-
-        return any(
-            run(observe=partial(mend, fill=fill, keeps_masks=keeps_masks)).error is None
-            for fill, keeps_masks in _WAYS_TO_MEND
-        )
 
     def _culprit(self, run: Callable[..., Replayed], search: Search, batch: MicroBatch, seconds: float) -> Culprit:
         assert search.blame is not None
@@ -147,8 +127,3 @@ def _changed(search: Search, batch: MicroBatch, rows: Sequence[int]) -> Callable
         return exchanged(value, search.layout, rows) if value is batch.batch else value
 
     return change
-
-
-def has_collectives(module: nn.Module) -> bool:
-    """Whether a forward pass waits for other ranks, so that none can replay it alone."""
-    return any(isinstance(part, nn.SyncBatchNorm) for part in module.modules())

@@ -285,7 +285,7 @@ class Guard:
                 raise
 
     def _versions(self) -> int:
-        return sum([parameter._version for parameter in self._parameters.everything])
+        return sum([int(getattr(parameter, "_version", 0)) for parameter in self._parameters.everything])
 
     def _ends_here(self, error: Exception, skip_exceptions: str | None) -> bool:
         """Tell of an exception if damage is its reason; True if its step is skipped."""

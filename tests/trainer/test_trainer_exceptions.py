@@ -91,12 +91,6 @@ def _ctc(module, x, h):
     return functional.ctc_loss(probabilities, torch.ones(len(h), 2, dtype=torch.long), lengths, torch.full((len(h),), 2))
 
 
-def _anomaly(module, x, h):
-    with torch.autograd.detect_anomaly(check_nan=True):
-        (h.square() * 1.0).mean().backward()
-    return h.mean()
-
-
 BY_TORCH = {
     it.__name__[1:]: it
     for it in (
@@ -149,9 +143,10 @@ def test_exception_of_torch_is_passed_over_as_a_skipped_step(end, tmp_path):
     trainer = _train(tmp_path, end, guard, kept)
     (alert,) = guard.alerts
     assert (alert.kind, alert.step, alert.batch_idx) == ("nonfinite", BAD, BAD)
-    assert alert.culprit.samples == (ROW,)
+    # Where samples meet in a matrix, which is whose is a guess.
+    assert (alert.culprit.samples or alert.culprit.probable_samples) == (ROW,)
     assert "NaN or Inf is the reason of `" in alert.message
-    assert alert.message.endswith("The step is skipped.")
+    assert "The step is skipped." in alert.message
     assert same(kept.weights[BAD], kept.weights[BAD - 1])
     assert same(kept.optimizers[BAD], kept.optimizers[BAD - 1])
     assert not same(kept.weights[BAD + 1], kept.weights[BAD])
@@ -167,7 +162,7 @@ def test_exception_of_others_passes_on_with_alert_and_note(end, tmp_path):
         _train(tmp_path, end, guard)
     (alert,) = guard.alerts
     assert alert.culprit.samples == (ROW,)
-    assert alert.message.endswith("The exception passes on.")
+    assert "The exception passes on." in alert.message
     assert alert.action.value == "warn"
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == [alert.message]
@@ -189,7 +184,7 @@ def test_exception_passes_on_where_the_action_does_not_skip(settings, tmp_path):
     with pytest.raises(ValueError, match="to satisfy the constraint"):
         _train(tmp_path, _normal, guard)
     assert guard.alerts[0].culprit.samples == (ROW,)
-    assert guard.alerts[0].message.endswith("The exception passes on.")
+    assert "The exception passes on." in guard.alerts[0].message
 
 
 @pytest.mark.parametrize("settings", [{"nonfinite": None}, {"max_replays": 0}])
@@ -206,11 +201,6 @@ def _unrelated(module, x, h):
     if module.trainer.global_step == BAD:
         raise IndexError("index 9 is out of range")
     return h.nan_to_num().mean()
-
-
-def _without_graph(module, x, h):
-    h.square_()
-    return h.detach().mean()
 
 
 def _stop(module, x, h):
@@ -290,3 +280,34 @@ def test_exception_under_manual_optimization_is_passed_over_before_any_step_only
         trainer.fit(module, _batches(BAD))
         assert guard.num_skipped == 1
     assert [alert.culprit.samples for alert in guard.alerts] == [(ROW,)]
+
+
+def _root(module, x, h):
+    return (h - h.detach()).square().sum().sqrt()  # its slope at 0 is infinite: NaN in the backward pass
+
+
+def test_exception_of_the_anomaly_detector_is_passed_over(tmp_path):
+    """It comes out of the backward pass; here every batch has one."""
+    guard = GradGuard()
+    _train(tmp_path, _root, guard, data=_batches(), detect_anomaly=True, limit_train_batches=2)
+    assert guard.num_skipped == 2
+    assert guard.alerts[0].culprit.phase == "backward"
+    assert "returned nan values" in guard.alerts[0].message
+
+
+def test_loss_without_a_graph_is_the_trainers_own_error(tmp_path):
+    """Nothing is said of it."""
+    guard = GradGuard(skip_exceptions="all")
+    trainer = make_trainer(tmp_path, guard)
+    module = Raising(_normal)
+    module.training_step = lambda batch, batch_idx: torch.ones(())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer.fit(module, _batches())
+    assert guard.alerts == []
+
+
+@pytest.mark.parametrize("value", ["never", True])
+def test_skip_exceptions_of_a_wrong_value_is_refused(value):
+    """With what it may be."""
+    with pytest.raises(ValueError, match="`skip_exceptions`"):
+        GradGuard(skip_exceptions=value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from bdb import BdbQuit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -107,8 +108,9 @@ class RaisedSteps:
             if not self._ends_here(error, lambda: is_unchanged and self._guards.num_steps == self._num_steps):
                 raise
         self._module._current_fx_name = hook
-        for parameter, flag in dict(self._module._param_requires_grad_state).items():
-            parameter.requires_grad_(flag)  # type: ignore[attr-defined]  # annotated for names, but keyed by parameters
+        flags: dict[Any, bool] = {**self._module._param_requires_grad_state}  # annotated for names, but keyed by parameters
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
         self._module._param_requires_grad_state = {}
         self._loops[1].on_run_end()
         return {}
@@ -191,7 +193,7 @@ class RaisedSteps:
 
 def _is_none_of_ours(error: Exception) -> bool:
     """Whether it is no failure of a computation: an error of settings, an end that was asked for, or a lack of memory."""
-    if isinstance(error, (GradientError, StopIteration)) or is_lack_of_memory(error):
+    if isinstance(error, (GradientError, StopIteration, BdbQuit)) or is_lack_of_memory(error):
         return True
     if isinstance(error, classes("utilities.exceptions.MisconfigurationException")):
         return True

@@ -91,12 +91,6 @@ def _ctc(module, x, h):
     return functional.ctc_loss(probabilities, torch.ones(len(h), 2, dtype=torch.long), lengths, torch.full((len(h),), 2))
 
 
-def _anomaly(module, x, h):
-    with torch.autograd.detect_anomaly(check_nan=True):
-        (h.square() * 1.0).mean().backward()
-    return h.mean()
-
-
 BY_TORCH = {
     it.__name__[1:]: it
     for it in (
@@ -149,9 +143,9 @@ def test_exception_of_torch_is_passed_over_as_a_skipped_step(end, tmp_path):
     trainer = _train(tmp_path, end, guard, kept)
     (alert,) = guard.alerts
     assert (alert.kind, alert.step, alert.batch_idx) == ("nonfinite", BAD, BAD)
-    # Where all rows have met, as in a Gram matrix, that a row is a sample is a guess.
+    # Where samples meet in a matrix, which is whose is a guess.
     assert (alert.culprit.samples or alert.culprit.probable_samples) == (ROW,)
-    assert "NaN or Inf is the reason of `" in alert.message or end is _inverse  # which gives NaN without an error
+    assert "NaN or Inf is the reason of `" in alert.message
     assert "The step is skipped." in alert.message
     assert same(kept.weights[BAD], kept.weights[BAD - 1])
     assert same(kept.optimizers[BAD], kept.optimizers[BAD - 1])
@@ -207,11 +201,6 @@ def _unrelated(module, x, h):
     if module.trainer.global_step == BAD:
         raise IndexError("index 9 is out of range")
     return h.nan_to_num().mean()
-
-
-def _without_graph(module, x, h):
-    h.square_()
-    return h.detach().mean()
 
 
 def _stop(module, x, h):
@@ -291,3 +280,21 @@ def test_exception_under_manual_optimization_is_passed_over_before_any_step_only
         trainer.fit(module, _batches(BAD))
         assert guard.num_skipped == 1
     assert [alert.culprit.samples for alert in guard.alerts] == [(ROW,)]
+
+
+def test_loss_without_a_graph_is_the_trainers_own_error(tmp_path):
+    """Nothing is said of it."""
+    guard = GradGuard(skip_exceptions="all")
+    trainer = make_trainer(tmp_path, guard)
+    module = Raising(_normal)
+    module.training_step = lambda batch, batch_idx: torch.ones(())
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer.fit(module, _batches())
+    assert guard.alerts == []
+
+
+@pytest.mark.parametrize("value", ["never", True])
+def test_skip_exceptions_of_a_wrong_value_is_refused(value):
+    """With what it may be."""
+    with pytest.raises(ValueError, match="`skip_exceptions`"):
+        GradGuard(skip_exceptions=value)

@@ -443,3 +443,9 @@ def test_explosion_new_level_after_growth_starts_afresh():
             break
     level = 1e6 * step.global_norm
     assert hits(detector, [measurement([level], loss=1.0)] * 5) == [0, 1]
+
+
+def test_explosion_spike_of_one_parameter_after_steps_without_any_gradient_is_found():
+    """A share of nothing is no figure, and no warning either."""
+    steps = [measurement([1.0, 0.1])] * 40 + [measurement([0.0, 0.0])] * 5 + [measurement([1.0, 0.1])] * 10
+    assert hits(Explosion(), [*steps, measurement([1.0, 4.0])]) == [55]

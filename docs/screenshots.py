@@ -1,4 +1,4 @@
-"""Takes the pictures of README.md: a real TensorBoard on the quickstart's run, in a real browser.
+"""Takes the pictures of README.md and docs/: a real TensorBoard on the quickstart's run, in a real browser.
 
 Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extras `docs` and `tensorboard-tab`,
 Chromium and its driver.

@@ -60,6 +60,9 @@ class GradGuard(Callback):
         sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
             name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: it is
             inferred.
+        skip_exceptions: which batches are passed over that end in an exception because of NaN or Inf, where the action about
+            these skips: "torch": where torch raises it, as `torch.distributions` does for its parameters; "all": whoever
+            raises it; None: none. Any other exception passes on as it is. It needs `max_replays`.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
@@ -96,6 +99,7 @@ class GradGuard(Callback):
         max_replays: int = 3,
         max_bundle_mib: float | None = 64.0,
         sample_dim: int | Mapping[str, int | None] | None = None,
+        skip_exceptions: Literal["torch", "all"] | None = "torch",
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
         quarantine: Literal["list", "skip"] | None = None,
@@ -119,6 +123,7 @@ class GradGuard(Callback):
             max_replays=max_replays,
             max_bundle_mib=max_bundle_mib,
             sample_dim=sample_dim,
+            skip_exceptions=skip_exceptions,
             rollback=rollback,
             quarantine=quarantine,
             armed=armed_among(self._settings.detectors),

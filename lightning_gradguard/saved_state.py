@@ -95,7 +95,7 @@ def is_count(value: Any) -> bool:
 
 
 def mended_guard_state(state: Any, detectors: Sequence[Detector], clipper: Clipper | None, layout: Layout) -> dict[str, Any]:
-    """What `Guard.load_state_dict` can take without a look at it.
+    """What `Pipeline.load_state_dict` can take without a look at it.
 
     Args:
         state: from a checkpoint.

@@ -10,8 +10,8 @@ import torch
 from testing_trainings import failing, forgetful, instant, with_a_trainer
 
 from lightning_gradguard import Alert
+from lightning_gradguard.files.json_lines import Reader
 from lightning_gradguard.forensics.bundle import Bundle
-from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.testing import KillReport, Outcome, differences, kill_and_resume, kills
 
 

@@ -240,6 +240,7 @@ class Explosion(Detector):
             self._baseline.restart(self._flagged)
             self._flagged.clear()
             self._trend.restart()
+            self._grows = False
             self._set_limit()
             if self._parameters is not None:
                 self._parameters.forget()

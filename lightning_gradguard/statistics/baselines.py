@@ -91,7 +91,8 @@ class LogBaselines:
 
     def usual_shares(self, indices: NDArray[np.int64]) -> NDArray[np.float64]:
         """Logarithm of the usual share of each in the whole: the median over the window, NaN where there is none."""
-        shares = self._values[:, indices] - self._totals[:, None]
+        with np.errstate(invalid="ignore"):  # a step without any gradient is 0 of 0, and left out
+            shares = self._values[:, indices] - self._totals[:, None]
         finite = np.isfinite(shares)
         usual = _row_medians(np.where(finite, shares, np.float32(np.nan)).T, np.count_nonzero(finite, axis=0))
         return usual.astype(np.float64)
@@ -173,7 +174,8 @@ _MIN_REST = 1e-4
 
 def _against_the_rest(logs: NDArray[np.float32], totals: NDArray[np.float32]) -> NDArray[np.float32]:
     """Logarithm of a part's norm over the norm of all others together, from those of the part and of the whole."""
-    shares = np.minimum(logs - totals, 0.0)
+    with np.errstate(invalid="ignore"):  # a step without any gradient is 0 of 0, NaN, and left out by the median
+        shares = np.minimum(logs - totals, 0.0)
     against: NDArray[np.float32] = shares - 0.5 * np.log(np.maximum(1.0 - np.exp(2.0 * shares), _MIN_REST))
     return against
 

@@ -12,6 +12,8 @@ from lightning_gradguard.policy import Action, require_float, require_int
 from lightning_gradguard.recovery import Rollback
 from lightning_gradguard.sinks.tags import LOGGED_NORMS, LoggedNorms
 
+SkipExceptions = Literal["torch", "all"] | None
+
 
 @dataclass(frozen=True)
 class Options:
@@ -27,6 +29,7 @@ class Options:
     max_replays: int
     max_bundle_mib: float | None
     sample_dim: SampleDim
+    skip_exceptions: SkipExceptions
     rollback: Rollback | None
     quarantine: Literal["list", "skip"] | None
     armed: tuple[str, ...]
@@ -44,6 +47,11 @@ class Options:
         if self.max_bundle_mib is not None:
             require_float("max_bundle_mib", self.max_bundle_mib, above=0.0, remedy="For no bundles pass None.")
         check_sample_dim(self.sample_dim)
+        if self.skip_exceptions not in ("torch", "all", None):
+            raise ValueError(
+                f"`skip_exceptions` must be 'torch', 'all' or None, got {self.skip_exceptions!r}. None passes over no batch "
+                "that ends in an exception."
+            )
         if self.rollback is not None and not self.armed:
             raise ValueError(
                 "`rollback` must go with a detector whose action is 'rollback', got none. For example "

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from markdown_it import MarkdownIt
 from typer.testing import CliRunner
 
 sys.path.append(str(Path(__file__).parents[1] / "trainer"))
 sys.path.append(str(Path(__file__).parents[1] / "tensorboard_plugin"))
 
+from lightning_package import TensorBoardLogger, Trainer
 from recording import alert_at, layout_of, record_at, write, write_for_tab
 from toys import Net, make_batches
 

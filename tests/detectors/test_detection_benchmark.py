@@ -139,7 +139,7 @@ def test_score_of_a_note_in_the_log_is_found_and_no_alarm():
 
 def test_foresight_of_a_spike_counts_steps_from_the_onset():
     """The loss leaves its range, and a candidate is a figure a step."""
-    assert before_loss.loss_rises([1.0, 1.1] * 20 + [5.0] * 20, 40) == 4
+    assert before_loss.loss_rises([1.0] * 40 + [5.0] * 20, 40) == 3  # four of eight
     series = before_loss.Series.of(made(SICK, [1.0] * 40 + [50.0] * 10))
     figure = before_loss.against_second_moment(0.999, max)(series)
     assert figure[:40] == pytest.approx(1.0)

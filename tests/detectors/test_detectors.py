@@ -432,3 +432,20 @@ def test_explosion_state_of_an_earlier_version_is_taken():
     old = Vanishing()
     old.load_state_dict({"num_seen": 40, "lasting": {"dead:layers.1": 30}})
     assert hits(old, [measurement([1.0, 0.0, 1.0, 1.0], loss=1.0)]) == [0]
+
+
+def test_explosion_new_level_after_growth_starts_afresh():
+    """Growth that has just been seen is forgotten with the history that showed it."""
+    detector = Explosion(adapt_after=2)
+    for step in growing(1.07, noise=0.05, steps=400):
+        judge(detector, step)
+        if detector.state_dict()["trend"]["grows"]:
+            break
+    level = 1e6 * step.global_norm
+    assert hits(detector, [measurement([level], loss=1.0)] * 5) == [0, 1]
+
+
+def test_explosion_spike_of_one_parameter_after_steps_without_any_gradient_is_found():
+    """A share of nothing is no figure, and no warning either."""
+    steps = [measurement([1.0, 0.1])] * 40 + [measurement([0.0, 0.0])] * 5 + [measurement([1.0, 0.1])] * 10
+    assert hits(Explosion(), [*steps, measurement([1.0, 4.0])]) == [55]

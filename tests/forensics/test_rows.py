@@ -82,6 +82,7 @@ ONES = torch.ones(D, D)
         lambda x: F.scaled_dot_product_attention(x.view(B, 1, 2, 3), x.view(B, 1, 2, 3), x.view(B, 1, 2, 3)),
         lambda x: F.embedding(x.long().clamp(0, 2), torch.ones(3, 2)),
         lambda x: x.as_strided((B, 2), (D, 1)),
+        lambda x: F.one_hot(x.long().clamp(0, 2), 3).float() * 1.0,
     ],
 )
 def test_rows_stay_with_their_samples(function):

@@ -79,7 +79,9 @@ def address(runs):
 @pytest.fixture
 def page(driver, address):
     """A fresh look, at the end of which the console must hold no error."""
+    driver.get("about:blank")  # ends what an earlier page still asks of a server that has gone
     found = Page(driver, address)
+    found.leave()
     found.errors()
     yield found
     assert found.errors() == []

@@ -207,7 +207,7 @@ def test_tree_is_one_tab_stop_and_cells_are_reached_by_keys(real_page):
 
 def test_phone_and_4k_use_their_room(real_page):
     """Nothing is wider than a phone; on a large screen the rows are higher than on a small one."""
-    page = real_page.resize(400, 800).open_alone(run="rows4")
+    page = real_page.resize(400, 800).open_alone(run="damaged")
     for view in ("flow", "norms", "depth", "distribution"):
         page.view(view).plot()
         assert page.run("return document.documentElement.scrollWidth") <= 400

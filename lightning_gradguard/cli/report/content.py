@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_gradguard.json_lines import Reader
+from lightning_gradguard.files.json_lines import Reader
 from lightning_gradguard.tensorboard_plugin.alerts import CONSEQUENCES, Alert, complete, full, headline, seen, short
 from lightning_gradguard.tensorboard_plugin.bundles import bundle_of
 from lightning_gradguard.tensorboard_plugin.data import Series

@@ -102,6 +102,12 @@ class Layout:
     alternative: Layout | None = None
 
     @property
+    def may_begin_with_time(self) -> bool:
+        """Whether another layout is worth a look. Numbers in two dimensions are samples and features, whatever meets."""
+        looks_so = any(leaf.dim() > 2 or (leaf.dim() == 2 and not leaf.is_floating_point()) for _, leaf in self.leaves)
+        return self.alternative is not None and looks_so
+
+    @property
     def can_exchange(self) -> bool:
         """Whether samples can be put in the places of others: all that belongs to a sample lies along one dimension."""
         return self.size > 1 and bool(self.dims) and self.dims.keys() == self.labels.keys()

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_gradguard.forensics.nonfinite.layout import Layout
 from lightning_gradguard.forensics.nonfinite.operators import Operator
+from lightning_gradguard.forensics.nonfinite.row_call import Call
 from lightning_gradguard.forensics.nonfinite.row_labels import RowLabels, samples_at, unknown
-from lightning_gradguard.forensics.nonfinite.row_rules import Call, labels_of
+from lightning_gradguard.forensics.nonfinite.row_rules import labels_of
 from lightning_gradguard.forensics.tensors import tensors_in
 
 

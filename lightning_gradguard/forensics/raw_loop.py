@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -186,6 +186,10 @@ def _variables_of(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if not isinstance(inner, FunctionType):
         return
     found = {**inspect.getclosurevars(inner).globals, **inspect.getclosurevars(inner).nonlocals, **_defaults_of(inner)}
+    for value in found.values():
+        if not isinstance(value, (nn.Module, Optimizer, ModuleType, type, FunctionType, MethodType, functools.partial)):
+            # What a plain object holds, as in `lambda: self.loss(self.batch)`.
+            yield from getattr(value, "__dict__", {}).items()
     yield from found.items()
     for value in found.values():
         if isinstance(value, (FunctionType, MethodType, functools.partial)) and depth < _MAX_DEPTH:

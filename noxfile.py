@@ -40,27 +40,28 @@ IN_BOTH = ("/LICENSE", "/py.typed", "/static/index.js", "/__init__.py")
 FOR_OLD_TENSORBOARD = "setuptools>=80,<81"
 """TensorBoard before 2.21 imports `pkg_resources`, which was taken out of setuptools."""
 
-WITH_EITHER_PACKAGE = ("tests/trainer", "tests/cli", "tests/sinks", "tests/test_guard.py")
-"""The parts that depend on Lightning most, and that run where there is only `pytorch-lightning`."""
+SUITE = ("trainer", "cli", "sinks", "act", "clippers", "measure", "test_guard.py", "test_guard_skip.py")
+"""Below `tests`: what depends most on the versions of Lightning and torch, and runs with either of Lightning's packages."""
 
 
 @nox.session
 @nox.parametrize("python,package,resolution", ENVIRONMENTS)
 def matrix(session: nox.Session, package: str, resolution: str) -> None:
-    """All tests with `lightning`; those that take either with `pytorch-lightning` alone. Then a row of docs/versions.md."""
+    """The suite, and a row of docs/versions.md."""
     _install(session, package, resolution)
     report = f"{session.create_tmp()}/report.xml"
-    paths = ["tests", "--ignore=tests/conformance"] if package == "lightning" else [*WITH_EITHER_PACKAGE]
-    _test(session, package, *paths, f"--junitxml={report}", *session.posargs)
-    session.run("python", "docs/versions_table.py", _name(session), report)
+    try:
+        _test(session, package, f"--junitxml={report}")
+    finally:  # failures are for the table, too
+        session.run("python", "docs/versions_table.py", _name(session), report)
 
 
 @nox.session
 @nox.parametrize("python,package,resolution", [ENVIRONMENTS[0], ENVIRONMENTS[-1]])
 def smoke(session: nox.Session, package: str, resolution: str) -> None:
-    """Each feature, with the oldest versions and with the newest."""
+    """The same with the oldest versions and with the newest, without the row."""
     _install(session, package, resolution)
-    _test(session, package, *WITH_EITHER_PACKAGE, *session.posargs)
+    _test(session, package)
 
 
 @nox.session
@@ -88,18 +89,26 @@ def wheel(session: nox.Session) -> None:
     session.run("python", str(ROOT / "examples" / "quickstart.py"))
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The site in docs/_build; a warning is an error, and so is a link to a page or heading that is not there."""
+    session.install("-c", "constraints.txt", ".[all,docs,lightning]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "docs", "docs/_build")
+
+
 def _install(session: nox.Session, package: str, resolution: str) -> None:
-    """The package as a user gets it, and what tests need besides."""
+    """The package with the versions that are asked for, and what tests need besides."""
     extras = [f"--extra={extra}" for extra in (package, "all", "examples")]
     pins = [FOR_OLD_TENSORBOARD] if resolution == OLDEST else []
     session.install(f"--resolution={resolution}", "-r", "pyproject.toml", *extras, *pins)
-    session.install("--no-deps", ".")
-    session.install("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "selenium", *pins)
+    session.install("--no-deps", "-e", ".")  # tests import `benchmarks` as well; the wheel has a session of its own
+    session.install("-r", "pyproject.toml", "--extra=test-tools", "--extra=docs", *pins)
 
 
 def _test(session: nox.Session, package: str, *arguments: str) -> None:
     name = {"lightning": "lightning.pytorch", "pytorch-lightning": "pytorch_lightning"}[package]
-    session.run("pytest", *arguments, env={"GRADGUARD_TEST_PACKAGE": name})
+    paths = [f"tests/{path}" for path in SUITE]
+    session.run("pytest", *paths, *arguments, *session.posargs, env={"GRADGUARD_TEST_PACKAGE": name})
 
 
 def _name(session: nox.Session) -> str:

@@ -30,10 +30,10 @@ from torch import Tensor, nn
 from benchmarks._report import begin, parser, table
 from lightning_gradguard import Alert, GradGuard, Guard
 from lightning_gradguard.errors import GuardWarning, SinkWarning
+from lightning_gradguard.files.json_lines import Reader, append
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain
 from lightning_gradguard.forensics.bundle import Bundle
-from lightning_gradguard.json_lines import Reader, append
 from lightning_gradguard.testing import kill_and_resume
-from lightning_gradguard.torch_files import UnreadableError, load_plain
 
 NUM_BATCHES, FAULTS = 40, (5, 12, 19, 26, 33)
 

@@ -80,8 +80,8 @@ class Timed(GradGuard):
 
 def variants(guard: Timed, module: Any, optimizer: Any) -> dict[str, Variant]:
     """By name; what is timed happens between a backward pass and its step."""
-    replay = guard._fit._investigation._replay
-    batch = guard._fit._window._entries[-1].batch
+    replay = guard._fit._incidents.investigation._replay
+    batch = guard._fit._incidents._window._entries[-1].batch
 
     def plain() -> None:
         with torch.enable_grad():
@@ -107,7 +107,7 @@ def variants(guard: Timed, module: Any, optimizer: Any) -> dict[str, Variant]:
         UNWATCHED: Variant(lambda: replay.run(optimizer), healthy),
         HEALTHY: Variant(followed, healthy),
         DAMAGED: Variant(followed, spoiled),
-        NOTE: Variant(guard._fit._window.reopen),
+        NOTE: Variant(guard._fit._incidents._window.reopen),
     }
 
 

@@ -1,4 +1,4 @@
-"""Takes the pictures of README.md: a real TensorBoard on the quickstart's run, in a real browser.
+"""Takes the pictures of README.md and docs/: a real TensorBoard on the quickstart's run, in a real browser.
 
 Run `python docs/screenshots.py` after `python examples/quickstart.py`; it needs the extras `docs` and `tensorboard-tab`,
 Chromium and its driver.
@@ -26,12 +26,13 @@ VIEWS = {
     "custom_scalars": ("", "custom_scalars&_smoothingWeight=0", 940),
     "text": ("", "text", 930),
     "histograms": ("", "histograms", 900),
+    "tab_runs": ("", "gradguard&p.gradguard.view=runs", 930),
     "tab_flow": ("", "gradguard&p.gradguard.step=1500", 930),
     "tab_change": ("", "gradguard&p.gradguard.colour=change&p.gradguard.from=1200&p.gradguard.to=1500", 930),
     "tab_norms": ("", "gradguard&p.gradguard.view=norms", 930),
     "tab_distribution": ("", "gradguard&p.gradguard.view=distribution", 930),
     "tab_depth": ("darkMode=true", "gradguard&p.gradguard.view=depth", 930),
-    "tab_alerts": ("darkMode=true", "gradguard&p.gradguard.view=alerts&p.gradguard.alert=newest", 930),
+    "tab_alerts": ("darkMode=true", "gradguard&p.gradguard.view=alerts&p.gradguard.alert=first", 930),
 }
 """By picture: TensorBoard's settings, its tab, and the height of the window in pixels. Smoothing would hide one step."""
 
@@ -91,8 +92,17 @@ def main(log_dir: str = "logs/quickstart", *names: str) -> None:
             driver.save_screenshot(str(IMAGES / f"{name}.png"))
 
 
+_TAB_IS_DRAWN = """
+    const page = document.querySelector("iframe")?.contentDocument;
+    if (!page?.body?.dataset.ready || page.querySelector(".status")?.innerText) return false;
+    return Boolean(page.querySelector("#panel .plot[data-drawn], #panel tbody tr"));
+"""
+
+
 def _is_drawn(driver: webdriver.Chrome) -> bool:
-    """Whether the page has stopped changing: two pictures in a row are the same."""
+    """Whether the tab says so; of TensorBoard's own pages, whether two pictures in a row are the same."""
+    if "#gradguard" in driver.current_url:
+        return bool(driver.execute_script(_TAB_IS_DRAWN))
     first = driver.get_screenshot_as_png()
     driver.execute_async_script("setTimeout(arguments[arguments.length - 1], 4000)")
     return driver.get_screenshot_as_png() == first

@@ -19,6 +19,7 @@ from lightning_gradguard.recovery import Rollback
 from lightning_gradguard.saved_state import mended_alerts
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
+from lightning_gradguard.sinks.tags import LoggedNorms
 from lightning_gradguard.trainer.callback_order import move_behind
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
 from lightning_gradguard.trainer.fit import Fit
@@ -49,6 +50,8 @@ class GradGuard(Callback):
         exclude: patterns of names; parameters that match one are left out in the same way.
         every_backward: look at each micro-batch and its loss too, not only at each step.
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
+        log_norms: of what norms are logged as scalars: "totals": of the whole model; "groups": of groups of modules, too;
+            "all": of each parameter as well. The GradGuard tab has those of all parameters in any case.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
         max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and
             samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
@@ -57,6 +60,9 @@ class GradGuard(Callback):
         sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
             name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: it is
             inferred.
+        skip_exceptions: which batches are passed over that end in an exception because of NaN or Inf, where the action about
+            these skips: "torch": where torch raises it, as `torch.distributions` does for its parameters; "all": whoever
+            raises it; None: none. Any other exception passes on as it is. It needs `max_replays`.
         sinks: where records go beside the built-in ones: objects with `write(record)` and `close()`, or functions of
             a record. They live on the first rank.
         rollback: when states are kept and how training goes back to one, for the action "rollback"; None: the defaults where
@@ -88,10 +94,12 @@ class GradGuard(Callback):
         exclude: Sequence[str] = (),
         every_backward: bool = True,
         log_every_n_steps: int | None = None,
+        log_norms: LoggedNorms = "groups",
         histogram_every_n_steps: int | None = 100,
         max_replays: int = 3,
         max_bundle_mib: float | None = 64.0,
         sample_dim: int | Mapping[str, int | None] | None = None,
+        skip_exceptions: Literal["torch", "all"] | None = "torch",
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         rollback: Rollback | None = None,
         quarantine: Literal["list", "skip"] | None = None,
@@ -111,9 +119,11 @@ class GradGuard(Callback):
         self._options = Options(
             every_backward=every_backward,
             log_every_n_steps=log_every_n_steps,
+            log_norms=log_norms,
             max_replays=max_replays,
             max_bundle_mib=max_bundle_mib,
             sample_dim=sample_dim,
+            skip_exceptions=skip_exceptions,
             rollback=rollback,
             quarantine=quarantine,
             armed=armed_among(self._settings.detectors),

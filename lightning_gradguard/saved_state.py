@@ -95,7 +95,7 @@ def is_count(value: Any) -> bool:
 
 
 def mended_guard_state(state: Any, detectors: Sequence[Detector], clipper: Clipper | None, layout: Layout) -> dict[str, Any]:
-    """What `Guard.load_state_dict` can take without a look at it.
+    """What `Pipeline.load_state_dict` can take without a look at it.
 
     Args:
         state: from a checkpoint.
@@ -184,6 +184,7 @@ def _problem_of(part: Detector | Clipper, state: Any, try_out: Callable[[Any], N
         trial.load_state_dict(copy.deepcopy(state))
         if _is_own(part):
             _refuse_nan(state)
+            _refuse_other_types(state, copy.deepcopy(part).state_dict())
             try_out(trial)
     except Exception as error:  # noqa: BLE001 - a damaged state may raise anything
         return f"{type(error).__name__}: {error}"[:80]
@@ -232,6 +233,21 @@ def _refuse_nan(state: Any) -> None:
             _refuse_nan(entry)
     elif isinstance(state, float) and math.isnan(state):
         raise ValueError("it holds NaN")
+
+
+def _refuse_other_types(saved: Any, present: Any) -> None:
+    """What is a number, a text or a list in the state of a part that begins is one in every other."""
+    if isinstance(present, Mapping) and isinstance(saved, Mapping):
+        for key in present.keys() & saved.keys():
+            _refuse_other_types(saved[key], present[key])
+        return
+    if saved is None and not (isinstance(present, (int, float)) and present == 0):
+        return  # what is not a count may be None, too, where nothing is known
+    for kind in ((bool,), (int, float), (str,), (list, tuple), (Mapping,)):
+        if isinstance(present, kind):
+            if not isinstance(saved, kind):
+                raise TypeError(f"{type(saved).__name__} in the place of {kind[0].__name__}")
+            return
 
 
 def _is_mapping(value: Any) -> bool:

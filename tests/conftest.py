@@ -16,6 +16,7 @@ def _deterministic():
     """Every test starts from the same random state; two workers share two cores."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    torch.distributions.Distribution.set_default_validate_args(True)  # `torch.compile` turns it off for the whole process
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,9 @@ def records(**settings) -> list[Record]:
     seen: list[Record] = []
     settings = {"nonfinite": "skip", "log_every_n_steps": 1, "histogram_every_n_steps": 2, "clip": 100.0} | settings
     guard = Guard(model.named_parameters(), sinks=[seen.append], **settings)
-    guard._reporter._sinks = guard._reporter._sinks[:-1]  # without the console, whose warnings are not the subject
+    guard._pipeline._reporter._sinks = guard._pipeline._reporter._sinks[
+        :-1
+    ]  # without the console, whose warnings are not the subject
     for factor in (1.0, 1.0, 1e4, math.nan, None):
         model.zero_grad()
         if factor is not None:

@@ -21,19 +21,19 @@ SOURCES.pop(NAME)
 
 LAYERS = (
     # plain words, without torch
-    *("json_lines", "policy", "layout", "alert", "record", "errors", "tensorboard_plugin"),
+    *("policy", "layout", "alert", "record", "errors", "files", "tensorboard_plugin"),
     # gradients -> measure -> judge -> act -> report
     *("measure", "statistics", "detectors", "judge", "clippers", "act", "sinks", "report"),
     # looking into a bad step, and going back
-    *("torch_files", "forensics", "recovery"),
+    *("forensics", "recovery"),
     # the pipeline, and Lightning around it
-    *("settings", "saved_state", "guard", "trainer", "callback"),
+    *("settings", "saved_state", "pipeline", "guard", "trainer", "callback"),
     # tools
     *("testing", "cli"),
 )
 """The package from the bottom up: each may import those before it. `docs/architecture.md` draws the same list."""
 
-WITHOUT_TORCH = ("json_lines", "policy", "layout", "alert", "record", "errors", "tensorboard_plugin")
+WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "files.json_lines", "tensorboard_plugin")
 """Are loaded where torch is not wanted, or not there."""
 
 NEVER = {

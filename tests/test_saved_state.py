@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from lightning_gradguard import AGC, AdaGC, Alert, AutoClip, Detector, Explosion, GradGuard, Guard, UpdateRatio, ZClip
 from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.files.json_lines import Reader
+from lightning_gradguard.files.torch_files import load_plain
 from lightning_gradguard.forensics.bundle import Bundle
-from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.recovery.quarantine import QuarantineFile
 from lightning_gradguard.saved_state import mended_alerts
-from lightning_gradguard.torch_files import load_plain
 from lightning_gradguard.trainer.history import History
 
 STATES = Path(__file__).parent / "states"
@@ -58,7 +58,7 @@ def trained(num_steps=40, **settings):
 
 def limit_of(guard):
     """The norm that the next step may not exceed."""
-    return min(detector.limit() for detector in guard._judge._detectors)
+    return min(detector.limit() for detector in guard._pipeline._judge._detectors)
 
 
 def loaded(state, **settings):

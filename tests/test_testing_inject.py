@@ -36,11 +36,11 @@ def test_inject_explosion_multiplies_the_gradient_of_the_named_parameter():
     assert float(after[-1]) == pytest.approx(100.0 * float(before[-1]))
 
 
-def test_inject_on_another_rank_changes_nothing_here():
-    """Alone, this process is rank 0."""
+def test_inject_on_a_rank_that_does_not_exist_is_refused():
+    """Alone, this process is rank 0; how many there are is known at the first backward pass."""
     model = mlp(3, 4, 1)
-    with inject(model, "nan", step=0, rank=1):
-        assert all(bool(grad.isfinite().all()) for grad in _gradients(model, 2))
+    with inject(model, "nan", step=0, rank=1), pytest.raises(ValueError, match="`rank` must be one of the 1 that there are"):
+        list(_gradients(model, 2))
 
 
 def test_inject_ends_with_the_context_and_leaves_no_hook():

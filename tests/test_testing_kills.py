@@ -10,8 +10,8 @@ import torch
 from testing_trainings import failing, forgetful, instant, with_a_trainer
 
 from lightning_gradguard import Alert
+from lightning_gradguard.files.json_lines import Reader
 from lightning_gradguard.forensics.bundle import Bundle
-from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.testing import KillReport, Outcome, differences, kill_and_resume, kills
 
 
@@ -23,7 +23,9 @@ def test_training_that_resumes_comes_to_the_same_end(tmp_path):
     assert str(report) == "2 of 2 killed trainings came to the same end, bit for bit."
 
 
-@pytest.mark.parametrize("number", [1, pytest.param(100, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("number", [1, 100])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_training_that_is_told_to_stop_leaves_whole_files_and_resumes_to_the_same_end(number, name, tmp_path):
     """By Ctrl-C, or by a cluster, at random moments."""

@@ -155,8 +155,9 @@ def collect(scene: _Scene, step: int, measurement: Measurement) -> Evidence:
         evidence = replace(evidence, healthy=there, healthy_norm=there_norm)
     if (top := top_row(flow)) is not None:
         row, _, size = top
-        _, rest, _ = replay(scene, exchanged(scene.batch, layout_of(scene.batch), with_row_replaced(row, size)))
-        evidence = replace(evidence, norm_without_row=rest)
+        other, rest, _ = replay(scene, exchanged(scene.batch, layout_of(scene.batch), with_row_replaced(row, size)))
+        again = top_row(other)
+        evidence = replace(evidence, norm_without_row=rest, is_place=again is not None and again[0] == row)
     return evidence
 
 

@@ -160,7 +160,8 @@ class ForeignEvaluations:
 
     A bad step is left by an exception, which the optimizer's `step` here stands in for; outside of a step the next call of
     `step` is passed over. Copies of weights and state are kept during the first step, and from then on for optimizers that
-    were seen to evaluate more than once (SAM); another one has not moved anything yet where its only evaluation ends.
+    were seen to evaluate more than once, or to move weights before they evaluate (SAM). Another one has not moved anything
+    yet where its only evaluation ends.
 
     Args:
         optimizer: its `step` is stood in for.
@@ -172,7 +173,9 @@ class ForeignEvaluations:
         self._gate = gate
         self._saved: SavedOptimizer | None = None
         self._num_evaluations = 0
-        self._may_repeat = True
+        self._needs_copies = True
+        self._has_moved_early = False
+        self._versions: list[int] = []
         self._is_bad = False
         self._passes_next = False
         self.is_running = False
@@ -182,7 +185,8 @@ class ForeignEvaluations:
         """Count it."""
         self._passes_next = False  # what was meant was never called
         self._num_evaluations += self.is_running
-        self._may_repeat |= self._num_evaluations > 1
+        has_moved = self.is_running and self._versions != self._versions_now()
+        self._has_moved_early |= has_moved or self._num_evaluations > 1
         return self._num_evaluations > 1
 
     def skip_(self) -> None:
@@ -199,14 +203,19 @@ class ForeignEvaluations:
         """Give the optimizer its own `step` back."""
         self._step.remove()
 
+    def _versions_now(self) -> list[int]:
+        """How often each weight was changed in place."""
+        return [parameter._version for group in self._optimizer.param_groups for parameter in group["params"]]
+
     def _run(self, step: Any, *args: Any, **kwargs: Any) -> Any:
         if self._passes_next:
             self._passes_next = False
             self._optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers look for a first step
             return None
         self.is_running, self._is_bad, self._num_evaluations = True, False, 0
+        self._has_moved_early, self._versions = False, self._versions_now()
         self._gate.buffers.note_boundary()
-        self._saved = SavedOptimizer(self._optimizer, settings_only=not self._may_repeat)
+        self._saved = SavedOptimizer(self._optimizer, settings_only=not self._needs_copies)
         try:
             return step(*args, **kwargs)
         except _LeftError:
@@ -217,7 +226,7 @@ class ForeignEvaluations:
                 self._saved.put_back_()
             raise
         finally:
-            self._may_repeat = self._num_evaluations > 1
+            self._needs_copies = self._has_moved_early
             self.is_running, self._num_evaluations, self._saved = False, 0, None
 
 

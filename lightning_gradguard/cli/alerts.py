@@ -16,7 +16,7 @@ from rich.table import Table
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.cli.explain import KINDS
 from lightning_gradguard.cli.terminal import cell, console, fail, nearest, print_json, remark, say
-from lightning_gradguard.json_lines import Reader
+from lightning_gradguard.files.json_lines import Reader
 
 _WIDE = 110
 _POLL_SECONDS = 0.5

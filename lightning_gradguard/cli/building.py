@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from lightning_gradguard.cli.terminal import fail, one_line
-from lightning_gradguard.torch_files import UnreadableError, load_plain
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain
 
 
 def build(path: str, arguments: Iterable[str], checkpoint: Path | None) -> nn.Module:

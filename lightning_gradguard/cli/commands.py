@@ -89,8 +89,8 @@ def replay(
     as_json: _Json = False,  # noqa: FBT002 - typer's way to a flag
 ) -> None:
     """Print a bundle's report; with a module, run the step again and say anew who is to blame."""
+    from lightning_gradguard.files.torch_files import UnreadableError  # noqa: PLC0415 - the same
     from lightning_gradguard.forensics.bundle import Bundle  # noqa: PLC0415 - torch takes seconds
-    from lightning_gradguard.torch_files import UnreadableError  # noqa: PLC0415 - the same
 
     if module is None and (arg or checkpoint):
         fail("`--arg` and `--checkpoint` are for `--module`, which says what they are the arguments of.")
@@ -160,7 +160,7 @@ def _print_rerun(bundle: Bundle, again: Rerun | None) -> None:
 def doctor(checkpoint: _Checkpoint, trust: _Trust = False, as_json: _Json = False) -> None:  # noqa: FBT002 - typer's way
     """Say whether a checkpoint is healthy; the exit code is 1 if not, 2 if it can't be read."""
     from lightning_gradguard.cli.health import examine, read  # noqa: PLC0415 - torch takes seconds
-    from lightning_gradguard.torch_files import UnreadableError  # noqa: PLC0415 - the same
+    from lightning_gradguard.files.torch_files import UnreadableError  # noqa: PLC0415 - the same
 
     try:
         health = examine(read(checkpoint, trust=trust))

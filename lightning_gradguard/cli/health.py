@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_gradguard.torch_files import UnreadableError, load_plain, parts_of
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain, parts_of
 
 _ABSURD = 1e6
 _OUTLIER = 1e4

@@ -203,6 +203,12 @@ class Vanishing(Detector):
         return Verdict(self.name, value, limit, message, remedy, depth.reports(modules), is_dire="floor" in lasting)
 
 
+def lost_at(measurement: Measurement) -> str:
+    """The module that an alert about a decay calls the one where the gradient is lost; "" where there is no gradient."""
+    depth = _Depth(measurement)
+    return depth.lost if depth.modules else ""
+
+
 class _Depth:
     """Gradient rms by depth at one step. Everything is computed when it is asked for, which healthy steps do not."""
 
@@ -256,14 +262,18 @@ class _Depth:
             return ()
         return tuple(compress(self.names, (self.trained & ~self.alive).tolist()))
 
-    def describe(self) -> str:
-        """The decay in words, with the module where the gradient is lost on its way from the output."""
-        first, last = self.decades[0], self.decades[-1]
+    @property
+    def lost(self) -> str:
+        """The module where the gradient falls below a thousandth of the last one's, on its way from the output."""
         pairs = reversed(list(zip(self.modules, self.decades, strict=True)))
-        lost = next((module for module, decades in pairs if decades < last - 3.0), self.modules[0])
+        return next((module for module, decades in pairs if decades < self.decades[-1] - 3.0), self.modules[0])
+
+    def describe(self) -> str:
+        """The decay in words, with the module where the gradient is lost."""
+        first, last = self.decades[0], self.decades[-1]
         return (
             f"the gradient fades towards the input: from an rms of {10.0**last:.1e} in `{self.modules[-1]}` to "
-            f"{10.0**first:.1e} in `{self.modules[0]}`, {self.slope:.2g} decades a module, and it is lost at `{lost}`"
+            f"{10.0**first:.1e} in `{self.modules[0]}`, {self.slope:.2g} decades a module, and it is lost at `{self.lost}`"
         )
 
     def reports(self, modules: Sequence[str], count: int = 5) -> tuple[ParameterReport, ...]:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain
 from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
-from lightning_gradguard.torch_files import UnreadableError, load_plain
 
 FORMAT = 1
 SUFFIX = ".bundle.pt"

@@ -6,7 +6,8 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType, MethodType
+from contextlib import AbstractContextManager
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -18,10 +19,11 @@ from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.comparison import compare_gradients
 from lightning_gradguard.forensics.nonfinite.layout import Variables
+from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damage, is_in_torch, is_same
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
-from lightning_gradguard.forensics.state import RandomState, unchanged
+from lightning_gradguard.forensics.state import RandomState, State, unchanged
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Measurement, Position, Record
 
@@ -88,6 +90,38 @@ class RawLoop:
             )
         return self._agreed(culprit, measurement)
 
+    def cause_of(self, error: Exception) -> tuple[Culprit, bool] | None:
+        """The damage that an exception was raised because of; None if there is none, or it can't be told.
+
+        Returns:
+            Who made it, and whether torch has raised the exception.
+        """
+        variables = dict(_variables_of(self._replay))
+        module = _module_among(variables, self._parameters)
+        batch = Variables({name: value for name, value in variables.items() if _may_be_batch(value)})
+        search = Search(module, follow_rows=True)
+
+        def run(watch: Callable[[State], AbstractContextManager[object]]) -> Exception | None:
+            with torch.enable_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with unchanged(module) as state:
+                    self._random.restore()
+                    try:
+                        with watch(state):
+                            run_step(self._replay, self._scaler)
+                    except Exception as again:  # noqa: BLE001 - it is the answer
+                        return again
+            return None
+
+        again = run(lambda state: search.watch(batch, state.tensors))
+        if again is None or search.blame is None or not is_same(error, again):
+            return None
+        if not is_gone_without_damage(lambda context: run(lambda _: context)):
+            return None
+        suspects = suspects_of(search.blame, search.layout, search.rows, None)
+        culprit = culprit_of(search.blame, suspects, reproduced=True, root=_name_of(self._replay))
+        return culprit, search.is_raised_by_operator or is_in_torch(error)
+
     def _look(self, position: Position) -> Culprit | None:
         variables = dict(_variables_of(self._replay))
         module = _module_among(variables, self._parameters)
@@ -152,6 +186,10 @@ def _variables_of(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:
     if not isinstance(inner, FunctionType):
         return
     found = {**inspect.getclosurevars(inner).globals, **inspect.getclosurevars(inner).nonlocals, **_defaults_of(inner)}
+    for value in found.values():
+        if not isinstance(value, (nn.Module, Optimizer, ModuleType, type, FunctionType, MethodType, functools.partial)):
+            # What a plain object holds, as in `lambda: self.loss(self.batch)`.
+            yield from getattr(value, "__dict__", {}).items()
     yield from found.items()
     for value in found.values():
         if isinstance(value, (FunctionType, MethodType, functools.partial)) and depth < _MAX_DEPTH:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -86,7 +86,7 @@ def _check(module: nn.Module, bundle: Bundle) -> None:
 def _follow(module: nn.Module, bundle: Bundle) -> Rerun:
     """Who made the damage."""
     search = Search(module, follow_rows=True)
-    losses, norm = _run(module, bundle.batches, lambda entry: search.watch(entry["batch"]))
+    losses, norm = _run(module, bundle.batches, lambda entry: search.watch(entry["batch"]), is_raised=True)
     blame = search.blame
     culprit = None if blame is None else culprit_of(blame, suspects_of(blame, search.layout, search.rows, None))
     return Rerun(losses, norm, culprit)
@@ -115,44 +115,54 @@ def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
         norm,
         healthy_flow,
         healthy_norm,
-        _norm_without_row(module, bundle, flow),
-        usual_of(bundle.healthy_norms),
-        bundle.weights_have_moved(),
-        bundle.is_from_start,
+        *_without_row(module, bundle, flow),
+        usual=usual_of(bundle.healthy_norms),
+        weight_growths=bundle.weights_have_moved(),
+        is_from_start=bundle.is_from_start,
     )
     causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
     return Rerun(losses, norm, culprit_of_cause(causes, flow, rank=0, error=None, tolerance=0.0))
 
 
-def _norm_without_row(module: nn.Module, bundle: Bundle, flow: Flow) -> float | None:
-    """The gradient's norm with the row that counts most replaced by another; None if no single one does."""
+def _without_row(module: nn.Module, bundle: Bundle, flow: Flow) -> tuple[float | None, bool | None]:
+    """The gradient's norm with the row that counts most replaced by another, and whether that one counts most then."""
     found = top_row(flow)
     if found is None or len(bundle.batches) != 1:
-        return None
+        return None, None
     (entry,) = bundle.batches
     row, _, size = found
     try:
         layout = layout_of(entry["batch"])
         if layout.size != size:
-            return None
+            return None, None
         rest = exchanged(entry["batch"], layout, with_row_replaced(row, size))
-        _, norm = _run(module, [{**entry, "batch": rest}], lambda _: nullcontext())
+        meter = FlowMeter(module, size)
+        _, norm = _run(module, [{**entry, "batch": rest}], lambda _: meter.watch())
     except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
-        return None
-    return norm
+        return None, None
+    again = top_row(meter.flow)
+    return norm, again is not None and again[0] == row
 
 
-def _run(module: nn.Module, batches: list[dict[str, Any]], watch: Any) -> tuple[tuple[float, ...], float]:
+def _run(
+    module: nn.Module, batches: list[dict[str, Any]], watch: Any, *, is_raised: bool = False
+) -> tuple[tuple[float, ...], float]:
     losses = []
     with unchanged(module), warnings.catch_warnings(), torch.enable_grad():
         warnings.simplefilter("ignore")
         for entry in batches:
-            with watch(entry):
-                torch.set_rng_state(entry["rng"])
-                output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
-                loss: Tensor = output["loss"] if isinstance(output, dict) else output
-                (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
-            losses.append(float(loss.detach()))
+            try:
+                with watch(entry):
+                    torch.set_rng_state(entry["rng"])
+                    output = cast("Trainable", module).training_step(entry["batch"], entry["batch_idx"])
+                    loss: Tensor = output["loss"] if isinstance(output, dict) else output
+                    (loss / len(batches)).backward()  # type: ignore[no-untyped-call]
+            except Exception:  # noqa: PERF203 - one for each micro-batch of a single step
+                if not is_raised:
+                    raise
+                losses.append(math.nan)  # as the guard has counted it
+            else:
+                losses.append(float(loss.detach()))
         norms = [float(it.grad.double().norm()) for it in module.parameters() if it.grad is not None]
     return tuple(losses), math.hypot(*norms) if norms else 0.0
 

@@ -13,7 +13,8 @@ _FIRST_REMINDER = 25
 """Steps after which a dire condition is reported again; from then on whenever it has lasted twice as long."""
 _MIN_LASTED = 5
 """Steps, from the first hit to the last, from which on the end of a condition is worth a line."""
-_NUM_APART = 2
+_NUM_APART = 3
+"""Conditions in a row that are told one by one; from then on what comes and goes is soon one condition."""
 _QUIET = 100
 """Steps without a hit after which conditions no longer count as recurring."""
 
@@ -23,7 +24,7 @@ class Streak:
     """What one detector has done lately.
 
     Its hits make a condition as long as none is more than the cooldown after the one before. Where conditions recur, the
-    cooldown is ten times as long for each from the third on, so that what comes and goes isn't reported hundreds of times.
+    cooldown is ten times as long for each from the fourth on, so that what comes and goes isn't reported hundreds of times.
 
     Attributes:
         hits: in a row, up to the last step.

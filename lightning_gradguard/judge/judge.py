@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_gradguard.detectors import Detector, NonFinite
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.judge.decision import Streak, decide
+from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Measurement, Verdict
 
 
@@ -79,6 +80,22 @@ class Judge:
             max_norm=min((detector.limit() for detector in armed), default=math.inf),
             must_be_finite=any(isinstance(detector, NonFinite) for detector in armed),
         )
+
+    @property
+    def damage_action(self) -> Action | None:
+        """What would be done about NaN or infinity at the next step; None if nobody looks for them."""
+        actions = [
+            detector.policy.act(streak.hits + 1)
+            for detector, streak in zip(self._detectors, self._streaks, strict=True)
+            if isinstance(detector, NonFinite)
+        ]
+        return max(actions, default=None)
+
+    def tell_exception(self, judgement: Judgement, told_by: Callable[[Verdict], Verdict]) -> Judgement:
+        """The same, in which the finding of NaN and infinity is told by a function of it."""
+        pairs = zip(self._detectors, judgement.found, strict=True)
+        found = tuple(told_by(it) if it is not None and isinstance(detector, NonFinite) else it for detector, it in pairs)
+        return replace(judgement, found=found)
 
     def needs_update(self) -> bool:
         """Whether a detector wants to know what the coming step does to the weights."""

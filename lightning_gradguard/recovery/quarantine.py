@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lightning_gradguard.json_lines import LeftOut, Reader, Writer
+from lightning_gradguard.files.json_lines import LeftOut, Reader, Writer
 
 VERSION = 1
 """Of the lines; a field may be added without a new one."""
@@ -40,7 +40,7 @@ class Incident:
 
 
 class QuarantineFile:
-    """The list on disk, one line of JSON an incident; `schemas/quarantine.schema.json` says what it holds.
+    """The list on disk, one line of JSON an incident; `files/schemas/quarantine.schema.json` says what it holds.
 
     Incidents that can't be written wait for the next ones.
 

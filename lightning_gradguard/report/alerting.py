@@ -24,7 +24,12 @@ INVESTIGATED = ("nonfinite", "explosion", "vanishing")
 
 
 def alerts_of(
-    position: Position, verdicts: Sequence[Verdict], decision: Decision, culprit: Culprit | None = None
+    position: Position,
+    verdicts: Sequence[Verdict],
+    decision: Decision,
+    culprit: Culprit | None = None,
+    *,
+    done: str | None = None,
 ) -> tuple[Alert, ...]:
     """The verdicts that are reported, in their order.
 
@@ -33,13 +38,15 @@ def alerts_of(
         verdicts: what was found.
         decision: what is done about it.
         culprit: who made the damage; None if that is not known.
+        done: what is done, in words; None: what the action says.
     """
     every = zip(verdicts, decision.actions, decision.alerting, strict=True)
     reported = [(verdict, action) for verdict, action, alerting in every if alerting]
     # It was looked for on behalf of the first one: why a gradient explodes is not why another vanishes.
     blamed = next((verdict for verdict, _ in reported if verdict.kind in INVESTIGATED), None)
     begun = [
-        _alert(position, verdict, action, decision, culprit if verdict is blamed else None) for verdict, action in reported
+        _alert(position, verdict, action, culprit if verdict is blamed else None, done or _done(action, decision))
+        for verdict, action in reported
     ]
     return (*begun, *(_over(position, ended) for ended in decision.ended))
 
@@ -83,10 +90,13 @@ def _over(position: Position, ended: Ended) -> Alert:
     return notice(position, ended.kind, Action.LOG, f"{message}{found}{since}.", "", value=float(ended.lasted))
 
 
-def _alert(position: Position, verdict: Verdict, action: Action, decision: Decision, culprit: Culprit | None) -> Alert:
-    named = f"; {_named(culprit)}" if culprit is not None else ""
+def _done(action: Action, decision: Decision) -> str:
     # A step is skipped as a whole, also on behalf of a finding that alone would only warn.
-    done = _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
+    return _DONE[Action.SKIP] if decision.skip and not action.skips else _DONE[action]
+
+
+def _alert(position: Position, verdict: Verdict, action: Action, culprit: Culprit | None, done: str) -> Alert:
+    named = f"; {_named(culprit)}" if culprit is not None else ""
     return Alert(
         time=time.time(),
         step=position.step,

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.judge.judge import Judgement
+from lightning_gradguard.layout import Layout
 from lightning_gradguard.policy import Action
-from lightning_gradguard.record import Histograms, Measurement, Position, Record, Totals
+from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import alerts_of
 from lightning_gradguard.report.summary import add_alert, count, without_last_step
 from lightning_gradguard.sinks import Sink
@@ -122,6 +126,20 @@ class Reporter:
             self._listener(record)
         self._tell(record)
         return record
+
+    def tell_exception(self, alert: Alert, position: Position, layout: Layout) -> Alert:
+        """Tell at once of an exception that ends a step before there is anything to measure.
+
+        Returns:
+            The alert, with what the archive adds.
+        """
+        (alert,) = (alert,) if self._archive is None else self._archive((alert,))
+        if self.last is None:
+            nothing = np.zeros(len(layout.names))
+            measurement = Measurement(layout, nothing, nothing.astype(bool), 0.0, num_micro_batches=0)
+            self.last = Record(position, measurement, (), Decision(), None, None, math.inf, (), self.totals)
+        self.notify(alert)
+        return alert
 
     def notify(self, alert: Alert) -> None:
         """Report something that is no finding about gradients; before the first step it waits for that."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from lightning_gradguard.json_lines import Writer
+from lightning_gradguard.files.json_lines import Writer
 from lightning_gradguard.record import Record
 
 VERSION = 1
-"""Of the lines; `schemas/alert.schema.json` says what they hold. A field may be added without a new one."""
+"""Of the lines; `files/schemas/alert.schema.json` says what they hold. A field may be added without a new one."""
 
 
 class JsonlSink:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.layout import Floats
 from lightning_gradguard.record import Record
-from lightning_gradguard.sinks.tags import scalars, tag_prefix
+from lightning_gradguard.sinks.tags import LoggedNorms, scalars, tag_prefix
 
 _MAX_ALERTS = 1000
 """Each is sent with every new one, so they can't be without end."""
@@ -32,16 +32,18 @@ class LoggerSink:
 
     Args:
         logger: CSVLogger, or your own.
+        norms: of what norms are logged: "totals", "groups" or "all".
     """
 
-    def __init__(self, logger: MetricsLogger) -> None:
+    def __init__(self, logger: MetricsLogger, *, norms: LoggedNorms = "groups") -> None:
         self._logger = logger
+        self._norms: LoggedNorms = norms
 
     def write(self, record: Record) -> None:
         """Pass the scalars on."""
         if record.scalars_due or record.alerts:
             prefix = tag_prefix(record.position)
-            values = scalars(record)
+            values = scalars(record, self._norms)
             values |= {
                 f"alerts/{kind}": float(count) for kind, count in Counter(each.kind for each in record.alerts).items()
             }
@@ -60,10 +62,11 @@ class CsvSink(LoggerSink):
 
     Args:
         logger: Lightning's CSVLogger.
+        norms: which norms are logged.
     """
 
-    def __init__(self, logger: Any) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._csv = logger
 
     def write(self, record: Record) -> None:
@@ -94,12 +97,13 @@ class WandbSink(LoggerSink):
     Args:
         logger: Lightning's WandbLogger.
         histogram: makes what W&B draws from counts and bin edges: `wandb.Histogram`.
+        norms: as for `LoggerSink`.
     """
 
     _COLUMNS = ("step", "kind", "action", "value", "limit", "parameters", "message", "remedy")
 
-    def __init__(self, logger: Any, histogram: Callable[..., Any]) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, histogram: Callable[..., Any], *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._wandb = logger
         self._histogram = histogram
         self._rows: deque[list[Any]] = deque(maxlen=_MAX_ALERTS)
@@ -128,8 +132,8 @@ class MlflowSink(LoggerSink):
         logger: Lightning's MLFlowLogger.
     """
 
-    def __init__(self, logger: Any) -> None:
-        super().__init__(logger)
+    def __init__(self, logger: Any, *, norms: LoggedNorms = "groups") -> None:
+        super().__init__(logger, norms=norms)
         self._mlflow = logger
         self._lines: deque[str] = deque(maxlen=_MAX_ALERTS)
 

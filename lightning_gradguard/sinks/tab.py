@@ -87,7 +87,7 @@ def _facts(record: Record) -> Floats:
             loss,
             record.decision.skip,
             totals.num_skipped,
-            totals.num_clipped,
+            totals.num_clipped if record.clip_coef is not None else math.nan,
             totals.num_alerts,
             *(math.nan if figure is None else figure for figure in _of_weights(measurement)),
         ],

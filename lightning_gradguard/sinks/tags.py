@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, get_args
 
 from lightning_gradguard.record import Position, Record
 
@@ -26,6 +27,11 @@ DESCRIPTIONS = {
 }
 
 
+LoggedNorms = Literal["totals", "groups", "all"]
+"""Of what norms are logged: the whole model only, groups of modules, too, or each parameter as well."""
+LOGGED_NORMS: tuple[str, ...] = get_args(LoggedNorms)
+
+
 def description(tag: str) -> str:
     """What a tag shows, for TensorBoard's information icon.
 
@@ -43,7 +49,7 @@ def tag_prefix(position: Position) -> str:
     return "gradguard" if position.num_optimizers == 1 else f"gradguard/{position.optimizer}"
 
 
-def scalars(record: Record) -> dict[str, float]:
+def scalars(record: Record, norms: LoggedNorms = "groups") -> dict[str, float]:
     """The scalars of a record by tag without prefix. What isn't there, a limit or what others clip, is left out."""
     measurement, totals, layout = record.measurement, record.totals, record.measurement.layout
     values: dict[str, float] = {
@@ -67,9 +73,12 @@ def scalars(record: Record) -> dict[str, float]:
         values["explosion_limit"] = record.explosion_limit
     if math.isfinite(record.limit_ratio):
         values["limit_ratio"] = record.limit_ratio
-    for partition in (layout.groups, layout.subgroups):
-        norms = partition.norms(measurement.norms).tolist()
-        values |= {f"norm/{name}": norm for name, norm in zip(partition.names, norms, strict=True)}
+    if norms != "totals":
+        for partition in (layout.groups, layout.subgroups):
+            of_groups = partition.norms(measurement.norms).tolist()
+            values |= {f"norm/{name}": norm for name, norm in zip(partition.names, of_groups, strict=True)}
+    if norms == "all":
+        values |= {f"norm/{name}": norm for name, norm in measurement.by_name.items()}
     if record.histograms is not None:
         values["num_zero"] = float(record.histograms.num_zero.sum())
         values["num_nan"] = float(record.histograms.num_nan.sum())

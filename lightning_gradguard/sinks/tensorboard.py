@@ -14,7 +14,11 @@ from lightning_gradguard.record import Histograms, Measurement, Record
 from lightning_gradguard.sinks.event_files import LastingRecordWriter, make_lasting
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
-from lightning_gradguard.sinks.tags import description, scalars, tag_prefix
+from lightning_gradguard.sinks.tags import LoggedNorms, description, scalars, tag_prefix
+
+_FREE_BYTES, _BYTES_PER_STEP = 40_000, 20
+"""What the histograms of the standard panel may take: of large models they would be most of the file, so those are written
+more rarely than they are counted. The GradGuard tab has all of them, in a hundredth of the room."""
 
 _NORM_EDGES = np.arange(-20.0, 9.0, 0.25)
 
@@ -25,15 +29,22 @@ class TensorBoardSink:
     Args:
         writer: gives the writer, which is asked for at the first record: making it creates a folder.
         settings: of the guard, in words, for the report.
+        norms: of what norms are scalars: "totals", "groups" or "all"; the GradGuard tab has all in any case.
     """
 
     def __init__(
-        self, writer: SummaryWriter | Callable[[], SummaryWriter], settings: Mapping[str, str] | None = None
+        self,
+        writer: SummaryWriter | Callable[[], SummaryWriter],
+        settings: Mapping[str, str] | None = None,
+        *,
+        norms: LoggedNorms = "groups",
     ) -> None:
         self._writer = writer
+        self._norms: LoggedNorms = norms
         self._described: set[str] = set()
         self._tab = TabSeries(settings)
         self._last: Measurement | None = None
+        self._num_histogram_bytes = 0
         self._lasting: LastingRecordWriter | None = None
 
     def write(self, record: Record) -> None:
@@ -44,8 +55,10 @@ class TensorBoardSink:
             self._last = record.measurement  # a notice comes with the measurement of a step that has been written
             self._add(self._page(record), 0)
             self._add(self._scalars(record, prefix), step)
-        if record.histograms is not None:
-            self._add(self._distributions(record.histograms, prefix), step)
+        if record.histograms is not None and self._num_histogram_bytes <= _FREE_BYTES + _BYTES_PER_STEP * step:
+            distributions = self._distributions(record.histograms, prefix)
+            self._num_histogram_bytes += sum(value.ByteSize() for value in distributions)
+            self._add(distributions, step)
         self._add(self._tab.values(record), step)
         if record.alerts:
             tag = f"{prefix}/alerts"
@@ -92,7 +105,10 @@ class TensorBoardSink:
         return [page]
 
     def _scalars(self, record: Record, prefix: str) -> list[Summary.Value]:
-        values = [self._describe(scalar(f"{prefix}/{name}", value), "scalars") for name, value in scalars(record).items()]
+        values = [
+            self._describe(scalar(f"{prefix}/{name}", value), "scalars")
+            for name, value in scalars(record, self._norms).items()
+        ]
         norms = record.measurement.norms
         usable = norms[np.isfinite(norms) & (norms > 0)]
         counts = np.histogram(np.log10(usable).clip(_NORM_EDGES[0], _NORM_EDGES[-1]), _NORM_EDGES)[0].astype(np.float64)

@@ -49,27 +49,25 @@ _CULPRIT: dict[str, Any] = {
 _PARAMETER: dict[str, Any] = {"name": "", "norm": "NaN", "num_nan": 0, "num_inf": 0}
 
 
-def read_object(text: str | bytes) -> dict[str, Any] | None:
-    """A JSON object; None if the text is none."""
+def read_alert(text: str | bytes) -> dict[str, Any] | None:
+    """An alert from its JSON; None if it is none."""
     try:
         found = json.loads(text)
+        return complete(found) if isinstance(found, dict) else None
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
 
 
-def read_alert(text: str | bytes) -> dict[str, Any] | None:
-    """An alert from its JSON, with what another version of the package may have left out; None if it is none.
+def complete(found: Mapping[str, Any]) -> dict[str, Any]:
+    """An alert with what another version of the package may have left out; what is there is of the right kind then.
 
-    What is there has to be of the right kind, since the file may be anybody's.
+    Raises:
+        ValueError: if it lacks a number where one is needed.
     """
-    found = read_object(text)
-    if found is None:
-        return None
-    alert = {key: found.get(key, default) for key, default in _DEFAULTS.items()} | found
+    alert = {key: found.get(key, default) for key, default in _DEFAULTS.items()} | dict(found)
     numbers = ("time", "step", "optimizer", "rank", "micro_batch")
     if not all(isinstance(alert[key], (int, float)) for key in numbers):
-        return None
+        raise ValueError("a number is none")
     given = alert["parameters"] if isinstance(alert["parameters"], (list, tuple)) else ()
     alert["parameters"] = [_PARAMETER | it for it in given if isinstance(it, dict)]
     alert["culprit"] = _culprit(alert["culprit"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import Counter
@@ -98,7 +99,7 @@ class Digest:
             "norms": views.plain(np.array([facts[_COLUMN["global_norm"]] for _, facts in last])),
             "loss": views.plain(np.array([facts[_COLUMN["loss"]] for _, facts in last[-1:]])),
             "num_skipped": sum(int(facts[_COLUMN["num_skipped"]]) for _, facts in last),
-            "num_clipped": sum(int(facts[_COLUMN["num_clipped"]]) for _, facts in last),
+            "num_clipped": _total([facts[_COLUMN["num_clipped"]] for _, facts in last]),
             "kinds": dict(Counter(str(alert["kind"]) for alert in alerts)),
             "first_alert": min((alert["x"] for alert in alerts), default=None),
             "culprit": None if first is None else brief(first),
@@ -191,6 +192,12 @@ def _state(alerts: Sequence[Alert], last_step: int | None, age: float) -> dict[s
     if age < _LIVE_SECONDS:
         return {"state": f"wrote {max(age, 0):.0f} s ago", "why": "The run may have ended since.", "is_live": True}
     return {"state": "no news", "why": "It has ended, or nothing has been due since.", "is_live": False}
+
+
+def _total(counts: Sequence[float]) -> int | None:
+    """Their sum; None where one of them is not known."""
+    total = sum(counts)
+    return int(total) if math.isfinite(total) else None
 
 
 def _by_optimizer(tag: Tag) -> tuple[int, Tag]:

@@ -265,5 +265,8 @@ def plain(values: Floats) -> list[float | str | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else str(value) for value in values.tolist()]
 
 
-def _last(values: Floats) -> int:
-    return int(values[-1]) if len(values) else 0
+def _last(values: Floats) -> int | None:
+    """The last of some counts; None where they are not known, as where something else clips after the guard."""
+    if not len(values):
+        return 0
+    return int(values[-1]) if math.isfinite(values[-1]) else None

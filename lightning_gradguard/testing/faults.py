@@ -28,9 +28,9 @@ def inject(
 ) -> Iterator[None]:
     """Damage one gradient in one backward pass, where a real fault would: before ranks sum, unscale and clip.
 
-    A hook on the parameter does it; it is gone when the context ends. Under FSDP2 and tensor parallelism, which put other
-    tensors in the parameter's place, the gradient that flows into the parameter's module is damaged instead, and so are
-    those of the modules before it.
+    A hook on the parameter does it; it is gone when the context ends. Under FSDP1, FSDP2 and tensor parallelism, which put
+    other tensors in the parameter's place, the gradient that flows into the parameter's module is damaged instead, and so
+    are those of the modules before it.
 
     Args:
         model: the module that is trained.

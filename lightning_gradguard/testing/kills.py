@@ -27,6 +27,7 @@ _SLOW = ("torch", "lightning.pytorch", "pytorch_lightning")
 """Packages that take seconds to import; where they are loaded, the training needs them."""
 
 _MAX_TRIES = 10
+_PATIENCE_SECONDS = 120
 _MAX_SHOWN = 5
 
 
@@ -149,7 +150,10 @@ class _Runs:
                 process.kill()
             elif process.exitcode is None:
                 os.kill(process.pid, signal_number)
-            process.join()
+            process.join(_PATIENCE_SECONDS)
+            if process.exitcode is None:
+                process.kill()
+                raise RuntimeError(f"The training in {folder} did not end within {_PATIENCE_SECONDS} s of its signal.")
             if not (folder / _RESULT).exists():
                 return seconds
             shutil.rmtree(folder)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.detectors import Vanishing
-from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.guard import Environment, Guard
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.pipeline import Environment
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -28,15 +24,13 @@ from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options
 from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
 from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
-from lightning_gradguard.trainer.progress import fetches_batches, log_interval, log_step, stop_is_deferred_by
+from lightning_gradguard.trainer.progress import fetches_batches, log_interval, log_step, request_stop
+from lightning_gradguard.trainer.raised import RaisedSteps
 from lightning_gradguard.trainer.recovery.quarantine import Quarantine
 from lightning_gradguard.trainer.recovery.recovery import Recovery
 from lightning_gradguard.trainer.recovery.run_state import set_random_states
 from lightning_gradguard.trainer.recovery.saving import SaveGate
-from lightning_gradguard.trainer.replay.bundles import Bundles
-from lightning_gradguard.trainer.replay.investigation import Investigation
-from lightning_gradguard.trainer.replay.time_probe import TimeProbe
-from lightning_gradguard.trainer.replay.window import Window
+from lightning_gradguard.trainer.replay.incidents import Incidents
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import engine_of
 
@@ -59,12 +53,7 @@ class Fit:
     """
 
     def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        settings: Settings,
-        options: Options,
-        history: History,
+        self, trainer: Trainer, module: LightningModule, settings: Settings, options: Options, history: History
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -74,14 +63,12 @@ class Fit:
         self._history = history
         self._buffers = Buffers()
         self._window_begins = True
-        self._window = Window()
-        self._investigation: Investigation | None = None
-        self._bundles: Bundles | None = None
-        self._time_probe: TimeProbe | None = None
+        self._incidents: Incidents | None = None
         self._recovery: Recovery | None = None
         self._save_gate: SaveGate | None = None
         self._quarantine: Quarantine | None = None
         self._scaled_clipping: ScaledClipping | None = None
+        self._raised: RaisedSteps | None = None
         # Which batch a step sees is not known where the module fetches its own.
         self._knows_batches = not fetches_batches(module)
         self._batch_idx: int | None = None
@@ -128,36 +115,30 @@ class Fit:
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
         self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
         self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
-        if options.max_replays and self._engine.no_replay is not None:
-            rank_zero_info(
-                f"GradGuard names no culprits under {type(trainer.strategy).__name__} and writes no bundles: "
-                f"{self._engine.no_replay}, so that a bad step can't be replayed."
-            )
-        elif options.max_replays:
-            left = options.max_replays - history.num_replays
-            self._investigation = Investigation(
-                trainer, module, self._window, self._buffers, left, sample_dim=options.sample_dim
-            )
-        self._follow_time()
-        if options.max_bundle_mib is not None and self._investigation is not None and self._knows_batches:
-            self._bundles = Bundles(
-                trainer,
-                module,
-                self._window,
-                self._investigation.diagnosis,
-                max_mib=options.max_bundle_mib,
-                guard=self._settings.in_words(),
-            )
-        settings = replace(self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words()))
-        self.guards = Guards(trainer, self._watch, settings, self._environment(), history)
+        self._incidents = Incidents(
+            trainer,
+            module,
+            self._buffers,
+            self._settings,
+            options,
+            engine=self._engine,
+            num_replays=history.num_replays,
+        )
+        settings = replace(
+            self._settings, sinks=all_sinks(trainer, self._settings.sinks, self._settings.in_words(), options.log_norms)
+        )
+        self.guards = Guards(trainer, self._watch, settings, self._environment(self._incidents), history)
         if self._quarantine is not None:
             self._quarantine.start()
+            if (find := self._incidents.investigation) is not None:
+                self._quarantine.find_culprit = lambda record: find(record.position, record.measurement, "nonfinite")
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
+        self._follow_exceptions(self.guards, self._incidents)
         if options.snapshots is not None:
             self._recovery = Recovery(
-                options.snapshots, trainer, module, list(self.guards), armed=options.armed, stop=self._stop
+                options.snapshots, trainer, module, self.guards, armed=options.armed, stop=lambda: request_stop(trainer)
             )
             self._recovery.progress = replace(history.rollbacks)
             rank_zero_info(self._recovery.start())
@@ -166,7 +147,7 @@ class Fit:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
-        if self.guards is None:
+        if self.guards is None or self._incidents is None:
             return
         self._has_backward = False
         self.guards.follow()
@@ -178,8 +159,7 @@ class Fit:
         self._batch_idx = batch_idx
         if self._quarantine is not None:
             self._quarantine.begin_batch(batch_idx)
-        if self._investigation is not None:
-            self._window.open(batch, batch_idx)
+        self._incidents.open(batch, batch_idx)
 
     def before_backward(self, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
@@ -204,9 +184,10 @@ class Fit:
         finally:
             self._batches.clear()
             self.last = guard.last
-            self._look_back(optimizer, guard)
+            if self._incidents is not None:
+                self._incidents.look_back(optimizer, guard)
         if guard.stopped_by is not None:
-            self._stop()
+            request_stop(self._trainer)
         guard.leave()
 
     def end_batch(self) -> None:
@@ -215,7 +196,8 @@ class Fit:
             self._recovery.after_batch()
         if self._quarantine is not None:
             self._quarantine.after_batch()
-        self._window.close(self._trainer.optimizers)
+        if self._incidents is not None:
+            self._incidents.close()
 
     def flush(self) -> None:
         """Learn of the last step.
@@ -228,9 +210,8 @@ class Fit:
 
     def finish(self) -> None:
         """Say what the run came to, once."""
-        self._window.clear()
-        if self._investigation is not None:
-            self._investigation.clear()
+        if self._incidents is not None:
+            self._incidents.clear()
         if not self.guards or self._is_finished:
             return
         self._is_finished = True
@@ -252,6 +233,8 @@ class Fit:
             self._quarantine.detach()
         if self._scaled_clipping is not None:
             self._scaled_clipping.detach()
+        if self._raised is not None:
+            self._raised.detach()
         if self.guards is not None:
             self.guards.detach()
 
@@ -260,7 +243,7 @@ class Fit:
         if self.guards is None:
             return self._history
         history = self._history
-        done = 0 if self._investigation is None else self._investigation.num_done
+        done = 0 if self._incidents is None else self._incidents.num_replays
         return History(
             guards=[guard.state_dict() for guard in self.guards],
             totals=self.totals,
@@ -272,7 +255,7 @@ class Fit:
             last=self.last,
         ).of(self._module)
 
-    def _environment(self) -> Environment:
+    def _environment(self, incidents: Incidents) -> Environment:
         own = self._options.log_every_n_steps
         return Environment(
             log_interval(self._trainer) if own is None else own,
@@ -280,8 +263,8 @@ class Fit:
             scaler_of(self._trainer),
             listener=self._note,
             clips_later=clips_later(self._trainer, self._module),
-            investigate=self._investigation,
-            archive=None if self._bundles is None else self._bundles.write,
+            investigate=incidents.investigation,
+            archive=None if incidents.bundles is None else incidents.bundles.write,
         )
 
     def _watch(self, optimizer: Optimizer) -> WatchedParameters:
@@ -293,20 +276,28 @@ class Fit:
         if self._quarantine is not None:
             self._quarantine.note(record)
 
-    def _look_back(self, optimizer: Optimizer, guard: Guard) -> None:
-        """After a step: note what a later replay needs."""
-        if self._investigation is not None:
-            if isinstance(optimizer, torch.optim.LBFGS):
-                self._window.reopen()
-            self._investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
-        if self._time_probe is not None and (alert := self._time_probe.look(optimizer, guard.last)) is not None:
-            guard.notify(alert)
-        self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+    def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
+        cause, find = incidents.exception_cause(), incidents.investigation
+        if cause is None or find is None:
+            return
+        self._raised = RaisedSteps(
+            self._trainer,
+            self._module,
+            guards,
+            cause,
+            self._options.skip_exceptions,
+            begin=self._begin_raised,
+            position=lambda index: self._position(index, guards),
+            step=self.step,
+            hand_in=find.hand_in,
+        )
 
-    def _follow_time(self) -> None:
-        vanishing = next((it for it in self._settings.detectors if isinstance(it, Vanishing)), None)
-        if self._investigation is not None and vanishing is not None:
-            self._time_probe = self._investigation.time_probe(min(vanishing.policy.action, Action.WARN))
+    def _begin_raised(self) -> int:
+        """The running micro-batch has ended in an exception: it is one of its step all the same. Its number."""
+        if not self._has_backward and self._batch_idx is not None:
+            self._batches.append(self._batch_idx)
+        self._has_backward = True
+        return max(len(self._batches) - 1, 0)
 
     def _position(self, index: int, guards: Guards) -> Position:
         return Position(
@@ -319,15 +310,6 @@ class Fit:
             rank=self._trainer.global_rank,
             log_step=log_step(self._trainer),
         )
-
-    def _stop(self) -> None:
-        if not self._trainer.should_stop and (reason := stop_is_deferred_by(self._trainer)):
-            warnings.warn(
-                f"GradGuard stops the training, but `{reason}` keeps the Trainer going until then. Bad steps stay skipped.",
-                GuardWarning,
-                stacklevel=2,
-            )
-        self._trainer.should_stop = True
 
     def _report_refused_save(self, message: str) -> None:
         if not self.guards:

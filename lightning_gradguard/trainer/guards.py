@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, overload
 
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Alert
-from lightning_gradguard.guard import Environment, Guard
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.pipeline import Environment, Pipeline
 from lightning_gradguard.record import Totals
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.history import History
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-class Guards:
+class Guards(Sequence[Pipeline]):
     """One guard for each optimizer, in the Trainer's order.
 
     An optimizer that takes another's place gets a guard that goes on with the other's counts, alerts and baselines.
@@ -46,8 +46,8 @@ class Guards:
         self._settings = settings
         self._environment = environment
         self._optimizers: list[Optimizer] = []
-        self._guards: list[Guard] = []
-        self._retired: list[Guard] = []
+        self._guards: list[Pipeline] = []
+        self._retired: list[Pipeline] = []
         for index, optimizer in enumerate(self._to_watch()):
             guard = self._make(optimizer)
             if index < len(history.guards):
@@ -60,13 +60,17 @@ class Guards:
                 "GradGuard: there is no optimizer, so there are no steps to look at. Training goes on without the guard."
             )
 
-    def __iter__(self) -> Iterator[Guard]:
+    def __iter__(self) -> Iterator[Pipeline]:
         return iter(self._guards)
 
     def __len__(self) -> int:
         return len(self._guards)
 
-    def __getitem__(self, index: int) -> Guard:
+    @overload
+    def __getitem__(self, index: int) -> Pipeline: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Pipeline]: ...
+    def __getitem__(self, index: int | slice) -> Pipeline | Sequence[Pipeline]:
         return self._guards[index]
 
     def index_of(self, optimizer: Optimizer) -> int:
@@ -142,12 +146,12 @@ class Guards:
             guard.detach()
 
     @property
-    def _all(self) -> list[Guard]:
+    def _all(self) -> list[Pipeline]:
         return [*self._guards, *self._retired] if self._retired else self._guards
 
     def _to_watch(self) -> list[Optimizer]:
         # What stands in where `configure_optimizers` returns None never steps.
         return [optimizer for optimizer in self._trainer.optimizers if not is_no_optimizer(optimizer)]
 
-    def _make(self, optimizer: Optimizer) -> Guard:
-        return Guard.from_settings(self._settings.fresh(), self._watch(optimizer), self._environment)
+    def _make(self, optimizer: Optimizer) -> Pipeline:
+        return Pipeline(self._settings.fresh(), self._watch(optimizer), self._environment)

@@ -12,6 +12,7 @@ import importlib
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 if TYPE_CHECKING:
@@ -88,7 +89,13 @@ def classes(path: str) -> tuple[type, ...]:
     Args:
         path: where it is below the package, as "callbacks.Checkpoint".
     """
-    return tuple(_find(package, path) for package in _loaded())
+    return _classes_of(path, tuple(_loaded()))
+
+
+@cache
+def _classes_of(path: str, packages: tuple[str, ...]) -> tuple[type, ...]:
+    # Asked for at each step, and the other package may be loaded later.
+    return tuple(_find(package, path) for package in packages)
 
 
 def of_trainer(trainer: pl.Trainer, path: str) -> Any:

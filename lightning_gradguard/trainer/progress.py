@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING
 
+from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.trainer.packages import takes_argument
 
 if TYPE_CHECKING:
@@ -35,3 +37,14 @@ def stop_is_deferred_by(trainer: Trainer) -> str | None:
     if trainer.min_epochs and num_epochs < trainer.min_epochs:
         return f"min_epochs={trainer.min_epochs}"
     return None
+
+
+def request_stop(trainer: Trainer) -> None:
+    """Have the Trainer end as after early stopping; say so where its own settings defer that."""
+    if not trainer.should_stop and (reason := stop_is_deferred_by(trainer)):
+        warnings.warn(
+            f"GradGuard stops the training, but `{reason}` keeps the Trainer going until then. Bad steps stay skipped.",
+            GuardWarning,
+            stacklevel=2,
+        )
+    trainer.should_stop = True

@@ -19,13 +19,16 @@ from lightning_gradguard.sinks import (
     TensorBoardSink,
     WandbSink,
 )
+from lightning_gradguard.sinks.tags import LoggedNorms
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.loggers import Logger
 
 
-def all_sinks(trainer: Trainer, own: Sequence[Sink], settings: Mapping[str, str]) -> tuple[Sink, ...]:
+def all_sinks(
+    trainer: Trainer, own: Sequence[Sink], settings: Mapping[str, str], norms: LoggedNorms = "groups"
+) -> tuple[Sink, ...]:
     """`alerts.jsonl`, one sink a logger, the user's own, and the console; on other ranks than the first none.
 
     Must be called on all ranks, since the Trainer agrees on its folder between them.
@@ -34,6 +37,7 @@ def all_sinks(trainer: Trainer, own: Sequence[Sink], settings: Mapping[str, str]
         trainer: whose loggers and folder.
         own: the user's.
         settings: of the guard, in words.
+        norms: of what norms the loggers get.
     """
     log_dir = trainer.log_dir
     if not trainer.is_global_zero:
@@ -42,15 +46,15 @@ def all_sinks(trainer: Trainer, own: Sequence[Sink], settings: Mapping[str, str]
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         if log_dir is not None:
             built_in.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
-        built_in.extend(sink for logger in trainer.loggers if (sink := _built(logger, settings)) is not None)
+        built_in.extend(sink for logger in trainer.loggers if (sink := _built(logger, settings, norms)) is not None)
     # The console comes last: where warnings are errors it raises, and the others must have the alert by then.
     return (*built_in, *own, ConsoleSink())
 
 
-def _built(logger: Logger, settings: Mapping[str, str]) -> Sink | None:
+def _built(logger: Logger, settings: Mapping[str, str], norms: LoggedNorms) -> Sink | None:
     """The logger's sink; None, and a warning, if it can't be made."""
     try:
-        return _of_logger(logger, settings)
+        return _of_logger(logger, settings, norms)
     except Exception as error:
         if isinstance(error, Warning):
             raise  # The user has turned warnings into errors, so this is what was asked for.
@@ -63,15 +67,15 @@ def _built(logger: Logger, settings: Mapping[str, str]) -> Sink | None:
         return None
 
 
-def _of_logger(logger: Logger, settings: Mapping[str, str]) -> Sink:
+def _of_logger(logger: Logger, settings: Mapping[str, str], norms: LoggedNorms) -> Sink:
     # By name, since `lightning` and `pytorch_lightning` have distinct classes.
     names = {cls.__name__ for cls in type(logger).__mro__}
     if "TensorBoardLogger" in names:
-        return TensorBoardSink(lambda: logger.experiment, settings)  # type: ignore[attr-defined]  # of the subclass
+        return TensorBoardSink(lambda: logger.experiment, settings, norms=norms)  # type: ignore[attr-defined]  # of the subclass
     if "WandbLogger" in names:
-        return WandbSink(logger, importlib.import_module("wandb").Histogram)
+        return WandbSink(logger, importlib.import_module("wandb").Histogram, norms=norms)
     if "MLFlowLogger" in names:
-        return MlflowSink(logger)
+        return MlflowSink(logger, norms=norms)
     if "CSVLogger" in names:
-        return CsvSink(logger)
-    return LoggerSink(logger)
+        return CsvSink(logger, norms=norms)
+    return LoggerSink(logger, norms=norms)

@@ -142,7 +142,7 @@ def test_sam_clipper_learns_once_a_step_and_not_from_a_bad_one():
         run.step()
     for _ in range(2):
         good.step()
-    assert run.guard._gate.clipper.state_dict() == good.guard._gate.clipper.state_dict()
+    assert run.guard._pipeline._gate.clipper.state_dict() == good.guard._pipeline._gate.clipper.state_dict()
 
 
 def test_optimizer_with_a_changing_number_of_evaluations_is_undone(recwarn):

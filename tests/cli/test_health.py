@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lightning_gradguard.cli.health import examine, read
-from lightning_gradguard.torch_files import UnreadableError
+from lightning_gradguard.files.torch_files import UnreadableError
 
 
 def checkpoint():

@@ -22,6 +22,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, distributed, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_gradguard import AGC, AdaGC, ClipNorm, ClipValue, Explosion, GradGuard, GradientError, Guard, UpdateRatio
@@ -290,29 +292,43 @@ def watched(stage: int) -> dict[str, Any]:
     }
 
 
+class Largest(TorchDispatchMode):
+    """Notes the largest tensor that an operator makes."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run it, and look at what comes back."""
+        found = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(it.numel() for it in tree_leaves(found) if isinstance(it, Tensor))])
+        return found
+
+
 def collectives(stage: int) -> dict[str, Any]:
-    """Calls and bytes of torch's `all_reduce` inside the guard's step alone."""
+    """Calls and bytes of torch's `all_reduce` inside the guard's step alone, and the largest tensor that is made there."""
     sizes: list[int] = []
-    real, real_step = distributed.all_reduce, Guard.step
+    largest = Largest()
+    real, real_decide = distributed.all_reduce, Guard.decide
 
     def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(tensor.numel() * tensor.element_size())
         return real(tensor, *args, **kwargs)
 
-    def step(self: Guard, *args: Any) -> Any:
+    def decide(self: Guard, *args: Any) -> Any:
         sizes.clear()
         distributed.all_reduce = counting
         try:
-            return real_step(self, *args)
+            with largest:
+                return real_decide(self, *args)
         finally:
             distributed.all_reduce = real
 
-    Guard.step = step
+    Guard.decide = decide
     try:
         train(Student(), strategy(stage), GradGuard(clip=1.0, histogram_every_n_steps=None), count=3)
     finally:
-        Guard.step = real_step
-    return {"sizes": sizes}
+        Guard.decide = real_decide
+    return {"sizes": sizes, "largest": largest.numel}
 
 
 def resumed(stage: int, folder: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ CLIPPERS = {
     "parameter-norm": ClipParameterNorm(0.5),
     "parameter-norm-1": ClipParameterNorm(0.5, 1.0),
     "parameter-norm-inf": ClipParameterNorm(0.5, float("inf")),
-    "grouped": Grouped({"p[01]": AGC(0.1), "p[23]": ClipNorm(0.5, 1.0), "p4": AutoClip(40.0), "none": ClipNorm(1.0, 1.0)}),
+    "grouped": Grouped({"p[01]": AGC(0.1), "p[23]": ClipNorm(0.5, 1.0), "p4": AutoClip(40.0)}),
 }
 NUM_STEPS = 5
 SHAPES = ((5, 3), (3, 4), (7,), (1, 4), (2, 3, 4), (4,))

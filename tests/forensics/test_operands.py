@@ -48,6 +48,7 @@ LINES = [
     ("x * torch.nan", {"x": [1.0]}, "`mul`", "works with NaN or Inf that is written in the code"),
     ("(x - torch.inf) - (x - torch.inf)", {"x": [1.0]}, "`sub`", "took the difference of two infinities"),
     ("torch.tan(x * torch.inf)", {"x": [1.0]}, "`tan`", "made NaN of Inf"),
+    ("x[:0].std()", {"x": [1.0, 2.0]}, "`std`", "gave NaN for finite inputs"),
     # not in the list
     ("torch.polygamma(1, x)", {"x": [1.0, 0.0]}, "`polygamma`", "gave Inf for finite inputs"),
     ("torch.special.erfcx(x)", {"x": [1.0, -20.0]}, "`special_erfcx`", "gave Inf for finite inputs"),
@@ -169,6 +170,19 @@ def test_line_of_a_reduction_goes_through_the_damaged_element(dim, index, line):
     result[index] = math.nan
     found = {operand.name: operand for operand in operands_of([("self", torch.tensor(ROW)), ("dim", dim)], result)}
     assert found["self"].line == line
+
+
+def test_line_that_does_not_correspond_to_the_result_is_not_known():
+    """As where the result is longer than what went in."""
+    result = torch.tensor([0.0, 0.0, math.nan])
+    found = {operand.name: operand for operand in operands_of([("self", torch.tensor(ROW)), ("dim", 1)], result)}
+    assert found["self"].line is None
+
+
+def test_complex_result_has_no_damaged_element():
+    """Its parts are looked at as real numbers elsewhere."""
+    (operand,) = operands_of([("self", torch.ones(1))], torch.tensor([complex(math.nan, 0.0)]))
+    assert operand.at is None
 
 
 def test_expanded_result_is_not_walked_over():

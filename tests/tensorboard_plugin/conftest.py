@@ -48,7 +48,9 @@ def real_address(real_runs):
 @pytest.fixture
 def real_page(driver, real_address):
     """A look at the real runs, at the end of which the console must hold no error."""
+    driver.get("about:blank")  # ends what an earlier page still asks of a server that has gone
     found = Page(driver, real_address)
+    found.leave()
     found.errors()
     yield found
     found.resize(1500, 950)

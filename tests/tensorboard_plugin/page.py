@@ -49,7 +49,7 @@ class Page:
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         return self
 
-    def until(self, condition, seconds: float = 60):
+    def until(self, condition, seconds: float = 240):
         """Wait until something is so."""
         # What is drawn anew while one looks is looked at again.
         wait = WebDriverWait(self.driver, seconds, poll_frequency=0.05, ignored_exceptions=(StaleElementReferenceException,))
@@ -108,6 +108,11 @@ class Page:
     def url(self) -> str:
         """TensorBoard's own address."""
         return self.run("return window.parent.location.href")
+
+    def leave(self) -> None:
+        """Look at nothing, so that no page asks a server that is gone."""
+        self.driver.switch_to.default_content()
+        self.driver.get("about:blank")
 
     def errors(self) -> list[str]:
         """What the console holds against the page; the icon is TensorBoard's, which is not there alone."""

@@ -57,6 +57,18 @@ class Partial(Classifier):
         return super().forward(x) + 0.0 * self.unused(x)
 
 
+class Vanishing(Classifier):
+    """Sigmoids one after another: each takes at least three quarters of the gradient."""
+
+    def __init__(self) -> None:
+        super().__init__(num_layers=10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = torch.sigmoid(layer(x))
+        return self.head(x)
+
+
 class Damaged(Classifier):
     """The logarithm of a probability that reaches zero, in one row of two batches."""
 
@@ -125,6 +137,7 @@ def main(folder: Path) -> None:
     fit(folder, "damaged", Damaged(), rollback, 120)
     fit(folder, "gan", Gan(), GradGuard(explosion="skip"), 140)
     fit(folder, "partial", Partial(), GradGuard(histogram_every_n_steps=20), 60)
+    fit(folder, "vanishing", Vanishing(), GradGuard(), 40)
     for layers in (2, 4, 7, 12):  # 9 to 39 rows of the flow
         guard = GradGuard(explosion=None if layers < 12 else "warn", nonfinite="skip")
         fit(folder, f"rows{layers}", Damaged(layers), guard, 70)

@@ -133,7 +133,7 @@ def test_alert_of_a_skipped_step_says_where_what_and_who(tmp_path):
     assert {report["name"] for report in first.parameters} <= {"body.weight", "body.bias", "head.weight", "head.bias"}
     assert first.parameters[0]["num_nan"] > 0
     texts = [str(warning.message) for warning in caught if warning.category is GradientWarning]
-    assert texts == [f"{alert.message} {alert.remedy}" for alert in (first, second)]
+    assert texts == [f"{alert.message} {alert.remedy}".rstrip() for alert in (first, second)]
 
 
 @pytest.mark.parametrize("action", ["log", "warn"])

@@ -16,8 +16,8 @@ from toys import Net, fit, make_batches
 
 from lightning_gradguard import Alert, GradGuard, Rollback
 from lightning_gradguard.errors import GuardWarning, SinkWarning
+from lightning_gradguard.files.json_lines import Reader
 from lightning_gradguard.forensics.bundle import Bundle
-from lightning_gradguard.json_lines import Reader
 from lightning_gradguard.recovery.quarantine import QuarantineFile
 
 FAULTS = {2: "nan", 6: "nan", 12: "nan", 20: "nan"}

@@ -12,7 +12,7 @@ from torch import nn
 from toys import Net, fit, make_batches, same, weights_of
 
 from lightning_gradguard import Alert, GradGuard, Guard, NonFinite
-from lightning_gradguard.json_lines import Reader
+from lightning_gradguard.files.json_lines import Reader
 from lightning_gradguard.report.reporter import MAX_ALERTS
 from lightning_gradguard.sinks import JsonlSink
 

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from lightning_package import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
@@ -231,3 +232,45 @@ def test_tensorboard_custom_scalars_page_keeps_groups_together(tmp_path):
     (pattern,) = [chart.multiline.tag[0] for chart in page.category[0].chart if "group" in chart.title]
     selected = {tag for tag in events.tags["scalars"] if re.match(pattern, tag)}
     assert selected == {"gradguard/norm/body", "gradguard/norm/head"}
+
+
+@pytest.mark.parametrize(
+    ("norms", "expected"),
+    [
+        ("totals", set()),
+        ("groups", {"body", "head"}),
+        ("all", {"body", "head", *PARAMETERS}),
+    ],
+)
+def test_tensorboard_log_norms_chooses_the_curves(norms, expected, tmp_path):
+    """Of the whole model in any case; of groups and parameters as asked for."""
+    events = _train(tmp_path, GradGuard(log_norms=norms))
+    names = {tag.partition("/norm/")[2] for tag in events.tags["scalars"] if "/norm/" in tag}
+    assert names == expected
+    assert "gradguard/global_norm" in events.tags["scalars"]
+
+
+def test_tensorboard_log_norms_unknown_is_refused():
+    """With the choice in the message."""
+    with pytest.raises(ValueError, match="`log_norms` must be one of 'totals', 'groups', 'all', got 'none'"):
+        GradGuard(log_norms="none")
+
+
+def test_tensorboard_has_learning_rate_weight_norm_and_update_ratio(tmp_path):
+    """The rate as it is, the norm as torch computes it, and the update as it was, within the sample's error."""
+    guard = GradGuard()
+    logger = TensorBoardLogger(tmp_path)
+    seen = []
+
+    class Watching(Net):
+        def on_before_optimizer_step(self, optimizer):
+            seen.append([parameter.detach().clone() for parameter in self.parameters()])
+
+    fit(tmp_path, Watching(), guard, logger=logger, log_every_n_steps=2)
+    events = Events(logger)
+    flat = [torch.cat([parameter.flatten() for parameter in weights]) for weights in seen]
+    steps = events.steps("gradguard/weight_norm")
+    assert steps == events.steps("gradguard/learning_rate") == events.steps("gradguard/update_ratio")
+    assert events.values("gradguard/weight_norm") == pytest.approx([float(flat[step].norm()) for step in steps])
+    ratios = [float((flat[step] - flat[step - 1]).norm() / flat[step].norm()) for step in steps]
+    assert events.values("gradguard/update_ratio") == pytest.approx(ratios, rel=1e-4)  # small tensors are taken whole

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lightning_gradguard.tensorboard_plugin.alerts import (
-    CONSEQUENCES,
-    Alert,
-    full,
-    headline,
-    read_alert,
-    read_object,
-    seen,
-    short,
-)
+from lightning_gradguard.files.json_lines import Reader
+from lightning_gradguard.tensorboard_plugin.alerts import CONSEQUENCES, Alert, complete, full, headline, seen, short
 from lightning_gradguard.tensorboard_plugin.bundles import bundle_of
 from lightning_gradguard.tensorboard_plugin.data import Series
 from lightning_gradguard.tensorboard_plugin.log_folder import read_runs
@@ -26,6 +19,8 @@ MAX_LISTED = 200
 """Alerts in the table; the counts have all."""
 MAX_EXPLAINED = 5
 """Alerts that are told at length: those with different causes."""
+
+T = TypeVar("T")
 
 _INCIDENT: dict[str, Any] = dict.fromkeys(("epoch", "batch_idx", "step", "reason", "samples"))
 
@@ -65,12 +60,13 @@ class RunReport:
     def steps(self) -> Steps:
         """What its steps came to."""
         snapshots = [series.snapshot() for series in self.series.values() if len(series.snapshot().steps)]
+        clipped = sum(float(it.fact("num_clipped")[-1]) for it in snapshots)
         skipped = sorted({int(step) for it in snapshots for step in it.steps[it.fact("skipped") > 0]})
         return Steps(
             num_logged=sum(len(it.steps) for it in snapshots),
             first=min((int(it.steps[0]) for it in snapshots), default=None),
             last=max((int(it.steps[-1]) for it in snapshots), default=None),
-            num_clipped=sum(int(it.fact("num_clipped")[-1]) for it in snapshots),
+            num_clipped=int(clipped) if math.isfinite(clipped) else None,
             num_skipped=sum(int(it.fact("num_skipped")[-1]) for it in snapshots),
             skipped=skipped,
         )
@@ -142,20 +138,26 @@ class Steps:
     Attributes:
         num_logged: steps in the event files.
         first, last: the ends of the axis; None without event files.
-        num_clipped, num_skipped: totals of the run, steps that are not logged included.
+        num_clipped, num_skipped: totals of the run, steps that are not logged included; None where it is not known.
         skipped: which ones were skipped.
     """
 
     num_logged: int = 0
     first: int | None = None
     last: int | None = None
-    num_clipped: int = 0
+    num_clipped: int | None = 0
     num_skipped: int = 0
     skipped: list[int] = field(default_factory=list)
 
 
 def read(log_dir: Path) -> list[RunReport]:
-    """The runs in a folder and below it, by name."""
+    """The runs in a folder and below it, by name; of an `alerts.jsonl` its run.
+
+    Raises:
+        OSError: if a file can't be read.
+    """
+    if log_dir.is_file():
+        log_dir = log_dir.resolve().parent.parent
     runs = {name: (dict(run.series), list(run.alerts.values())) for name, run in read_runs(log_dir)}
     for path in log_dir.rglob("gradguard/alerts.jsonl"):
         runs.setdefault(path.parent.parent.relative_to(log_dir).as_posix(), ({}, []))
@@ -167,19 +169,16 @@ def _run(log_dir: Path, name: str, series: Mapping[int, Series], alerts: Sequenc
     known = {(alert["time"], alert["kind"]) for alert in alerts}
     written = [
         {**alert, "x": alert["step"], "id": f"line-{number}"}
-        for number, alert in enumerate(_lines(folder / "gradguard" / "alerts.jsonl", read_alert), 1)
+        for number, alert in enumerate(_lines(folder / "gradguard" / "alerts.jsonl", complete), 1)
         if (alert["time"], alert["kind"]) not in known
     ]
     settings = next((each.settings for each in series.values() if each.settings), {})
     everything = sorted([*alerts, *written], key=lambda alert: alert["time"])
-    incidents = [_INCIDENT | entry for entry in _lines(folder / "gradguard" / "quarantine.jsonl", read_object)]
+    incidents = list(_lines(folder / "gradguard" / "quarantine.jsonl", _INCIDENT.__or__))
     return RunReport(name, series, everything, settings, incidents, folder)
 
 
-def _lines(path: Path, parse: Callable[[str], dict[str, Any] | None]) -> Iterator[dict[str, Any]]:
+def _lines(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
     """The whole lines of a file of JSON; a run that is being written, or was killed, may have left half of one."""
-    try:
-        text = path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return
-    yield from (entry for line in text.splitlines() if (entry := parse(line)) is not None)
+    if path.is_file():
+        yield from Reader(path, parse).read()

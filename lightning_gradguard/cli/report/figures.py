@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from lightning_gradguard.tensorboard_plugin import views
 from lightning_gradguard.tensorboard_plugin.data import Series, Snapshot
 from lightning_gradguard.tensorboard_plugin.wire import CODES_PER_DECADE, INFINITE, NAN, NO_GRADIENT, ZERO, is_finite_code
 
-MAX_ROWS = 200
+MAX_ROWS = 80
 MAX_CELLS = 60_000
 _INK, _GRID = "#76808f", "rgba(128, 128, 128, 0.25)"
 _BLUE, _OCHRE, _ORANGE = "#1f77c9", "#b8860b", "#d55e00"
@@ -65,11 +66,22 @@ def norms_of(report: RunReport, series: Series) -> go.Figure:
     for row, (name, title, kind) in enumerate(below, 3):
         values = _floats(data[name])
         line = {"color": _INK, "width": 1.5}
-        figure.add_scatter(x=steps, y=values, name=title, line=line, mode=_mode(steps), showlegend=False, row=row, col=1)
+        figure.add_scatter(
+            x=steps,
+            y=values,
+            name=title,
+            line=line,
+            mode=_mode(steps),
+            showlegend=False,
+            connectgaps=name != "loss",
+            row=row,
+            col=1,
+        )
         is_log = kind == "log" and bool(np.all(values[np.isfinite(values)] > 0))
-        figure.update_yaxes(title_text=title, type="log" if is_log else "linear", nticks=4, row=row, col=1)
+        scale = _log_axis(values, 3) if is_log else {"nticks": 4, "rangemode": "tozero"}
+        figure.update_yaxes(title_text=title, row=row, col=1, **scale)
     figure.update_yaxes(visible=False, range=[0, 1], row=1, col=1)
-    figure.update_yaxes(title_text="gradient norm", type="log", row=2, col=1)
+    figure.update_yaxes(title_text="gradient norm", row=2, col=1, **_log_axis(np.concatenate([*curves.values()]), 8))
     figure.update_xaxes(title_text="step", tickformat=",d", row=2 + len(below), col=1)
     return _styled(figure, height=380 + 90 * len(below))
 
@@ -83,7 +95,7 @@ def flow_of(report: RunReport, series: Series, num_runs: int = 1) -> go.Figure:
         num_runs: runs in the same file, which share its size.
     """
     snapshot = series.snapshot()
-    nodes = unfolded(snapshot, MAX_ROWS if num_runs == 1 else 60)
+    nodes = unfolded(snapshot, MAX_ROWS if num_runs == 1 else MAX_ROWS // 2)
     width = max(MAX_CELLS // (len(nodes) * num_runs), 50)
     data = views.flow(snapshot, report.alerts, nodes, max_columns=width)
     codes = np.frombuffer(base64.b64decode(data["largest"]), dtype="<i2").reshape(len(nodes), -1)
@@ -97,7 +109,7 @@ def flow_of(report: RunReport, series: Series, num_runs: int = 1) -> go.Figure:
         colorscale="Viridis",
         zmin=data["range"][0],
         zmax=max(data["range"][1], data["range"][0] + 0.1),
-        colorbar={"title": "norm", "tickprefix": "10<sup>", "ticksuffix": "</sup>", "thickness": 12},
+        colorbar={"title": "norm", "tickprefix": "10<sup>", "ticksuffix": "</sup>", "thickness": 12, "tickformat": ".2~f"},
         hovertemplate="%{y}, step %{x:,}: norm 10^%{z:.2f}<extra></extra>",
     )
     for code, (text, colour) in _SPECIAL.items():
@@ -143,6 +155,13 @@ def _marks(marks: Sequence[dict[str, Any]]) -> list[go.Scatter]:
         hover = f"step %{{x:,}}: {name}<extra></extra>"
         found.append(go.Scatter(x=x, y=y, mode="markers", name=name, marker=marker, hovertemplate=hover))
     return found
+
+
+def _log_axis(values: Floats, num_ticks: int) -> dict[str, Any]:
+    """A logarithmic axis. Over several decades it says each of them once; over less, the digits between are of use."""
+    decades = np.log10(values[np.isfinite(values) & (values > 0)])
+    span = float(np.ptp(decades)) if len(decades) else 0.0
+    return {"type": "log", "dtick": math.ceil(span / num_ticks) if span > 1.5 else "D2"}
 
 
 def _mode(steps: Floats) -> str:

@@ -43,6 +43,7 @@ class Evidence:
         healthy: flow of the previous healthy batch; None where there is none.
         healthy_norm: global gradient norm of that on the weights as they are now.
         norm_without_row: norm of the step's replay with the row that counts most replaced by another.
+        is_place: whether in that replay the row that was put there has the largest part as well; None if not known.
         usual: gradient norms of the healthy steps before; None without any.
         weight_growths: of the weights.
         is_from_start: whether the weights have been seen before their first step.
@@ -56,6 +57,7 @@ class Evidence:
     healthy: Flow | None = None
     healthy_norm: float | None = None
     norm_without_row: float | None = None
+    is_place: bool | None = None
     usual: Usual | None = None
     weight_growths: tuple[WeightGrowth, ...] = ()
     is_from_start: bool = False

@@ -43,9 +43,10 @@ def _at_least(path: Path) -> float:
 
 
 def _fades(flow: Flow, path: Path) -> bool:
-    first = [layer.grad_norm or 0.0 for layer in flow.of("weights", "recurrent") if layer.grad_norm][:2]
-    last = path.layers[-1].grad_norm or 0.0
-    return max(first) < last / 10**_DECADES
+    """Whether the gradient of the first two layers is a hundredth of that at the end of the path."""
+    end = path.layers[-1]
+    first = [layer.grad_norm for layer in flow.of("weights", "recurrent") if layer.grad_norm and layer is not end][:2]
+    return bool(end.grad_norm) and max(first, default=math.inf) < (end.grad_norm or 0.0) / 10**_DECADES
 
 
 def losses_of(path: Path) -> tuple[list[tuple[Layer, float]], list[tuple[Layer, float]]]:

@@ -14,6 +14,7 @@ from lightning_gradguard.record import Measurement
 _WINDOW = 64
 _BLOCK = 16
 _MIN_STEPS = 8
+_RANK = 3
 _MIN_SHARE = 0.05
 _STANDS_OUT = 3.0
 _ABOVE_ALL = 1.5
@@ -25,7 +26,7 @@ class Usual:
 
     Attributes:
         norm: a usual one: the lowest median of sixteen steps, since norms that keep growing have no usual of their own.
-        largest: of all.
+        largest: the third largest of all, since one or two may have been faults that nothing saw, as during a warm-up.
         num_steps: how many there were.
         outlying: parameters whose gradient in this step is three times the largest that they had.
     """
@@ -67,7 +68,7 @@ class NormHistory:
         alike = [it.norms for it in self._healthy if len(it.norms) == len(measurement.norms)]
         if len(alike) < _MIN_STEPS:
             return ()
-        largest = np.max(alike, axis=0)
+        largest = np.sort(alike, axis=0)[-_RANK]
         found = measurement.norms > np.maximum(_STANDS_OUT * largest, _MIN_SHARE * measurement.global_norm)
         return tuple(measurement.names[index] for index in np.flatnonzero(found & (largest > 0.0)))
 
@@ -83,4 +84,5 @@ def usual_of(norms: Sequence[float], outlying: tuple[str, ...] = ()) -> Usual | 
     blocks = [norms[max(end - _BLOCK, 0) : end] for end in range(len(norms), 0, -_BLOCK)]
     whole = [block for block in blocks if len(block) == _BLOCK]
     lowest = min(median(block) for block in whole) if whole else min(norms)
-    return Usual(lowest, max(norms), len(norms), outlying)
+    largest = sorted(norms)[-_RANK] if len(norms) >= _MIN_STEPS else max(norms)
+    return Usual(lowest, largest, len(norms), outlying)

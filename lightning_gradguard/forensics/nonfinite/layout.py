@@ -102,6 +102,12 @@ class Layout:
     alternative: Layout | None = None
 
     @property
+    def may_begin_with_time(self) -> bool:
+        """Whether another layout is worth a look. Numbers in two dimensions are samples and features, whatever meets."""
+        looks_so = any(leaf.dim() > 2 or (leaf.dim() == 2 and not leaf.is_floating_point()) for _, leaf in self.leaves)
+        return self.alternative is not None and looks_so
+
+    @property
     def can_exchange(self) -> bool:
         """Whether samples can be put in the places of others: all that belongs to a sample lies along one dimension."""
         return self.size > 1 and bool(self.dims) and self.dims.keys() == self.labels.keys()
@@ -191,6 +197,8 @@ def _of_graphs(leaves: _Leaves, batch: Any) -> Layout | None:  # noqa: ARG001
     labels: dict[str, Tensor] = {}
     for name, leaf in leaves:
         key, length = _last_key(name), leaf.shape[0]
+        if key.endswith("ptr"):  # where each graph begins
+            continue
         if leaf is edges and of_edges is not None:
             labels[name] = along(of_edges, 2, 1)
         elif of_edges is not None and length == len(of_edges) and (key.startswith("edge") or length != len(of_nodes)):

@@ -15,6 +15,8 @@ class Ledger:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[StorageWeakRef, Provenance]] = {}
+        self.latest: Provenance | None = None
+        """What was listed last, but for infinities that somebody has put there on purpose."""
 
     def __bool__(self) -> bool:
         return bool(self._entries)
@@ -36,6 +38,8 @@ class Ledger:
     def put(self, tensor: Tensor, provenance: Provenance) -> None:
         """Say how a tensor got its damage."""
         storage = storage_of(tensor)
+        if not provenance.is_sentinel:
+            self.latest = provenance
         if storage is not None:
             # The weak reference keeps the storage's address from being used again.
             self._entries[storage._cdata] = (StorageWeakRef(storage), provenance)  # type: ignore[no-untyped-call]

@@ -1,7 +1,7 @@
 """Which sample each element of a tensor belongs to.
 
 A label is an int32 tensor with as many dimensions as the tensor that it is of, and one entry along each dimension in which
-it does not vary. Its values: sample + 1, or `NONE`, or `MANY`.
+it does not vary. Its values: sample + 1, or `NONE`, `MANY`, `UNKNOWN`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 NONE = 0
 """Depends on no sample, as a weight does."""
 MANY = -1
-"""Depends on several samples, or it can't be told on which."""
+"""Depends on several samples, as a mean over them does."""
+UNKNOWN = -2
+"""It can't be told on which samples it depends, or on which of two that have met."""
 _MAX_ELEMENTS = 2**22
 """Labels of more elements are not worked out one by one."""
 
@@ -37,7 +39,10 @@ class RowLabels:
         if not views:
             return None
         found = views.get(_geometry(tensor))
-        return found if found is not None else _part(next(iter(views.items())), tensor)
+        if found is not None:
+            return found
+        base = _widest(views)
+        return _part((base, views[base]), tensor)
 
     def put(self, tensor: Tensor, label: Tensor | None) -> None:
         """Say what a tensor's label is, of one that was just made."""
@@ -56,20 +61,25 @@ class RowLabels:
         """Say what a tensor's label is that was written in place: other views of its storage see it too."""
         if not _is_plain(tensor):
             return
-        views = self._views.get(tensor.untyped_storage()._cdata)
-        if not views or tensor.numel() * tensor.element_size() >= tensor.untyped_storage().nbytes():
-            self._views.pop(tensor.untyped_storage()._cdata, None)
-            if label is None:
-                return
-            whole = tensor if tensor._base is None else tensor._base
-            if whole is tensor or whole.numel() <= tensor.numel() or not _is_plain(whole):
+        before = self.get(tensor)
+        if label is not None and before is not None and before.shape == label.shape and torch.equal(before, label):
+            return
+        storage = tensor.untyped_storage()
+        views = self._views.get(storage._cdata, {})
+        if tensor.numel() * tensor.element_size() >= storage.nbytes():
+            self._views.pop(storage._cdata, None)
+            if label is not None:
                 self.put(tensor, label)
+            return
+        if not any(_is_dense(shape, stride) for _, shape, stride in views):
+            if label is None and not views:
                 return
-            views = {_geometry(whole): _uniform(NONE, whole.dim())}
-            self.put(whole, views[_geometry(whole)])
-        (base, before) = next(iter(views.items()))
-        changed = _with_part((base, before), tensor, label)
-        self._views[tensor.untyped_storage()._cdata] = {base: changed}
+            length = storage.nbytes() // tensor.element_size()
+            views = {(0, (length,), (1,)): _uniform(UNKNOWN if views else NONE, 1)}
+            self._storages[storage._cdata] = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+        base = _widest(views)
+        changed = _with_part((base, views[base]), tensor, label)
+        self._views[storage._cdata] = {base: changed}
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -82,24 +92,29 @@ def _geometry(tensor: Tensor) -> Geometry:
     return int(tensor.storage_offset()), tuple(tensor.shape), tuple(tensor.stride())
 
 
+def _widest(views: dict[Geometry, Tensor]) -> Geometry:
+    """The view that covers most of a storage."""
+    return max(views, key=lambda it: (_is_dense(it[1], it[2]), torch.Size(it[1]).numel()))
+
+
 def _part(whole: tuple[Geometry, Tensor], tensor: Tensor) -> Tensor | None:
     """The label of a part of a storage, from that of the whole."""
     (offset, shape, stride), label = whole
     if label.numel() == 1:
         return label.reshape([1] * tensor.dim())
     if not _is_dense(shape, stride) or torch.Size(shape).numel() > _MAX_ELEMENTS or tensor.storage_offset() < offset:
-        return _uniform(MANY, tensor.dim())
+        return unknown(tensor)
     flat = label.expand(shape).contiguous()
     try:
         return compressed(flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - offset))
     except RuntimeError:  # it reaches beyond
-        return _uniform(MANY, tensor.dim())
+        return unknown(tensor)
 
 
 def _with_part(whole: tuple[Geometry, Tensor], tensor: Tensor, label: Tensor | None) -> Tensor:
     (offset, shape, stride), before = whole
     if not _is_dense(shape, stride) or torch.Size(shape).numel() > _MAX_ELEMENTS or tensor.storage_offset() < offset:
-        return _uniform(MANY, len(shape))
+        return _uniform(UNKNOWN, len(shape))
     flat = before.expand(shape).clone(memory_format=torch.contiguous_format)
     part = flat.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset() - offset)
     part.copy_(_uniform(NONE, tensor.dim()) if label is None else label)
@@ -119,9 +134,9 @@ def _uniform(value: int, num_dims: int) -> Tensor:
     return torch.full([1] * num_dims, value, dtype=torch.int32)
 
 
-def many(tensor: Tensor) -> Tensor:
-    """The label of what depends on several samples."""
-    return _uniform(MANY, tensor.dim())
+def unknown(tensor: Tensor) -> Tensor:
+    """The label of a tensor of which nothing can be told."""
+    return _uniform(UNKNOWN, tensor.dim())
 
 
 def along(samples: Tensor, num_dims: int, dim: int) -> Tensor:
@@ -148,7 +163,8 @@ def compressed(label: Tensor) -> Tensor:
 def combined(labels: Iterable[Tensor | None]) -> tuple[Tensor | None, bool]:
     """The label of what is made of several tensors element by element, and whether different samples meet in it.
 
-    Beside one sample's value, what depends on many is a statistic: it counts as that sample's.
+    Beside one sample's value, what depends on many is a statistic: it counts as that sample's. Where two samples meet it is
+    not known which of them is to blame for what comes out.
     """
     result: Tensor | None = None
     has_met = False
@@ -159,10 +175,10 @@ def combined(labels: Iterable[Tensor | None]) -> tuple[Tensor | None, bool]:
             result = label
         elif result.shape != label.shape or not torch.equal(result, label):
             both = (result > 0) & (label > 0) & (result != label)
-            has_met |= bool(both.any())
-            larger = torch.maximum(result, label)
-            either = torch.where((result <= 0) & (label <= 0), torch.minimum(result, label), larger)
-            result = torch.where(both, MANY, either).to(torch.int32)
+            lost = both | (result == UNKNOWN) | (label == UNKNOWN)
+            has_met |= bool((lost & ((result > 0) | (label > 0))).any())
+            either = torch.where((result <= 0) & (label <= 0), torch.minimum(result, label), torch.maximum(result, label))
+            result = torch.where(lost, UNKNOWN, either).to(torch.int32)
     return result, has_met
 
 
@@ -174,8 +190,14 @@ def reduced(label: Tensor | None, dims: Iterable[int]) -> Tensor | None:
         if label.shape[dim] > 1:
             high = label.amax(dim, keepdim=True)
             low = torch.where(label == NONE, torch.iinfo(torch.int32).max, label).amin(dim, keepdim=True)
-            label = torch.where((low == high) | (high == NONE) & (low > 0), high, MANY).to(torch.int32)
+            label = merged(low, high)
     return label
+
+
+def merged(low: Tensor, high: Tensor) -> Tensor:
+    """The label of what gathers elements, from the lowest of their labels but for `NONE`, and the highest."""
+    same = (low == high) | (high == NONE) & (low > 0)
+    return torch.where(same, high, torch.where(low == UNKNOWN, UNKNOWN, MANY)).to(torch.int32)
 
 
 def samples_at(label: Tensor | None, is_bad: Tensor) -> tuple[int, ...] | None:

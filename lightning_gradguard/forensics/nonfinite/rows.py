@@ -9,8 +9,9 @@ from torch import Tensor
 
 from lightning_gradguard.forensics.nonfinite.layout import Layout
 from lightning_gradguard.forensics.nonfinite.operators import Operator
-from lightning_gradguard.forensics.nonfinite.row_labels import RowLabels, many, samples_at
-from lightning_gradguard.forensics.nonfinite.row_rules import Call, labels_of
+from lightning_gradguard.forensics.nonfinite.row_call import Call
+from lightning_gradguard.forensics.nonfinite.row_labels import RowLabels, samples_at, unknown
+from lightning_gradguard.forensics.nonfinite.row_rules import labels_of
 from lightning_gradguard.forensics.tensors import tensors_in
 
 
@@ -68,7 +69,8 @@ class Rows:
         labels: list[Tensor | None] = [None] * len(outputs)
         self._is_elementwise = False
         if has_label:
-            if operator.name == "as_strided":  # told by where it lies
+            # What is only seen in another way is told by where it lies.
+            if operator.name == "as_strided" or torch.Tag.inplace_view in func.tags:
                 return
             labels, mixes = self._told(func, operator, args, kwargs, outputs)
             self.mixes |= mixes and not is_backward  # where gradients of weights are summed, all samples meet
@@ -91,7 +93,7 @@ class Rows:
         try:
             labels = labels_of(call)
         except Exception:  # noqa: BLE001 - an operator used in a way that no rule foresees: then its rows are not known
-            labels = [many(out) for out in outputs]
+            labels = [unknown(out) for out in outputs]
         self._is_elementwise = call.is_elementwise
         return labels, call.mixes
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_gradguard.forensics.nonfinite.blame import Blame, find_culprit
-from lightning_gradguard.forensics.nonfinite.damage import Damage
 from lightning_gradguard.forensics.nonfinite.layout import Layout, SampleDim, layout_of
+from lightning_gradguard.forensics.nonfinite.raised import DamageUntilRaise
 from lightning_gradguard.forensics.nonfinite.rows import Rows
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 
@@ -32,7 +32,7 @@ class Search:
         self._sample_dim = sample_dim
         self._follows_rows = follow_rows
         self._is_other = is_other
-        self._damage: Damage | None = None
+        self._damage: DamageUntilRaise | None = None
         self.blame: Blame | None = None
         """Who is to blame; None if nothing is damaged."""
         self.batch: Any = None
@@ -41,6 +41,8 @@ class Search:
         """Of that batch."""
         self.rows: Rows | None = None
         """What has followed its rows; None if nothing has."""
+        self.is_raised_by_operator = False
+        """Whether an exception has ended it that came out of one of torch's operators."""
 
     def forget(self) -> None:
         """Another optimizer has stepped: its loss is no concern of this one."""
@@ -49,7 +51,7 @@ class Search:
 
     @contextmanager
     def watch(self, batch: Any, kept: Iterable[tuple[str, Tensor]] = ()) -> Iterator[None]:
-        """Watch one micro-batch, forward and backward.
+        """Watch one micro-batch, forward and backward; where an exception ends it, the damage on the way there is blamed.
 
         Args:
             batch: what is trained on.
@@ -63,13 +65,22 @@ class Search:
         self.layout = layout = layout.alternative or layout if self._is_other else layout
         self.rows = Rows(layout) if self._follows_rows else None
         guess = Batch.from_layout(layout)
-        self._damage = damage = Damage(self._module, guess, self.rows)
+        self._damage = damage = DamageUntilRaise(self._module, guess, self.rows)
         damage.label(layout.leaves, "data")
         damage.label(self._module.named_parameters(), "weights")
         damage.label(self._module.named_buffers(), "state")
         damage.label(kept, "state")
-        with damage.watch():
-            yield
+        try:
+            with damage.watch():
+                yield
+        except Exception as error:
+            self.is_raised_by_operator = damage.is_raised_by_operator(error)
+            if damage.losses or (root := damage.root_of(error)) is None:
+                self.blame = find_culprit(damage.losses, [], guess, damage.drops)
+            else:
+                roots = ([], [root]) if root.is_backward else ([root], [])
+                self.blame = find_culprit(*roots, guess, damage.drops)
+            raise
         grads = [parameter.grad for parameter in self._module.parameters() if parameter.grad is not None]
         damaged = [provenance for grad in grads if (provenance := damage.provenance_of(grad)) is not None]
         self.blame = find_culprit(damage.losses, damaged, guess, damage.drops)

@@ -101,7 +101,7 @@ export class DepthView {
     const what = `Step ${count(data.step)} of ${count(data.first_step)} to ${count(data.last_step)}: global norm ${number(data.global_norm)}`;
     fill(
       this.words, `${what}. The band is where each parameter's norm lies in 80 % of the logged steps; where it has a gap, there was no number to draw it from.`,
-      numNone ? ` ${count(numNone)} parameters had no gradient.` : "",
+      numNone ? ` ${count(numNone)} parameter${numNone === 1 ? "" : "s"} had no gradient.` : "",
     );
     await draw(this.plot, traces, settings, `${what}; ${count(data.nodes.length)} parameters.`);
     if (this.plot.dataset.listens) return;

@@ -39,9 +39,8 @@ export class DistributionView {
     if (turn !== this.turn) return;
     const hasHistograms = data.steps.length > 0;
     fill(this.words, `${count(numels[node])} elements in ${ndims[node]} dimension${ndims[node] === 1 ? "" : "s"}; `, this.numberOf(data), this.damage(data));
-    const isDamaged = data.nan_steps.length + data.inf_steps.length > 0;
-    this.plot.hidden = !hasHistograms && !isDamaged;
-    if (this.plot.hidden) return;
+    this.plot.hidden = !hasHistograms;
+    if (!hasHistograms) return;
     const share = (name, text, more) => ({
       name: text, type: "scatter", mode: "lines+markers", x: data.steps, y: data[name], yaxis: "y2", marker: { size: 5, ...more },
       line: { width: 1.5, color: colour(name) }, hovertemplate: `%{y:.3%} ${text}<extra></extra>`,

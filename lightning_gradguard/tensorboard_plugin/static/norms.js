@@ -8,19 +8,23 @@ import { set, state } from "./state.js";
 import { colour } from "./theme.js";
 
 const GAP_PX = 12;
-const PANEL_PX = 76;
+const PANEL_PX = [46, 76];
+const MAIN_PX = 190;
 const LEGEND_PX = 44;
 
 const real = (values) => values.filter((value) => typeof value === "number");
 
+// These are measured at the steps that are due; a step that is logged for its alert is no gap in them.
+const AT_DUE_STEPS = ["learning_rate", "weight_norm", "update_ratio"];
+
 // The panels below the norms: title, and the curves in it as [name, field, colour, more].
 const PANELS = [
-  ["clip coef.", [["clip coefficient", "clip_coef", "clipped"]], { range: [0, 1.05], nticks: 3 }],
+  ["clip<br>coef.", [["clip coefficient", "clip_coef", "clipped"]], { range: [0, 1.05], nticks: 3 }],
   ["loss", [["loss", "loss", "quiet"]], "log"],
-  ["learning rate", [["learning rate", "learning_rate", "accent"]], {}],
-  ["update / weight", [["update over weights, of the step before", "update_ratio", "other"]], "log"],
-  ["weight norm", [["weight norm", "weight_norm", "text"]], {}],
-  ["steps so far", [["clipped so far", "clipped_so_far", "clipped"], ["skipped so far", "skipped_so_far", "guilty", { dash: "dash" }]], { rangemode: "tozero" }],
+  ["learning<br>rate", [["learning rate", "learning_rate", "accent"]], { rangemode: "tozero" }],
+  ["update /<br>weight", [["update over weights, of the step before", "update_ratio", "other"]], "log"],
+  ["weight<br>norm", [["weight norm", "weight_norm", "text"]], { rangemode: "tozero" }],
+  ["steps<br>so far", [["clipped so far", "clipped_so_far", "clipped"], ["skipped so far", "skipped_so_far", "guilty", { dash: "dash" }]], { rangemode: "tozero" }],
 ];
 
 export class NormsView {
@@ -46,8 +50,11 @@ export class NormsView {
     });
     const panels = PANELS.filter(([, curves]) => curves.some(([, field]) => real(data[field]).length > 0));
     const marks = new Marks(data.marks, plain);
-    const below = panels.length * (PANEL_PX + GAP_PX);
-    const main = Math.max(heightBelow(this.plot, 420) - LEGEND_PX - 40 - marks.height - below, 220);
+    const room = heightBelow(this.plot, 420) - LEGEND_PX - 40 - marks.height;
+    // The panels leave the norm its room, and become lower where there is little.
+    const panel = Math.min(Math.max((room - MAIN_PX) / Math.max(panels.length, 1) - GAP_PX, PANEL_PX[0]), PANEL_PX[1]);
+    const below = panels.length * (panel + GAP_PX);
+    const main = Math.max(room - below, MAIN_PX);
     const inner = marks.height + main + below;
     const traces = [
       line("global norm", data.global_norm, { color: colour("accent"), width: 2 }),
@@ -57,27 +64,29 @@ export class NormsView {
       }),
       ...marks.traces("y9"),
       ...panels.flatMap(([, curves], index) =>
-        curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false }))),
+        curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false, connectgaps: AT_DUE_STEPS.includes(field) }))),
     ];
     const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, fixedrange: true, ...more });
     const panelAxes = panels.map(([title, curves, kind], index) => {
-      const top = (panels.length - index) * (PANEL_PX + GAP_PX) - GAP_PX;
+      const top = (panels.length - index) * (panel + GAP_PX) - GAP_PX;
       const values = curves.map(([, field]) => real(data[field]));
       const isLog = kind === "log" && values.flat().every((value) => value > 0);
-      return [`yaxis${index + 2}`, titled(title, { domain: [(top - PANEL_PX) / inner, top / inner], nticks: 4, ...(isLog ? logAxis(values, 3) : kind === "log" ? {} : kind) })];
+      return [`yaxis${index + 2}`, titled(title, { domain: [(top - panel) / inner, top / inner], nticks: 4, ...(isLog ? logAxis(values, 3) : kind === "log" ? {} : kind) })];
     });
     const [first, last] = [steps[0] ?? 0, steps[steps.length - 1] ?? 1];
     const settings = layout({
       height: inner + LEGEND_PX + 40,
       hovermode: "x unified",
-      margin: { l: 72, r: 16, t: LEGEND_PX, b: 40 },
+      margin: { l: 84, r: 16, t: LEGEND_PX, b: 40 },
       shapes: state.step === null ? [] : [vertical(Number(state.step), "select", { dash: "dot" })],
       xaxis: axis({ ...STEP_AXIS, anchor: panels.length ? `y${panels.length + 1}` : "y", range: [first - 1, last + 0.01 * (last - first) + 1] }),
       yaxis: titled("gradient norm", { ...logAxis([data.global_norm, data.explosion_limit, data.clipped_norm], 8), domain: [below / inner, (below + main) / inner] }),
       ...Object.fromEntries(panelAxes),
       yaxis9: marks.axis((below + main) / inner, 1),
     });
-    const clipped = `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
+    const clipped = data.num_clipped === null
+      ? `${count(data.num_skipped)} steps skipped so far; what is clipped after the guard is not known here.`
+      : `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
     const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${count(data.num_steps)} logged steps are drawn, all extremes among them.` : "";
     fill(
       this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",

@@ -19,7 +19,7 @@ const COLUMNS = [
   ["step", "Last step", (run) => run.last_step ?? -1],
   ["norm", "Last norm", (run) => Number(run.norms[0] ?? -1)],
   ["loss", "Last loss", (run) => Number(run.loss[0] ?? Infinity)],
-  ["clipped", "Clipped", (run) => run.num_clipped],
+  ["clipped", "Clipped", (run) => run.num_clipped ?? -1],
   ["skipped", "Skipped", (run) => run.num_skipped],
   ["alerts", "Alerts", (run) => Object.values(run.kinds).reduce((sum, one) => sum + one, 0)],
   ["first", "First alert", (run) => run.first_alert ?? Infinity],
@@ -106,7 +106,7 @@ export class RunsView {
       h("td", {}, h("span", { class: `state ${run.is_live ? "live" : run.state.startsWith("stopped") ? "bad" : ""}`, title: run.why }, run.state === "no news" ? `no news since ${new Date(1000 * run.last_time).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}` : run.state)),
       h("td", { class: "number" }, run.last_step === null ? "–" : count(run.last_step)),
       h("td", { class: "number" }, numbers(run.norms)), h("td", { class: "number" }, numbers(run.loss)),
-      h("td", { class: "number" }, count(run.num_clipped)), h("td", { class: "number" }, count(run.num_skipped)),
+      h("td", { class: "number" }, run.num_clipped === null ? "–" : count(run.num_clipped)), h("td", { class: "number" }, count(run.num_skipped)),
       h("td", {}, Object.entries(run.kinds).map(([kind, number_]) => [badge(kind), ` ${count(number_)} `])),
       h("td", { class: "number" }, run.first_alert === null ? "–" : count(run.first_alert)),
       h("td", {}, run.culprit ?? "–"));

@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_gradguard.act.stand_in import StandIn
+from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Record
@@ -44,6 +45,8 @@ class Quarantine:
         self._num_ready: int | None = None
         self._is_due = False
         self._has_failed = False
+        self.find_culprit: Callable[[Record], Culprit | None] | None = None
+        """Says who is to blame for a damaged step that no alert tells of; None where nobody can."""
         self.left_out: set[int] = set()
         """Samples that are kept out, or would be."""
 
@@ -97,13 +100,21 @@ class Quarantine:
             batches = (position.batch_of(verdict.micro_batch),) if is_one else position.batches
             if action.skips and verdict.rank in (None, position.rank):
                 to_blame |= {batch_idx: verdict.kind for batch_idx in batches if batch_idx not in to_blame}
-        rows = _certain_rows(record) if self._mode == "skip" else None
+        rows = self._certain_rows(record) if self._mode == "skip" else None
         epoch, step, rank = position.epoch or 0, position.step, position.rank
         self._incidents.extend(
             Incident(epoch, batch_idx or 0, step, rank, kind, self._samples_of(batch_idx or 0, rows))
             for batch_idx, kind in to_blame.items()
         )
         self._is_due = True
+
+    def _certain_rows(self, record: Record) -> tuple[int, ...] | None:
+        """The rows that made the damage, if a replay has shown them for certain, and on this rank."""
+        culprits = [alert.culprit for alert in record.alerts if alert.kind == "nonfinite" and alert.culprit is not None]
+        if not culprits and self.find_culprit is not None and record.measurement.damage is not None:
+            culprits = [found for found in [self.find_culprit(record)] if found is not None]
+        rank = record.position.rank
+        return next((culprit.samples for culprit in culprits if culprit.samples and culprit.rank == rank), None)
 
     def _samples_of(self, batch_idx: int, rows: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """Those of a batch that are to blame: its rows where these are known, else all of it."""
@@ -174,13 +185,6 @@ class Quarantine:
                 f"`quarantine='skip'` needs one torch DataLoader over a map-style data set, whose sampler shows which "
                 f"samples a batch has, got {what}. Use `quarantine='list'`, which then lists batches without their samples."
             )
-
-
-def _certain_rows(record: Record) -> tuple[int, ...] | None:
-    """The rows that made the damage, if a replay has shown them for certain, and on this rank."""
-    found = (alert.culprit for alert in record.alerts if alert.kind == "nonfinite" and alert.culprit is not None)
-    rank = record.position.rank
-    return next((culprit.samples for culprit in found if culprit.samples and culprit.rank == rank), None)
 
 
 def _of_all_ranks(incidents: list[Incident]) -> list[Incident]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.guard import Guard
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
@@ -49,14 +49,14 @@ class Recovery:
         rollback: Rollback,
         trainer: Trainer,
         module: LightningModule,
-        guards: Sequence[Guard],
+        guards: Sequence[Pipeline],
         *,
         armed: Sequence[str],
         stop: Callable[[], None],
     ) -> None:
         self._settings = rollback
         self._trainer = trainer
-        self._guards = list(guards)
+        self._guards = guards  # not copied: an optimizer may be replaced
         self._doubtful = {*armed, *_DAMAGING}
         self._stop = stop
         self._state = RunState(trainer, module, guards)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_gradguard.guard import Guard
 from lightning_gradguard.measure.shards import FlatShard
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.recovery.host import copy_to_host, num_bytes, put_back
 from lightning_gradguard.trainer.callback_order import callbacks_of
 from lightning_gradguard.trainer.strategies import engine_of
@@ -35,10 +35,10 @@ class RunState:
         guards: one for each optimizer.
     """
 
-    def __init__(self, trainer: Trainer, module: LightningModule, guards: Sequence[Guard]) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, guards: Sequence[Pipeline]) -> None:
         self._trainer = trainer
         self._module = module
-        self._guards = list(guards)
+        self._guards = guards
 
     def take(self, reuse: Any = None) -> dict[str, Any]:
         """A copy in CPU memory. Rank-local; waits for the device where a guard has yet to learn of a step.
@@ -68,7 +68,7 @@ class RunState:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._put_back_tensors(state["tensors"])
-        for guard, saved in zip(self._guards, state["guards"], strict=True):
+        for guard, saved in zip(self._guards, state["guards"], strict=False):  # an optimizer may have come since
             guard.return_to(saved)
         self._trainer.precision_plugin.load_state_dict(copy.deepcopy(state["precision"]))
         self._put_back_metrics(state)

@@ -15,11 +15,11 @@ import torch
 from torch import distributed as dist
 
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.guard import Guard
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.recovery.host import available_bytes
 from lightning_gradguard.recovery.rollback import PENDING, SUFFIX, snapshots_in
-from lightning_gradguard.torch_files import UnreadableError, load_plain
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import tell_of_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState, random_states, set_random_states
@@ -142,10 +142,10 @@ class OnDisk:
         ConflictError: if the folder holds another run's snapshots.
     """
 
-    def __init__(self, trainer: Trainer, state: RunState, guards: Sequence[Guard], directory: str | Path) -> None:
+    def __init__(self, trainer: Trainer, state: RunState, guards: Sequence[Pipeline], directory: str | Path) -> None:
         self._trainer = trainer
         self._state = state
-        self._guards = list(guards)
+        self._guards = guards
         self._directory = Path(directory).resolve()
         self._own: set[tuple[int, ...]] = set()
         # The first rank's finding, since it may have begun to write when another one looks.

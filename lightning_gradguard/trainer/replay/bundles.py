@@ -15,6 +15,7 @@ from lightning_gradguard.errors import SinkWarning
 from lightning_gradguard.forensics.bundle import SUFFIX, Bundle, as_plain, versions
 from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.report.alerting import INVESTIGATED
+from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.window import Window
 
@@ -60,6 +61,7 @@ class Bundles:
         wants_none = log_dir is None or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
         self._folder = None if wants_none else Path(str(log_dir)) / "gradguard"
         self._has_failed = False
+        self._has_told = False
 
     def write(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
         """Write the step of these alerts, before the optimizer applies it. A collective if there are several ranks.
@@ -79,6 +81,9 @@ class Bundles:
         path = next((path for path in paths if path is not None), None)
         if path is None:
             return alerts
+        if not self._has_told:
+            self._has_told = True
+            rank_zero_info(f"GradGuard: {path} holds batches of your data. `max_bundle_mib=None` writes no such files.")
         told = replace(alert, message=f"{alert.message} It is kept for `gradguard replay {shlex.quote(path)}`.")
         return tuple(told if it is alert else it for it in alerts)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.detectors.vanishing import lost_at
 from lightning_gradguard.forensics.comparison import TOLERANCE
 from lightning_gradguard.forensics.flow.evidence import Changed, Evidence
 from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
@@ -135,6 +136,7 @@ class Diagnosis:
             weight_growths=self.weight_growths(optimizer),
             is_from_start=self._is_from_start or (self._num_noted == 0 and position.step == position.log_step == 0),
             changed=changed,
+            lost_at=lost_at(measurement),
         )
         if kind == "explosion":
             replay = partial(self._run, optimizer, held, measurement=measurement)
@@ -174,10 +176,11 @@ class Diagnosis:
                 return evidence
             rest = exchanged(batches[index].batch, layout, with_row_replaced(row, size))
             instead = replace(batches[index], batch=rest)
-            norm = replay([*batches[:index], instead, *batches[index + 1 :]]).norm
+            other = replay([*batches[:index], instead, *batches[index + 1 :]])
         except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
             return evidence
-        return replace(evidence, norm_without_row=norm)
+        again = top_row(other.flow)
+        return replace(evidence, norm_without_row=other.norm, is_place=again is not None and again[0] == row)
 
     def _run(
         self, optimizer: Optimizer, held: int | None, batches: Sequence[MicroBatch], measurement: Measurement

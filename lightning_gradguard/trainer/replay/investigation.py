@@ -68,9 +68,10 @@ class Investigation:
         self._trainer = trainer
         self._module = module
         self._window = window
-        self._replay = Replay(trainer, module, window, buffers)
+        self.replay = self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
         self._sample_dim = sample_dim
+        self._known: Culprit | None = None
         self.num_done = 0
         """Steps looked into so far."""
         self._earlier = EarlierCulprits()
@@ -80,6 +81,7 @@ class Investigation:
 
     def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the record is of the one before."""
+        self._known = None
         self.diagnosis.note(optimizer, record, is_pending=is_pending)
 
     def time_probe(self, action: Action) -> TimeProbe | None:
@@ -87,6 +89,10 @@ class Investigation:
         if self._is_sharded or not can_replay(self._trainer, self._module):
             return None
         return TimeProbe(self._module, self._window, self._replay, action)
+
+    def hand_in(self, culprit: Culprit) -> None:
+        """Say who is to blame for the next step that is asked about."""
+        self._known = culprit
 
     def clear(self) -> None:
         """Let go of all batches."""
@@ -99,6 +105,8 @@ class Investigation:
         several ranks train together, all of them have to ask: each replays its own part, without a collective but
         those of the module itself, and one gather tells whose part it was.
         """
+        if self._known is not None:
+            return self._known
         is_spent = self.num_done >= self._max_replays
         if (is_spent and not ends_run) or not can_replay(self._trainer, self._module):
             return None
@@ -191,7 +199,7 @@ class Investigation:
         detailed = search
         # Where two samples meet that never should, time may be the first dimension, and samples lie along the second.
         for is_other in (False, True):
-            if is_other and (detailed.rows is None or not detailed.rows.mixes or detailed.layout.alternative is None):
+            if is_other and (detailed.rows is None or not detailed.rows.mixes or not detailed.layout.may_begin_with_time):
                 break
             again = _Search(self._module, self._sample_dim, follow_rows=True, is_other=is_other)
             self._replay.run(optimizer, step=held, observe=again.observe, passed=again.forget, prepare=prepare)

@@ -40,13 +40,17 @@ class Replayed:
     Attributes:
         losses: of each micro-batch, unscaled; of a manual optimization none.
         gradients: of each parameter that has one, by its id; true size.
+        error: what ended it, where that was asked for.
     """
 
     losses: list[Tensor] = field(default_factory=list)
     gradients: dict[int, Tensor] = field(default_factory=dict)
+    error: Exception | None = None
 
     def is_finite(self) -> bool:
-        """Whether no loss and no gradient holds NaN or infinity."""
+        """Whether it ran to its end, and no loss and no gradient holds NaN or infinity."""
+        if self.error is not None:
+            return False
         values = [*self.losses, *self.gradients.values()]
         return all(bool(getattr(value, "_local_tensor", value).isfinite().all()) for value in values)
 
@@ -92,6 +96,7 @@ class Replay:
         change: Callable[[Any], Any] = lambda batch: batch,
         prepare: Callable[[State], None] = lambda state: None,  # noqa: ARG005
         passed: Callable[[], None] = lambda: None,
+        may_raise: bool = False,
     ) -> Replayed:
         """Replay.
 
@@ -103,6 +108,7 @@ class Replay:
             change: what to put in the place of a batch.
             prepare: called before the first micro-batch; what it changes is put back as well.
             passed: called at each step before the one that is replayed; gradients until then were not its.
+            may_raise: whether an exception is an answer; then steps of optimizers don't end the replay.
         """
         replayed = Replayed()
         batches = self._window.of(optimizer, step) if batches is None else batches
@@ -117,13 +123,19 @@ class Replay:
             self._rewind()
             prepare(state)
             for index, micro_batch in enumerate(batches):
-                reached.is_last = index == len(batches) - 1
+                reached.is_last = index == len(batches) - 1 and not may_raise
                 watch = contextlib.nullcontext() if observe is None else observe(micro_batch, state)
-                with watch:
-                    micro_batch.restore_rng()
-                    loss = self._run(micro_batch, change)
-                    if loss is not None:
-                        replayed.losses.append(loss)
+                try:
+                    with watch:
+                        micro_batch.restore_rng()
+                        loss = self._run(micro_batch, change)
+                        if loss is not None:
+                            replayed.losses.append(loss)
+                except Exception as error:
+                    if not may_raise:
+                        raise
+                    replayed.error = error
+                    break
             replayed.gradients = self._gradients()
         return replayed
 

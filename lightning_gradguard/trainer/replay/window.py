@@ -103,6 +103,10 @@ class Window:
         last = self._stepped.get(id(optimizer), (0, 0))[0]
         return [entry for entry in self._entries if entry.serial > last or entry.serial == self._serial]
 
+    def running(self) -> MicroBatch | None:
+        """The micro-batch that is being trained on; None before the first."""
+        return self._entries[-1] if self._entries else None
+
     def num_steps(self, optimizer: Optimizer) -> int:
         """How often an optimizer has stepped in the running micro-batch."""
         serial, count = self._stepped.get(id(optimizer), (0, 0))

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.cli.health import examine
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain
 from lightning_gradguard.forensics.bundle import Bundle, versions
-from lightning_gradguard.torch_files import UnreadableError, load_plain
 
 ALERT = {"kind": "nonfinite", "step": 3, "action": "skip", "message": "m", "remedy": "r", "parameters": [], "culprit": None}
 

@@ -16,8 +16,8 @@ from disk_faults import file_size_limit
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_gradguard import json_lines
-from lightning_gradguard.json_lines import MAX_LINE_BYTES, Reader, Writer, append
+from lightning_gradguard.files import json_lines
+from lightning_gradguard.files.json_lines import MAX_LINE_BYTES, Reader, Writer, append
 
 ODD_LINES = {
     "bad UTF-8": b"\xff\xfe\x00{",
@@ -149,7 +149,7 @@ def test_two_processes_that_append_at_once_lose_nothing(tmp_path):
     """A thousand lines each, long enough to be torn if they could be."""
     path = tmp_path / "a.jsonl"
     code = (
-        "import sys; from pathlib import Path; from lightning_gradguard.json_lines import append\n"
+        "import sys; from pathlib import Path; from lightning_gradguard.files.json_lines import append\n"
         "for number in range(1000): append(Path(sys.argv[1]), {'n': number, 'text': 'x' * 5000})"
     )
     both = [subprocess.Popen([sys.executable, "-c", code, str(path)]) for _ in range(2)]

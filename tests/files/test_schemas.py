@@ -14,7 +14,7 @@ from raw_loop import records
 import lightning_gradguard
 from lightning_gradguard import Action, Alert, Culprit
 from lightning_gradguard.alert import Frame, ParameterReport
-from lightning_gradguard.json_lines import Reader
+from lightning_gradguard.files.json_lines import Reader
 from lightning_gradguard.recovery.quarantine import _MAX_SAMPLES, Incident, QuarantineFile
 from lightning_gradguard.sinks import JsonlSink
 
@@ -24,7 +24,9 @@ CULPRIT = Culprit("forward", "net.0", "div", "net.py", 3, "x / y", (1, 2), 0, Tr
 
 def schema(name):
     """A checker of lines."""
-    content = json.loads((Path(lightning_gradguard.__file__).parent / "schemas" / f"{name}.schema.json").read_text("utf-8"))
+    content = json.loads(
+        (Path(lightning_gradguard.__file__).parent / "files" / "schemas" / f"{name}.schema.json").read_text("utf-8")
+    )
     jsonschema.Draft202012Validator.check_schema(content)
     return jsonschema.Draft202012Validator(content)
 

@@ -1,0 +1,185 @@
+"""Follows damage up to an exception, and takes it away to see whether the exception goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_gradguard.forensics.nonfinite.damage import Damage
+from lightning_gradguard.forensics.nonfinite.operators import Operator
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.tensors import tensors_in
+
+_OWN = str(Path(__file__).parents[2]) + "/"
+_TORCH = str(Path(torch.__file__).parent) + "/"
+_DISPATCH = "__torch_dispatch__"
+
+
+class DamageUntilRaise(Damage):  # type: ignore[no-untyped-call]
+    """Damage of a step that may end in an exception."""
+
+    _raised: Exception | None = None
+    _went_in: tuple[Provenance, ...] = ()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator; where it raises, note what damage went in."""
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except Exception as error:
+            if self._raised is not error:
+                self._raised = error
+                self._went_in = self._damaged(tensors_in([*args, *(kwargs or {}).values()]))
+            raise
+
+    def is_raised_by_operator(self, error: Exception) -> bool:
+        """Whether an exception came out of one of torch's operators."""
+        return self._raised is error
+
+    def root_of(self, error: Exception) -> Provenance | None:
+        """The damage that is nearest to an exception; None if there is none.
+
+        What went into the operator that raised; else what the innermost call on the way there still holds; else the last
+        damage of all.
+        """
+        if self._raised is error and self._went_in:
+            return self._went_in[-1]
+        for values in _locals_of(error):
+            if found := self._damaged(_tensors_among(values)):
+                return found[-1]
+        return self._ledger.latest
+
+    def _damaged(self, tensors: Iterator[Tensor]) -> tuple[Provenance, ...]:
+        found = (self.provenance_of(tensor) for tensor in tensors)
+        real = [provenance for provenance in found if provenance is not None and not provenance.is_sentinel]
+        return tuple(sorted(real, key=lambda provenance: provenance.order))
+
+
+class WithoutDamage(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Has every operator see finite numbers only, and give such.
+
+    Args:
+        fill: what is put in the place of NaN and infinity.
+        keeps_masks: whether minus infinity is left where it is.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, fill: float, *, keeps_masks: bool) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._fill = fill
+        self._keeps_masks = keeps_masks
+        self._operators: dict[Any, Operator] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator."""
+        kwargs = kwargs or {}
+        if not isinstance(func, torch._ops.OpOverload):
+            return func(*args, **kwargs)
+        operator = self._operators.get(func) or self._operators.setdefault(func, Operator(func))
+        if operator.is_view or operator.is_empty:
+            return func(*args, **kwargs)
+        written = {id(tensor) for tensor in operator.writes(args)}
+        result = func(*self._mended(args, written), **{name: self._mended(value, written) for name, value in kwargs.items()})
+        given = {id(tensor) for tensor in tensors_in([*args, *kwargs.values()])}
+        for tensor in tensors_in(result):
+            if (is_bad := self._bad(tensor)) is not None and (id(tensor) in written or id(tensor) not in given):
+                tensor.masked_fill_(is_bad, self._fill)
+        return result
+
+    def _mended(self, value: Any, written: set[int]) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self._mended(entry, written) for entry in value)
+        if not isinstance(value, Tensor) or id(value) in written or (is_bad := self._bad(value)) is None:
+            return value
+        return value.masked_fill(is_bad, self._fill)
+
+    def _bad(self, tensor: Tensor) -> Tensor | None:
+        """Where it is to be filled; None where it is in order, or can't be looked at."""
+        is_plain = tensor.layout is torch.strided and not hasattr(tensor, "_local_tensor") and tensor.device.type != "meta"
+        if not is_plain or not (tensor.is_floating_point() or tensor.is_complex()) or tensor.dtype.itemsize == 1:
+            return None
+        is_bad = ~tensor.isfinite()
+        if self._keeps_masks and not tensor.is_complex():
+            is_bad &= tensor != -torch.inf
+        return is_bad if bool(is_bad.any()) else None
+
+
+_WAYS_TO_MEND = ((0.0, True), (1.0, True), (0.0, False), (1.0, False))
+"""What is put in the place of NaN and infinity, and whether minus infinity, which masks are made of, is left alone."""
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+_GPU_IS_LOST = ("device-side assert", "illegal memory access")
+
+
+def is_gone_without_damage(run: Callable[[AbstractContextManager[object]], Exception | None]) -> bool:
+    """Whether a step that has raised runs to its end with finite numbers.
+
+    Args:
+        run: runs it again in a context; gives what it raises.
+    """
+    return any(run(WithoutDamage(fill, keeps_masks=keeps)) is None for fill, keeps in _WAYS_TO_MEND)
+
+
+def is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory has run out, so that nothing should be run again."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def is_lost_gpu(error: Exception) -> bool:
+    """Whether the process can't use its GPU any more, so that nothing can be run again."""
+    return any(words in str(error) for words in _GPU_IS_LOST)
+
+
+def is_in_torch(error: BaseException) -> bool:
+    """Whether the innermost frame of an exception is torch's own."""
+    frames = _frames(error)
+    return bool(frames) and frames[-1].tb_frame.f_code.co_filename.startswith(_TORCH)
+
+
+def is_same(error: BaseException, again: BaseException) -> bool:
+    """Whether a replay has raised what the step has: the same type, at the same line or with the same words."""
+    if type(error) is not type(again):
+        return False
+    return _place(error) == _place(again) or str(error) == str(again)
+
+
+def _frames(error: BaseException) -> list[TracebackType]:
+    """From the outermost to the innermost, without what only a replay has below its operators."""
+    frames: list[TracebackType] = []
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if code.co_name == _DISPATCH and code.co_filename.startswith(_OWN):
+            break
+        frames.append(trace)
+        trace = trace.tb_next
+    return frames
+
+
+def _place(error: BaseException) -> tuple[str, int] | None:
+    frames = _frames(error)
+    return (frames[-1].tb_frame.f_code.co_filename, frames[-1].tb_lineno) if frames else None
+
+
+def _locals_of(error: BaseException) -> Iterator[list[Any]]:
+    """The variables of the calls that led to an exception, innermost first, without those of this package."""
+    for trace in reversed(_frames(error)):
+        if not trace.tb_frame.f_code.co_filename.startswith(_OWN):
+            yield list(trace.tb_frame.f_locals.values())
+
+
+def _tensors_among(values: list[Any]) -> Iterator[Tensor]:
+    for value in values:
+        yield from tensors_in(list(value.values()) if isinstance(value, dict) else value)

@@ -1,0 +1,305 @@
+"""The way of a step, for one optimizer: measure, judge, act, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
+
+from lightning_gradguard.act.base import Executor
+from lightning_gradguard.act.buffers import Buffers
+from lightning_gradguard.act.choice import executor_for
+from lightning_gradguard.act.closures import InClosure
+from lightning_gradguard.act.gate import Gate
+from lightning_gradguard.act.pending import PendingStep
+from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.clippers import Grouped
+from lightning_gradguard.judge.judge import Judge, Judgement
+from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.step import StepMeter
+from lightning_gradguard.policy import Action, require_int
+from lightning_gradguard.record import Measurement, Position, Record, Totals
+from lightning_gradguard.report.alerting import INVESTIGATED
+from lightning_gradguard.report.raised import Raised, alert_of
+from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.saved_state import VERSION, mended_guard_state
+from lightning_gradguard.settings import Settings
+
+
+class Investigate(Protocol):
+    """Says who is to blame for a finding of some kind."""
+
+    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool) -> Culprit | None:
+        """Asked while the step's gradients are still there, if they ever are.
+
+        Args:
+            position: where the step stands.
+            measurement: of its gradients.
+            kind: "nonfinite", "explosion" or "vanishing".
+            ends_run: whether the finding ends the training, so that it needs an answer more than any other.
+        """
+
+
+@dataclass(frozen=True, eq=False)
+class Environment:
+    """What a guard works with besides its settings.
+
+    Attributes:
+        log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
+        buffers: what the forward pass of a skipped step has changed.
+        scaler: what scales the loss in fp16 training.
+        listener: gets every record on every rank, before the sinks; what it raises is not caught.
+        clips_later: whether somebody else clips after the guard.
+        investigate: says who is to blame for a finding.
+        archive: writes a step with these alerts down, and gives them back with where that is; called before they are told.
+        hint: what is said where nobody can tell who is to blame.
+
+    Raises:
+        ValueError: if `log_every_n_steps` is wrong.
+    """
+
+    log_every_n_steps: int
+    buffers: Buffers
+    scaler: GradScaler | None = None
+    listener: Callable[[Record], None] | None = None
+    clips_later: bool = False
+    investigate: Investigate | None = None
+    archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None
+    hint: str = ""
+
+    def __post_init__(self) -> None:
+        require_int("log_every_n_steps", self.log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
+
+
+class Pipeline:
+    """Everything that happens to the gradients of one optimizer between `backward()` and `optimizer.step()`.
+
+    `GradGuard` has one for each optimizer of a Trainer; `Guard` is one for a loop of one's own.
+
+    Args:
+        settings: with sinks exactly as they are used.
+        parameters: what is watched.
+        environment: what it works with besides.
+
+    Raises:
+        ValueError: if a pattern of `clip` matches no parameter.
+    """
+
+    def __init__(self, settings: Settings, parameters: WatchedParameters, environment: Environment) -> None:
+        optimizer, scaler = parameters.optimizer, environment.scaler
+        scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
+        self._histogram_interval = settings.histogram_every_n_steps or 0
+        if isinstance(settings.clipper, Grouped):
+            settings.clipper.check(parameters.model_names)
+        self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
+        self._parameters = parameters
+        self._detectors = settings.detectors
+        self._judge = Judge(settings.detectors)
+        self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
+        self._executor: Executor = executor_for(self._gate, parameters)
+        self._reporter = Reporter(
+            settings.sinks,
+            scalar_interval=environment.log_every_n_steps,
+            listener=environment.listener,
+            archive=environment.archive,
+            clips_later=environment.clips_later,
+            hint=environment.hint,
+        )
+        self._investigate = environment.investigate
+        self._pending: PendingStep | None = None
+        self._raised: Raised | None = None
+
+    @property
+    def totals(self) -> Totals:
+        """Counts so far."""
+        return self._reporter.totals
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """Reported findings, oldest first."""
+        return self._reporter.alerts
+
+    @property
+    def last(self) -> Record | None:
+        """The last step."""
+        return self._reporter.last
+
+    @property
+    def stopped_by(self) -> Alert | None:
+        """What asked for the end of training; None: nothing has."""
+        return self._reporter.stopped_by
+
+    @property
+    def num_steps(self) -> int:
+        """Steps so far, one included whose outcome the host has yet to learn."""
+        return self.totals.num_steps + self.is_pending
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether the host has yet to learn of the last step."""
+        return self._pending is not None
+
+    @torch.no_grad()
+    def before_backward(self, loss: Tensor | None = None) -> None:
+        """Note a backward pass that is about to begin; see `Guard.before_backward`."""
+        self._meter.before_backward(loss)
+
+    @property
+    def skips_damage(self) -> bool:
+        """Whether the next step would be skipped, and no error raised, if NaN or infinity were found in it."""
+        action = self._judge.damage_action
+        return action is not None and action.skips and action is not Action.RAISE
+
+    def note_exception(self, raised: Raised) -> None:
+        """Note a forward or backward pass that NaN or infinity has ended by an exception, as one whose loss is NaN."""
+        self._raised = self._raised or raised
+        self.before_backward(torch.tensor(torch.nan, device=self._parameters.device))
+
+    def report_exception(self, position: Position, raised: Raised) -> Alert | None:
+        """Tell of an exception that NaN or infinity is the reason of, and that passes on; None if nobody looks for them."""
+        action = self._judge.damage_action
+        if action is None:
+            return None
+        return self._reporter.tell_exception(alert_of(position, raised, action), position, self._parameters.layout)
+
+    @torch.no_grad()
+    def decide(self, position: Position | None = None) -> Record:
+        """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
+
+        Raises:
+            GradientError: where the action is "raise"; the step is not applied.
+        """
+        if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
+            return self._evaluate_again(self.last)
+        if (end := self._end_learnt_late()) is not None:
+            return end
+        updates = self._meter.read_update_()
+        self._gate.open()
+        position = position or Position(step=self.num_steps, log_step=self.num_steps)
+        histogram_is_due = is_due(position.log_step, self._histogram_interval)
+        step = self._meter.measure(position, updates, with_histogram=histogram_is_due)
+        # What the device compares with. The first step is the host's, since it has to return a record.
+        knows_threshold = self._executor.wants_threshold and self.last is not None and self._raised is None
+        pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
+        if pending.is_left_to_device and self.last is not None:
+            self._pending = pending
+            self._watch_update(is_applied=True)
+            return self.last
+        return self._conclude(pending)
+
+    def leave(self) -> None:
+        """Take an optimizer that is not torch's out of a bad step that it is inside of; an exception does it."""
+        self._executor.leave()
+
+    def _conclude(self, pending: PendingStep, *, is_repeated: bool = False) -> Record:
+        """Judge a measured step, carry out what is decided, and tell."""
+        measurement = pending.read()
+        judgement = self._judge.judge(measurement, is_repeated=is_repeated)
+        if self._raised is not None:
+            judgement = self._judge.tell_exception(judgement, self._raised.told_by)
+        known = None if self._raised is None else self._raised.culprit
+        culprit = known or self._culprit(pending.position, measurement, judgement)
+        self._raised = None
+        clipped = self._executor.finish_(pending, measurement, judgement.decision)
+        if not pending.is_left_to_device:
+            self._watch_update(is_applied=not judgement.decision.skip)
+        histograms = self._meter.histograms(pending.histogram, pending.present)
+        step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
+        return self._reporter.report(step, replaces_last=is_repeated)
+
+    def _evaluate_again(self, first: Record) -> Record:
+        """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
+        pending = self._executor.begin_(self._meter.measure(first.position), None)
+        measurement = pending.read()
+        if not first.decision.skip and not measurement.is_finite:
+            return self._conclude(pending, is_repeated=True)
+        self._executor.finish_(pending, measurement, first.decision)
+        return first
+
+    def flush(self) -> None:
+        """Wait for a step that the device has decided by itself, and record it.
+
+        Raises:
+            GradientError: where its action is "raise".
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._conclude(pending)
+
+    def close(self) -> None:
+        """Let the sinks write out what they hold. The guard can be used on."""
+        self._reporter.close()
+
+    def detach(self) -> None:
+        """Take all hooks off the optimizer, which ends the guard."""
+        self._gate.detach()
+        self._executor.detach()
+
+    def notify(self, alert: Alert) -> None:
+        """Report something that is no finding about gradients; before the first step it waits for that."""
+        self._reporter.notify(alert)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Baselines, streaks and counts in plain types, so that a resumed run decides as one that ran through."""
+        self.flush()
+        return {
+            "version": VERSION,
+            "judge": self._judge.state_dict(),
+            "clipper": self._gate.state_dict(),
+            "updates": self._meter.state_dict(),
+            "totals": self._reporter.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Whatever is damaged, or configured otherwise than in the run that saved it, starts afresh, with a warning.
+        """
+        state = mended_guard_state(state, self._detectors, self._gate.clipper, self._parameters.layout)
+        self._reporter.load_state_dict(state["totals"])
+        self._judge.load_state_dict(state["judge"])
+        self._meter.load_state_dict(state["updates"])
+        self._gate.load_state_dict(state["clipper"])
+
+    def go_on_from(self, other: Pipeline) -> None:
+        """Take over counts, alerts and baselines of that of an optimizer that has been replaced."""
+        self.load_state_dict(other.state_dict())
+        self.alerts.extend(other.alerts)
+
+    def return_to(self, state: dict[str, Any]) -> None:
+        """Judge and clip as at a saved state; counts and alerts go on."""
+        self._meter.forget()
+        self.load_state_dict({**state, "totals": self._reporter.state_dict()})
+
+    def _end_learnt_late(self) -> Record | None:
+        """Learn of the step before. If it ends the training, the present one comes too late, and is not applied."""
+        was_running = self.stopped_by is None
+        self.flush()
+        if not was_running or self.stopped_by is None:
+            return None
+        self._gate.skip_()
+        self._meter.forget()
+        return self.last
+
+    def _watch_update(self, *, is_applied: bool) -> None:
+        """Have the update of this step measured, if someone asks for it."""
+        if is_applied:
+            self._meter.start_sample_()
+        if is_applied and self._judge.needs_update():
+            self._meter.start_update_()
+
+    def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
+        """Who is to blame for what is going to be reported."""
+        reported = zip(judgement.verdicts, judgement.decision.alerting, strict=True)
+        kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
+        if self._investigate is None or not kinds:
+            return None
+        action = judgement.decision.action
+        ends_run = action is not None and action >= Action.STOP
+        kind = kinds[0] if measurement.is_finite else "nonfinite"
+        return self._investigate(position, measurement, kind, ends_run=ends_run)

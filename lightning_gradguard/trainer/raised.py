@@ -1,0 +1,200 @@
+"""A batch that ends in an exception: told of where NaN or infinity is the reason, and passed over where that is safe."""
+
+from __future__ import annotations
+
+import warnings
+from bdb import BdbQuit
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.optim import Optimizer
+
+from lightning_gradguard.act.gate import is_of_torch
+from lightning_gradguard.act.stand_in import StandIn
+from lightning_gradguard.alert import Culprit
+from lightning_gradguard.errors import GradientError, GuardWarning
+from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
+from lightning_gradguard.pipeline import Pipeline
+from lightning_gradguard.record import Position
+from lightning_gradguard.report.raised import Raised, add_note, in_words
+from lightning_gradguard.trainer.guards import Guards
+from lightning_gradguard.trainer.options import SkipExceptions
+from lightning_gradguard.trainer.packages import classes
+from lightning_gradguard.trainer.precision import scaler_of
+from lightning_gradguard.trainer.replay.exceptions import Cause, ExceptionCause
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+_CANT_REPLAY = (
+    "GradGuard can't tell whether NaN or Inf is the reason: after this error the process can't use its GPU any more, so "
+    "that the step can't be replayed. `CUDA_LAUNCH_BLOCKING=1` shows the line; an index made from NaN often ends so."
+)
+
+
+class RaisedSteps:
+    """Stands in for what runs a batch in the Trainer's loops.
+
+    An exception goes on as it is: with the alert, and a note of it, where damage is its reason. Where the action skips and
+    it is safe, it ends here, and the batch counts as a skipped step.
+
+    Args:
+        trainer: the Trainer.
+        module: the one that is trained.
+        guards: of its optimizers.
+        cause: finds the reason of an exception.
+        passes_over: which exceptions are passed over: "torch": those that torch raises; "all"; None: none.
+        begin: called when damage is seen to be the reason; gives the number of the micro-batch in its window.
+        position: gives that of an optimizer's step.
+        step: decides about an optimizer's step.
+        hand_in: told who is to blame for the step.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        guards: Guards,
+        cause: ExceptionCause,
+        passes_over: SkipExceptions,
+        *,
+        begin: Callable[[], int],
+        position: Callable[[int], Position],
+        step: Callable[[Optimizer], None],
+        hand_in: Callable[[Culprit], None],
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._guards = guards
+        self._cause = cause
+        self._passes_over = passes_over
+        self._begin = begin
+        self._position = position
+        self._step = step
+        self._hand_in = hand_in
+        loop = trainer.fit_loop.epoch_loop
+        self._loops = loop.automatic_optimization, loop.manual_optimization
+        self._num_steps = 0
+        self._stand_ins = (
+            StandIn(loop.automatic_optimization, "run", self._run_automatic),
+            StandIn(loop.manual_optimization, "run", self._run_manual),
+        )
+
+    def detach(self) -> None:
+        """Give the loops their own methods back."""
+        for stand_in in self._stand_ins:
+            stand_in.remove()
+
+    def _run_automatic(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hook, self._num_steps = self._module._current_fx_name, self._guards.num_steps
+        try:
+            return run(*args, **kwargs)
+        except Exception as error:
+            if not self._ends_here(error, self._can_pass_automatic):
+                raise
+        self._module._current_fx_name = hook
+        return {}
+
+    def _run_manual(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        hook, self._num_steps = self._module._current_fx_name, self._guards.num_steps
+        versions = self._versions()
+        try:
+            return run(*args, **kwargs)
+        except Exception as error:
+            # Whoever has stepped has written to weights, whether it told us or not.
+            is_unchanged = versions == self._versions()
+            if not self._ends_here(error, lambda: is_unchanged and self._guards.num_steps == self._num_steps):
+                raise
+        self._module._current_fx_name = hook
+        flags: dict[Any, bool] = {**self._module._param_requires_grad_state}  # annotated for names, but keyed by parameters
+        for parameter, flag in flags.items():
+            parameter.requires_grad_(flag)
+        self._module._param_requires_grad_state = {}
+        self._loops[1].on_run_end()
+        return {}
+
+    def _versions(self) -> int:
+        return sum([parameter._version for parameter in self._module.parameters()])
+
+    def _ends_here(self, error: Exception, can_pass: Callable[[], bool]) -> bool:
+        """Tell of an exception if damage is its reason; True if the batch is passed over."""
+        if not len(self._guards) or _is_none_of_ours(error):
+            return False
+        if is_lost_gpu(error):
+            add_note(error, _CANT_REPLAY)
+            return False
+        is_passable = can_pass()
+        cause = self._reason_of(error)
+        if cause is None:
+            return False
+        guard = self._guards[0]
+        raised = Raised(in_words(error), self._begin(), cause.culprit)
+        may_pass = self._passes_over == "all" or (self._passes_over == "torch" and cause.is_in_torch)
+        if is_passable and may_pass and guard.skips_damage:
+            return self._pass_over(error, guard, raised, cause)
+        alert = guard.report_exception(self._position(0), raised)
+        if alert is not None:
+            add_note(error, alert.message)
+        return False
+
+    def _reason_of(self, error: Exception) -> Cause | None:
+        try:
+            return self._cause.of(error, self._trainer.optimizers[0])
+        except Exception as failure:  # noqa: BLE001 - the exception that was there first matters more
+            warnings.warn(
+                f"The step that raised {type(error).__name__} could not be replayed ({type(failure).__name__}: {failure}), "
+                "so whether NaN or Inf is the reason is not known.",
+                GuardWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def _can_pass_automatic(self) -> bool:
+        """Whether nothing of the step has been applied yet, and nothing will be if it is left here."""
+        return self._guards.num_steps == self._num_steps and (self._accumulates or is_of_torch(self._trainer.optimizers[0]))
+
+    @property
+    def _accumulates(self) -> bool:
+        """Whether the running batch is not the last one of its step."""
+        return self._module.automatic_optimization and self._trainer.fit_loop._should_accumulate()
+
+    def _pass_over(self, error: Exception, guard: Pipeline, raised: Raised, cause: Cause) -> bool:
+        guard.note_exception(raised)
+        self._hand_in(cause.culprit)
+        if self._accumulates:
+            return True
+        optimizer = self._trainer.optimizers[0]
+        with self._scaled(optimizer):
+            try:
+                self._step(optimizer)
+            except GradientError as refused:  # the exception that was there first is not replaced
+                add_note(error, str(refused))
+                return False
+        optimizer._opt_called = True  # type: ignore[attr-defined]  # torch's schedulers look for a first step
+        progress = self._loops[0].optim_progress.optimizer.step
+        if self._module.automatic_optimization and progress.total.ready > progress.total.completed:
+            progress.increment_completed()
+        return True
+
+    @contextmanager
+    def _scaled(self, optimizer: Optimizer) -> Iterator[None]:
+        """Leave a GradScaler as if it had not been asked to unscale."""
+        scaler = scaler_of(self._trainer)
+        if scaler is None:
+            yield
+            return
+        if scaler._scale is None:
+            scaler.scale(torch.zeros((), device=self._module.device))
+        yield
+        scaler._per_optimizer_states.pop(id(optimizer), None)
+
+
+def _is_none_of_ours(error: Exception) -> bool:
+    """Whether it is no failure of a computation: an error of settings, an end that was asked for, or a lack of memory."""
+    if isinstance(error, (GradientError, StopIteration, BdbQuit)) or is_lack_of_memory(error):
+        return True
+    if isinstance(error, classes("utilities.exceptions.MisconfigurationException")):
+        return True
+    return isinstance(error, classes("utilities.exceptions._TunerExitException"))

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from lightning_gradguard import AGC, AdaGC, ClipNorm, ClipValue, Explosion, GradGuard, GradientError, Guard, UpdateRatio
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.trainer.conflicts import ConflictError
 
 FEATURES, BATCH, NUM_STEPS = 7, 8, 20
@@ -308,13 +309,13 @@ def collectives(stage: int) -> dict[str, Any]:
     """Calls and bytes of torch's `all_reduce` inside the guard's step alone, and the largest tensor that is made there."""
     sizes: list[int] = []
     largest = Largest()
-    real, real_decide = distributed.all_reduce, Guard.decide
+    real, real_decide = distributed.all_reduce, Pipeline.decide
 
     def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(tensor.numel() * tensor.element_size())
         return real(tensor, *args, **kwargs)
 
-    def decide(self: Guard, *args: Any) -> Any:
+    def decide(self: Pipeline, *args: Any) -> Any:
         sizes.clear()
         distributed.all_reduce = counting
         try:
@@ -323,11 +324,11 @@ def collectives(stage: int) -> dict[str, Any]:
         finally:
             distributed.all_reduce = real
 
-    Guard.decide = decide
+    Pipeline.decide = decide
     try:
         train(Student(), strategy(stage), GradGuard(clip=1.0, histogram_every_n_steps=None), count=3)
     finally:
-        Guard.decide = real_decide
+        Pipeline.decide = real_decide
     return {"sizes": sizes, "largest": largest.numel}
 
 

@@ -18,7 +18,6 @@ from benchmarks.detection.trainings.networks import (
     cross_entropy,
     linears,
     mlp,
-    residual,
     set_rate,
     sgd,
     squared_error,

@@ -219,7 +219,7 @@ def test_update_meter_of_a_large_matrix_estimates_its_ratio(shape):
         before, meter = weight.clone(), UpdateMeter()
         parameters = [weight, torch.ones(3)]
         meter.start_(parameters)
-        weight += 0.1 * torch.randn(shape)
+        weight.add_(torch.randn(shape), alpha=0.1)
         found = meter.read_(parameters)
         assert float(found[0]) == pytest.approx(expected(before, weight), rel=0.15)
         assert found[1].isnan()

@@ -85,6 +85,7 @@ class UpdateRatio(Detector):
         self._persistence = persistence
         self._every_n_steps = every_n_steps
         self._num_seen = 0
+        self._num_measured = 0
         self._num_high = 0
         self._first_high = 0.0
         self._num_low = 0
@@ -106,13 +107,14 @@ class UpdateRatio(Detector):
         if largest == 0.0:  # a step that was not applied
             return None
         self._last = largest
+        self._num_measured += 1
         self._num_high = self._num_high + 1 if largest > self._lasting_ratio else 0
         if self._num_high == 1:
             self._first_high = largest
         self._num_low = self._num_low + 1 if largest < self._min_ratio else 0
         order = np.argsort(-known, kind="stable")[:5]
         worst = measurement.names[order[0]]
-        is_early = self._num_seen <= _EARLY
+        is_early = self._num_measured < _EARLY
         max_ratio = self._max_ratio * (_EARLY_MAX if is_early else 1.0)
         in_a_row = self._persistence + (_EARLY_MORE if is_early else 0)
         if largest > max_ratio:
@@ -152,6 +154,7 @@ class UpdateRatio(Detector):
         """Counts of steps, and of findings in a row."""
         return {
             "num_seen": self._num_seen,
+            "num_measured": self._num_measured,
             "num_high": self._num_high,
             "num_low": self._num_low,
             "first_high": self._first_high,
@@ -161,4 +164,6 @@ class UpdateRatio(Detector):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._num_seen, self._num_high, self._num_low = state["num_seen"], state["num_high"], state["num_low"]
+        # An earlier version did not count what it measured: nearly each of the first steps.
+        self._num_measured = state.get("num_measured", self._num_seen)
         self._first_high, self._last = state.get("first_high", 0.0), state.get("last", 0.0)

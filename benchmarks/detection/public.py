@@ -11,7 +11,7 @@ import gzip
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +51,7 @@ class History:
     norms: Floats
     losses: Floats
 
-    @property
+    @cached_property
     def places(self) -> np.ndarray:
         """Points at which spikes are put in, always the same."""
         after = np.flatnonzero(np.isfinite(self.usual))
@@ -59,7 +59,7 @@ class History:
             return after
         return np.sort(np.random.default_rng(0).choice(after, NUM_PLACES, replace=False))
 
-    @property
+    @cached_property
     def usual(self) -> Floats:
         """Median of the 64 finite norms before each point; NaN before there are 64 points."""
         medians = np.full(len(self.norms), np.nan)

@@ -204,8 +204,9 @@ and does nothing else; detectors and rules are then replayed over the recorded m
 - *False alarm*: a flagged step in a healthy run, or before the onset of a sick one. Flagged steps inside a cooldown count.
 - The kinds are split (`benchmarks/detection/split.py`). Detectors were tuned on the *tuning* half. The *opened* half was the
   first set of unseen kinds, and the *first test* half the second: detectors were changed after their scores had been looked
-  at, so they judge no longer and count as tuning material. The *second test* half was written before the last change of a
-  detector, and scored once after it.
+  at, so they judge no longer and count as tuning material. The *second test* half was written before a change of the
+  detectors, scored once after it, and looked at since; the *third test* half was written before the last change of a
+  detector, and is scored once after it.
 - What is only logged (a branch without gradient since the first step) counts as found, and is no alarm.
 - Before any scoring the labels of all sick kinds were checked by their losses, and of some also by how far each matrix moves
   and how many of its gradient's elements are zero; a kind that turned out to learn was made a healthy one.

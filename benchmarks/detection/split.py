@@ -2,7 +2,7 @@
 
 The tuning half holds what detectors were tuned on from the beginning, and what was added later. The opened half was the
 first test set: its scores were looked at once, after which detectors were changed again, so it judges no longer. The same
-has happened to the first test half. The second was written before the last change of a detector, and scored once after it.
+has happened to the first test half, and to the second. The third was written before the last change of a detector.
 """
 
 from __future__ import annotations

@@ -221,34 +221,39 @@ _CURVE = """## The trade-off
 
 _REMARKS = """## What was aimed at, and what was not reached
 
-On the second test half, for the default detectors:
+For the default detectors:
 
-| aim | reached |
-| --- | --- |
-| NaN and infinity: all found, at the step itself | yes |
-| sudden explosions: 95 %, median delay 1 step at most | yes |
-| slow explosions: 95 %, median delay 15 steps at most | all are found, but after 50 steps |
-| vanishing, dead, detached: 95 %, within `persistence` | all are found; dead ones within it, decay by depth at step 30 |
-| no false alarm on the seeds above | no: `single_samples` |
-| on fresh seeds at most 1 in 10,000 steps | no: `single_samples` |
+| aim | second test half | third test half |
+| --- | --- | --- |
+| NaN and infinity: all found, at the step itself | yes | yes |
+| sudden explosions: 95 %, median delay 1 step at most | yes | yes |
+| slow explosions: 95 %, median delay 15 steps at most | all are found, after 50 steps | 78 %, after 25 steps |
+| vanishing, dead, detached: 95 %, within `persistence` | yes; decay by depth at step 30 | yes; decay by depth at step 30 |
+| no false alarm on the seeds above | no: `single_samples` | yes |
+| on fresh seeds at most 1 in 10,000 steps | no: `single_samples` | yes |
+
+On the third half `range_test_conv` is missed in two seeds of three: its rate grows by eight percent a step, and the net
+takes most of the hundred steps to fall apart. Of the nets at a thousand times their rate the defaults find one run in six,
+`UpdateRatio` all.
 
 `single_samples` trains on one sample a step, and each of its runs has norms of 37 to 104 times the usual one: batches of
 one have so heavy a tail that whatever finds each spike of 30 times also finds these. That is the price of the ceiling of the
 limit, and `mlp_momentum` in the opened half pays it, too: three and six steps of two fresh seeds, of 25 to 51 times the
-usual norm. Who trains like that should pass a larger `ratio`, of which the ceiling is a multiple.
+usual norm. By scale nothing tells these from what has to be found: the logarithms of the norms of `single_samples` have a
+robust deviation of 1.1 to 1.8 where it alarms, and the published histories of a translation model and a ViT, in which each
+spike of 30 times is to be found, one of up to 1.5; there 30 times is 2.3 deviations. Who trains like that should pass a larger `ratio`, of which the ceiling is a multiple.
 
 Labels of the second test half were checked by the losses before it was scored: a residual net at a rate of 0.2, meant
 as healthy, diverged, in two seeds within 24 steps, in the third, which is the one
 that is missed, after two hundred, and was made a sick kind; a convolutional net at a rate of one learned
 all the same and was left out.
 
-`UpdateRatio` stays off by default. A rule was added for updates that settle, after which it raised no alarm in any
-healthy run of the first three halves at the recall that it had; the second test half then had one flagged step in one
-of 21 healthy runs (`adagrad_digits`, whose first three steps move a matrix by
-0.59, 0.40 and 0.35 of its size). Besides, it needs a
-copy of the weights from one step to the next, and where parameters are sharded a collective of its own. What it finds
-and nothing else does is a rate that is a thousand times too high from the first step on (`rate_too_high_adam`,
-`rate_too_high_text`).
+`UpdateRatio` is off by default. It now keeps a sample of each matrix instead of a copy, and has wider limits in the first
+ten steps, since `adagrad_digits` had raised an alarm with steps that move a matrix by 0.59, 0.40 and 0.35 of its size. With
+these it raised none in any healthy run that it was scored on since, the third test half among them, and what it finds and
+nothing else does, a rate that is a thousand times too high from the first step on, it still finds. What speaks against it as a
+default: where parameters are sharded it needs a collective of its own, and of steps of less than a millisecond it takes two
+percent (`python -m benchmarks.updates`).
 
 On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`; on the tuning half
 `bad_init_large` and one seed of `range_test_adam`. The six false alarms of the first test half are `sqrt_of_zero`
@@ -259,7 +264,7 @@ Slow growth is found late because it is told by a trend over 64 steps, in which 
 30 times while the loss does not fall: shorter ones would not tell it from a model that begins to learn. Vanishing
 reports no decay by depth in its first 30 steps, since recurrent nets look as if they vanished then, and train later.
 
-These figures are those of the detectors as they were when the second test half was scored. Whoever changes a detector
+These figures are those of the detectors as they were when the third test half was scored. Whoever changes a detector
 because of a kind named here has used it up, and should say so and add new kinds.
 
 A network that is sick from its first step is found by the default detectors only once it produces NaN or infinity:

@@ -21,8 +21,8 @@ class LogBaselines:
     A limit is what `max(log(ratio), z * sigma)` above the median allows. What exceeds it must also have risen that far
     against the rest of the whole: a part that only goes along with the others is no outlier.
 
-    So that most steps cost a few numpy calls however many parts there are, every fourth step refreshes the limits of every
-    eighth; a limit is at most 32 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
+    So that most steps cost a few numpy calls however many parts there are, every 16th step refreshes the limits of every
+    second; a limit is at most 32 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
 
     Args:
         window: how many steps count, >= 2.
@@ -56,6 +56,15 @@ class LogBaselines:
         self._limits: NDArray[np.float64]
         self._num_added: int
         self._begin(0)
+
+    @property
+    def num_left(self) -> int:
+        """Steps until limits are refreshed, >= 1."""
+        return _REFRESH_EVERY - self._num_added % _REFRESH_EVERY
+
+    def may_be_exceeded(self, logs: NDArray[np.float64]) -> bool:
+        """Whether `exceeded` has to look closer: a limit, as old as it is, is exceeded, or there are other parts now."""
+        return len(logs) != len(self._limits) or bool((logs > self._limits).any())
 
     def exceeded(self, logs: NDArray[np.float64], total: float) -> NDArray[np.int64]:
         """Indices of those that have left their history upwards, by themselves and against the rest.
@@ -110,9 +119,17 @@ class LogBaselines:
         self._values[where] = logs
         self._totals[where] = total
         self._num_added += 1
-        turn, is_between = divmod(self._num_added, _REFRESH_EVERY)
-        if not is_between:
-            self._refresh(slice(turn % _TURNS, None, _TURNS))
+        self._refresh_if_due()
+
+    def add_each(self, logs: NDArray[np.float64], totals: NDArray[np.float64]) -> None:
+        """The same for several steps, [num_steps, num_parts] and [num_steps], between two refreshes."""
+        if len(logs) > self.num_left or logs.shape[1] != len(self._limits):
+            raise ValueError("the steps must lie between two refreshes, and have as many parts as those before.")
+        where = (self._num_added + np.arange(len(logs))) % self._window
+        self._values[where] = logs
+        self._totals[where] = totals
+        self._num_added += len(logs)
+        self._refresh_if_due()
 
     def forget(self, indices: NDArray[np.int64]) -> None:
         """Start these again without history."""
@@ -145,6 +162,11 @@ class LogBaselines:
         self._limits = np.full(number, np.inf)
         self._num_added = 0
 
+    def _refresh_if_due(self) -> None:
+        turn, is_between = divmod(self._num_added, _REFRESH_EVERY)
+        if not is_between:
+            self._refresh(slice(turn % _TURNS, None, _TURNS))
+
     def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
         self._limits[indices] = self._limits_of(self._values[:, indices].T)
 
@@ -164,8 +186,8 @@ class LogBaselines:
         return limits
 
 
-_TURNS = 8
-_REFRESH_EVERY = 4
+_TURNS = 2
+_REFRESH_EVERY = 16
 
 
 # Where a part is nearly everything, what it leaves for the rest is rounding.

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.pipeline import Environment
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -73,8 +74,7 @@ class Fit:
         self._is_finished = False
         self.guards: Guards | None = None
         """One for each optimizer; None until training starts."""
-        self.last: Record | None = None
-        """The last step."""
+        self._last_guard: Pipeline | None = None
         if options.quarantine is not None and can_quarantine(options.quarantine, module):
             self._quarantine = Quarantine(options.quarantine, trainer)
             self._quarantine.left_out |= history.left_out
@@ -84,6 +84,11 @@ class Fit:
     def has_started(self) -> bool:
         """Whether training has begun."""
         return self.guards is not None
+
+    @property
+    def last(self) -> Record | None:
+        """The last step."""
+        return None if self._last_guard is None else self._last_guard.last
 
     @property
     def alerts(self) -> list[Alert]:
@@ -174,7 +179,7 @@ class Fit:
             guard.decide(self._step.position(index, self.guards))
         finally:
             self._step.end()
-            self.last = guard.last
+            self._last_guard = guard
             if self._incidents is not None:
                 self._incidents.look_back(optimizer, guard)
         if guard.stopped_by is not None:
@@ -252,7 +257,9 @@ class Fit:
             log_interval(self._trainer) if own is None else own,
             self._buffers,
             scaler_of(self._trainer),
-            listener=self._note,
+            # Healthy steps are cheap where nobody wants to be told of each.
+            listener=self._note if self._options.snapshots is not None or self._quarantine is not None else None,
+            can_defer=True,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,
             archive=None if incidents.bundles is None else incidents.bundles.write,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, overload
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.pipeline import Environment, Pipeline
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.record import Totals
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.history import History

@@ -73,13 +73,15 @@ class ParameterOutliers:
 
     def can_defer(self, measurement: Measurement) -> bool:
         """Whether no parameter is above its limit."""
-        return not self._baselines.may_be_exceeded(measurement.log_norms)
+        return not self._baselines.may_be_exceeded(measurement.norms)
 
     def catch_up(self, measurements: Sequence[Measurement]) -> None:
         """Take in steps that nothing was found at, and that were applied."""
         self._num_found, self._outside = 0, {}
-        logs = np.stack([measurement.log_norms for measurement in measurements])
-        self._baselines.add_each(logs, np.array([_log(measurement.global_norm) for measurement in measurements]))
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.stack([measurement.norms for measurement in measurements]))
+            totals = np.log([measurement.global_norm for measurement in measurements])
+        self._baselines.add_each(logs, totals)
 
     def forget(self) -> None:
         """Start again without history."""

@@ -142,7 +142,7 @@ class Vanishing(Detector):
 
     def can_defer(self, measurement: Measurement) -> bool:
         """Whether the same parameters have a gradient as before: one that gets its first may be due for a note."""
-        return bool(np.array_equal(measurement.has_grad, self._had_grad))
+        return measurement.has_grad is self._had_grad or bool(np.array_equal(measurement.has_grad, self._had_grad))
 
     def catch_up(self, measurements: Sequence[Measurement]) -> None:
         """Count the symptoms; where no step has any, at once."""

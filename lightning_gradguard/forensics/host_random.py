@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import ctypes
 import random
+import struct
 from typing import Any, NamedTuple
 
 import numpy as np
 
-_NUM_BYTES = 624 * 4
-"""Of a Mersenne Twister's numbers, which the position follows; it is only looked at whether they change."""
+_NUM_WORDS = 624
+"""Numbers of a Mersenne Twister, 4 bytes each."""
 
 
 class HostRandom(NamedTuple):
     """States of python's and numpy's global generators.
 
     Attributes:
-        python: as `random.getstate` gives it.
+        python: as `random.getstate` gives it, or the bytes that it is made of.
+        gauss: what python keeps of a pair of normal values, where `python` is bytes.
         numpy: as `numpy.random.get_state` gives it.
     """
 
     python: Any
+    gauss: float | None
     numpy: Any
 
     def restore(self) -> None:
         """Put them back."""
-        random.setstate(self.python)
+        state = self.python
+        if isinstance(state, bytes):
+            index, *numbers = struct.unpack(_FORMAT, state)
+            state = (random.Random.VERSION, (*numbers, index), self.gauss)
+        random.setstate(state)
         np.random.set_state(self.numpy)  # noqa: NPY002 - the global generator is what user code may use
 
 
@@ -35,10 +42,16 @@ class HostRandomNotes:
     def __init__(self) -> None:
         self._numpy: Any = None
         self._seen = b""
+        self._python = _python_generator()
+        self._address = id(self._python) + _OFFSET if _has_known_layout(self._python) else None
 
     def note(self) -> HostRandom:
-        """As they are now. A few microseconds."""
-        return HostRandom(random.getstate(), self._note_numpy())
+        """As they are now. A microsecond or two."""
+        # `getstate` makes 625 integers of them.
+        if self._address is None:
+            return HostRandom(random.getstate(), None, self._note_numpy())
+        state = ctypes.string_at(self._address, _NUM_BYTES)
+        return HostRandom(state, self._python.gauss_next, self._note_numpy())
 
     def _note_numpy(self) -> Any:
         seen = _fingerprint()
@@ -49,9 +62,27 @@ class HostRandomNotes:
         return self._numpy
 
 
+_FORMAT = f"=I{_NUM_WORDS}I"
+"""How CPython keeps a generator (Modules/_randommodule.c): the index, then the numbers."""
+_NUM_BYTES = struct.calcsize(_FORMAT)
+_OFFSET = object.__basicsize__
+
+
+def _python_generator() -> Any:
+    return random.getstate.__self__  # type: ignore[attr-defined]  # a bound method of the global generator
+
+
+def _has_known_layout(generator: Any) -> bool:
+    """Whether the bytes behind a generator's header are its index and numbers, as in CPython, which is looked at."""
+    if type(generator) is not random.Random or type(generator).__basicsize__ < _OFFSET + _NUM_BYTES:
+        return False
+    _, (*numbers, index), _ = generator.getstate()
+    return ctypes.string_at(id(generator) + _OFFSET, _NUM_BYTES) == struct.pack(_FORMAT, index, *numbers)
+
+
 def _fingerprint() -> bytes:
     """Numbers and position of numpy's global generator; empty where it is no Mersenne Twister."""
     generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in its stubs
     if not isinstance(generator, np.random.MT19937):
         return b""
-    return ctypes.string_at(generator.ctypes.state_address, _NUM_BYTES + 4)
+    return ctypes.string_at(generator.ctypes.state_address, 4 * _NUM_WORDS + 4)

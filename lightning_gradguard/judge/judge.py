@@ -123,11 +123,12 @@ class Judge:
         """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
         if not self._can_defer:
             return False
+        if self._deferral is None or len(self._deferred) == self._deferral.num_steps:
+            self._tell(self._take_deferred())
+            self._deferral = self._how_far()
         deferral = self._deferral
-        if deferral is None:
-            deferral = self._deferral = self._how_far()
         if (
-            len(self._deferred) >= deferral.num_steps
+            not deferral.num_steps
             or not measurement.global_norm <= deferral.max_norm
             or measurement.damage is not None
             or measurement.overflowed
@@ -138,20 +139,24 @@ class Judge:
             if not detector.can_defer(measurement):
                 return False
         self._deferred.append(measurement)
-        if len(self._deferred) == deferral.num_steps:
-            self.catch_up()
         return True
 
     def catch_up(self) -> None:
-        """Tell the detectors of the steps that were deferred."""
-        if not self._deferred:
-            return
-        deferred, self._deferred, self._deferral = self._deferred, [], None
-        self._num_steps += len(deferred)
-        for part in (deferred[:-1], deferred[-1:]):
+        """Tell the detectors of the steps that were deferred; `last_limit` is known then."""
+        deferred = self._take_deferred()
+        if deferred:
+            self._tell(deferred[:-1])
             self.last_limit = self._limit()
-            for detector in self._detectors if part else ():
-                detector.catch_up(part)
+            self._tell(deferred[-1:])
+
+    def _take_deferred(self) -> list[Measurement]:
+        deferred, self._deferred, self._deferral = self._deferred, [], None
+        return deferred
+
+    def _tell(self, measurements: Sequence[Measurement]) -> None:
+        self._num_steps += len(measurements)
+        for detector in self._detectors if measurements else ():
+            detector.catch_up(measurements)
 
     def _limit(self) -> float:
         return min((detector.limit() for detector in self._detectors), default=math.inf)
@@ -172,8 +177,7 @@ class Judge:
             measurement: of the step.
             is_repeated: whether it is the same step as the last one, measured again.
         """
-        self.catch_up()
-        self._deferral = None
+        self._tell(self._take_deferred())
         if not is_repeated:
             self._num_steps += 1
             self._streaks_before = self._streaks

@@ -54,6 +54,7 @@ class LogBaselines:
         self._values: NDArray[np.float32]
         self._totals: NDArray[np.float32]
         self._limits: NDArray[np.float64]
+        self._safe: NDArray[np.float64] | None
         self._num_added: int
         self._begin(0)
 
@@ -62,9 +63,13 @@ class LogBaselines:
         """Steps until limits are refreshed, >= 1."""
         return _REFRESH_EVERY - self._num_added % _REFRESH_EVERY
 
-    def may_be_exceeded(self, logs: NDArray[np.float64]) -> bool:
+    def may_be_exceeded(self, norms: NDArray[np.float64]) -> bool:
         """Whether `exceeded` has to look closer: a limit, as old as it is, is exceeded, or there are other parts now."""
-        return len(logs) != len(self._limits) or bool((logs > self._limits).any())
+        if len(norms) != len(self._limits):
+            return True
+        if self._safe is None:
+            self._safe = np.exp(np.minimum(self._limits - _ROUNDING, _MAX_LOG))
+        return bool((norms > self._safe).any())
 
     def exceeded(self, logs: NDArray[np.float64], total: float) -> NDArray[np.int64]:
         """Indices of those that have left their history upwards, by themselves and against the rest.
@@ -135,6 +140,7 @@ class LogBaselines:
         """Start these again without history."""
         self._values[:, indices] = np.nan
         self._limits[indices] = np.inf
+        self._safe = None
 
     def state_dict(self) -> dict[str, Any]:
         """Values and limits as strings of bytes: thousands of floats would be slow to save."""
@@ -154,12 +160,13 @@ class LogBaselines:
             values = np.frombuffer(state["values"].encode("latin-1"), dtype=np.float32)
             self._values = values.reshape(self._window, len(limits)).copy()
             self._totals = np.frombuffer(state["totals"].encode("latin-1"), dtype=np.float32).copy()
-            self._limits, self._num_added = limits, state["num_added"]
+            self._limits, self._num_added, self._safe = limits, state["num_added"], None
 
     def _begin(self, number: int) -> None:
         self._values = np.full((self._window, number), np.nan, dtype=np.float32)
         self._totals = np.full(self._window, np.nan, dtype=np.float32)
         self._limits = np.full(number, np.inf)
+        self._safe = None
         self._num_added = 0
 
     def _refresh_if_due(self) -> None:
@@ -169,6 +176,7 @@ class LogBaselines:
 
     def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
         self._limits[indices] = self._limits_of(self._values[:, indices].T)
+        self._safe = None
 
     def _limits_of(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """The limit of each row; infinite where there are too few values."""
@@ -185,6 +193,9 @@ class LogBaselines:
             limits[known] = medians + np.maximum(self._min_distance, self._z * sigmas)
         return limits
 
+
+_ROUNDING = 1e-9
+_MAX_LOG = 709.0  # exp overflows beyond
 
 _TURNS = 2
 _REFRESH_EVERY = 16

@@ -109,6 +109,7 @@ class WeightHistory:
         self._start: list[Tensor] = []
         self._applied: deque[_Applied] = deque(maxlen=2 * INTERVAL)
         self._decayed: dict[int, list[float | None]] = {}
+        self._decays: dict[int, tuple[list[Any], list[float | None]]] = {}
         self._optimizers: dict[int, Optimizer] = {}
         self._samples: dict[int, _Samples] = {}
         self._num_steps = 0
@@ -193,10 +194,15 @@ class WeightHistory:
 
     def _note_decay(self, optimizer: Optimizer, rates: list[Any]) -> None:
         sofar = self._decayed.setdefault(id(optimizer), [1.0] * len(rates))
-        for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
+        settings = [(rate, group.get("weight_decay"), group.get("momentum")) for rate, group in zip(rates, optimizer.param_groups, strict=True)]
+        known, factors = self._decays.get(id(optimizer), ([], []))
+        if known != settings or any(isinstance(rate, Tensor) for rate in rates):
+            pairs = zip(optimizer.param_groups, rates, strict=True)
+            factors = [None if isinstance(it, Tensor) else decay_factor(optimizer, group, it) for group, it in pairs]
+            self._decays[id(optimizer)] = settings, factors
+        for index, factor in enumerate(factors):
             if index == len(sofar):  # a group that was added later
                 sofar.append(None)
-            factor = None if isinstance(rate, Tensor) else decay_factor(optimizer, group, rate)
             last = sofar[index]
             sofar[index] = None if factor is None or last is None else last * factor
 

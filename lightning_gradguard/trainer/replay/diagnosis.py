@@ -175,7 +175,7 @@ class Diagnosis:
             if layout.size != size:
                 return evidence
             rest = exchanged(batches[index].batch, layout, with_row_replaced(row, size))
-            instead = replace(batches[index], batch=rest)
+            instead = batches[index]._replace(batch=rest)
             other = replay([*batches[:index], instead, *batches[index + 1 :]])
         except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
             return evidence

@@ -203,12 +203,12 @@ def _long_series() -> tuple[Tensor, Tensor]:
 
 
 WORKLOADS = {
-    "mlp3": Workload("MLP of three layers", lambda quick: SmallMLP(), lambda: _labelled(SMALL_BATCH_SIZE, TABLE_COLUMNS)),  # noqa: ARG005
-    "lstm": Workload("LSTM", lambda quick: LSTM(), _series),  # noqa: ARG005
-    "deepar": Workload("DeepAR", lambda quick: DeepAR(), _long_series),  # noqa: ARG005
+    "mlp3": Workload("MLP of three layers", lambda quick: SmallMLP(), lambda: _labelled(SMALL_BATCH_SIZE, TABLE_COLUMNS)),
+    "lstm": Workload("LSTM", lambda quick: LSTM(), _series),
+    "deepar": Workload("DeepAR", lambda quick: DeepAR(), _long_series),
     "smallconv": Workload(
         "small conv net",
-        lambda quick: ConvNet(1),  # noqa: ARG005
+        lambda quick: ConvNet(1),
         lambda: _labelled(CONV_BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE),
     ),
     "gpt": Workload("GPT", lambda quick: GPT(1 if quick else DEPTH), _tokens),

@@ -105,7 +105,6 @@ class Pipeline:
         """Whether the host has yet to learn of the last step."""
         return self._pending is not None
 
-    @torch.no_grad()
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Note a backward pass that is about to begin; see `Guard.before_backward`."""
         self._meter.before_backward(loss)

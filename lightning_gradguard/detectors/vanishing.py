@@ -185,8 +185,11 @@ class Vanishing(Detector):
         if members.max() > _MAX_SQUARED:
             return False
         each = members / layout.member_roots
-        if (each.max(axis=1) < 10.0**self._even_decades * each.min(axis=1)).any():
+        are_even = each.max(axis=1) < 10.0**self._even_decades * each.min(axis=1)
+        if are_even.any():
             self._has_lived = None
+            if are_even.all():
+                return True
         trained = layout.weights.any(has_grad)
         rms = np.sqrt(np.add.reduceat(members * members, layout.weights.starts, axis=1))[:, trained]
         rms /= layout.weight_roots[trained]

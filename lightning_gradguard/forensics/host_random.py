@@ -43,18 +43,25 @@ class HostRandomNotes:
         self._numpy: Any = None
         self._seen = b""
         self._python = _python_generator()
-        self._address = id(self._python) + _OFFSET if _has_known_layout(self._python) else None
+        self._python_words = _words(id(self._python) + _OFFSET) if _has_known_layout(self._python) else None
+        self._generator: Any = None
+        self._numpy_words: Any = None
 
     def note(self) -> HostRandom:
         """As they are now. A microsecond or two."""
         # `getstate` makes 625 integers of them.
-        if self._address is None:
+        if self._python_words is None:
             return HostRandom(random.getstate(), None, self._note_numpy())
-        state = ctypes.string_at(self._address, _NUM_BYTES)
-        return HostRandom(state, self._python.gauss_next, self._note_numpy())
+        return HostRandom(self._python_words.raw, self._python.gauss_next, self._note_numpy())
 
     def _note_numpy(self) -> Any:
-        seen = _fingerprint()
+        generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in its stubs
+        if generator is not self._generator:
+            # Numbers and position, in another order than python's; only of a Mersenne Twister is known where they are.
+            self._generator, self._numpy_words = generator, None
+            if isinstance(generator, np.random.MT19937):
+                self._numpy_words = _words(generator.ctypes.state_address)
+        seen = b"" if self._numpy_words is None else self._numpy_words.raw
         # With one of a pair of normal values left over, a draw would not show.
         if not seen or seen != self._seen or self._numpy is None or self._numpy[3]:
             self._numpy = np.random.get_state()  # noqa: NPY002
@@ -80,9 +87,6 @@ def _has_known_layout(generator: Any) -> bool:
     return ctypes.string_at(id(generator) + _OFFSET, _NUM_BYTES) == struct.pack(_FORMAT, index, *numbers)
 
 
-def _fingerprint() -> bytes:
-    """Numbers and position of numpy's global generator; empty where it is no Mersenne Twister."""
-    generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in its stubs
-    if not isinstance(generator, np.random.MT19937):
-        return b""
-    return ctypes.string_at(generator.ctypes.state_address, 4 * _NUM_WORDS + 4)
+def _words(address: int) -> Any:
+    """The bytes at an address, as they are whenever they are looked at."""
+    return (ctypes.c_char * _NUM_BYTES).from_address(address)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from lightning_gradguard.measure.inspection import inspect
 from lightning_gradguard.record import Damage, Measurement
 
 
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """A backward pass, its figures still on the device.
 
     Attributes:
@@ -70,9 +70,25 @@ class Facts:
 
         A collective only on an incident with sharded gradients, which all ranks see alike.
         """
+        if self._is_plain and len(gradients.tensors) == len(layout.names) and self.norms.device.type == "cpu":
+            total_norm, loss = self.total_norm.item(), self.signs.item()
+            if math.isfinite(total_norm) and math.isfinite(loss):
+                norms: Floats = self.norms.double().numpy()
+                return Measurement(layout, norms, gradients.present, total_norm, self.num_micro_batches, loss)
         values: Floats = self.pack().to("cpu", torch.float64).numpy()
         measurement = self.unpack(values, gradients.present, layout)
         return measurement if math.isfinite(measurement.global_norm) else look_closer(measurement, gradients)
+
+    @property
+    def _is_plain(self) -> bool:
+        """Whether there is nothing but the norms and a single loss."""
+        return (
+            self.signs.numel() == 1
+            and self.loss_scale is None
+            and self.others is None
+            and self.updates is None
+            and self.weights is None
+        )
 
     def pack(self) -> Tensor:
         """All but the histogram in one tensor, float32 or wider [n]. No sync."""

@@ -21,8 +21,8 @@ class LogBaselines:
     A limit is what `max(log(ratio), z * sigma)` above the median allows. What exceeds it must also have risen that far
     against the rest of the whole: a part that only goes along with the others is no outlier.
 
-    So that most steps cost a few numpy calls however many parts there are, every 16th step refreshes the limits of every
-    second; a limit is at most 32 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
+    So that most steps cost a few numpy calls however many parts there are, limits are refreshed every 32 steps. Memory: 4
+    bytes for each value of the window, and 8 more for each part.
 
     Args:
         window: how many steps count, >= 2.
@@ -170,9 +170,8 @@ class LogBaselines:
         self._num_added = 0
 
     def _refresh_if_due(self) -> None:
-        turn, is_between = divmod(self._num_added, _REFRESH_EVERY)
-        if not is_between:
-            self._refresh(slice(turn % _TURNS, None, _TURNS))
+        if self._num_added % _REFRESH_EVERY == 0:
+            self._refresh(slice(None))
 
     def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
         self._limits[indices] = self._limits_of(self._values[:, indices].T)
@@ -197,8 +196,7 @@ class LogBaselines:
 _ROUNDING = 1e-9
 _MAX_LOG = 709.0  # exp overflows beyond
 
-_TURNS = 2
-_REFRESH_EVERY = 16
+_REFRESH_EVERY = 32
 
 
 # Where a part is nearly everything, what it leaves for the rest is rounding.

@@ -82,7 +82,9 @@ class Diagnosis:
             is_applied = not outcome.skip and math.isfinite(outcome.measurement.global_norm)
             self._weights.note(optimizer, outcome.measurement, is_applied=is_applied)
         if outcome is not None and not outcome.has_finding and outcome.measurement.is_finite:
-            self._norms.setdefault(id(optimizer), NormHistory()).note(outcome.measurement)
+            if id(optimizer) not in self._norms:
+                self._norms[id(optimizer)] = NormHistory()
+            self._norms[id(optimizer)].note(outcome.measurement)
             if latest is not None:
                 self._healthy[id(optimizer)] = latest
 

@@ -79,7 +79,7 @@ def steps(kind, seed):
     scales = np.exp(random.normal(0.0, 3.0 if kind == "uneven" else 0.3, len(LAYOUT.names)))
     for step in range(NUM_STEPS):
         norms = scales * np.exp(random.normal(0.0, 0.8 if kind == "noisy" else 0.2, len(scales)))
-        loss = 3.0 * np.exp(-step / 200.0) + 0.1 * random.normal() + 0.01 * (kind == "growth") * max(step - 150, 0)
+        loss = float(3.0 * np.exp(-step / 200.0) + random.normal(0.0, 0.1) + 0.01 * (kind == "growth") * max(step - 150, 0))
         if (change := CHANGES[kind]) is not None:
             norms = change(norms, step, random)
         has_grad = np.ones(len(norms), dtype=np.bool_)

@@ -188,10 +188,9 @@ class Fit:
 
     def end_batch(self) -> None:
         """Go back where that was decided; keep a snapshot where due; let go of batches that no step needs any more."""
-        if self._recovery is not None:
-            self._recovery.after_batch()
-        if self._quarantine is not None:
-            self._quarantine.after_batch()
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.after_batch()
         if self._incidents is not None:
             self._incidents.close()
 
@@ -225,14 +224,9 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        if self._quarantine is not None:
-            self._quarantine.detach()
-        if self._scaled_clipping is not None:
-            self._scaled_clipping.detach()
-        if self._raised is not None:
-            self._raised.detach()
-        if self.guards is not None:
-            self.guards.detach()
+        for part in (self._quarantine, self._scaled_clipping, self._raised, self.guards):
+            if part is not None:
+                part.detach()
 
     def history(self) -> History:
         """What is to be known of it when it is over, and what a checkpoint needs."""
@@ -269,10 +263,9 @@ class Fit:
         return self._engine.watch(self._module, optimizer, self._settings.only)
 
     def _note(self, record: Record) -> None:
-        if self._recovery is not None:
-            self._recovery.note(record)
-        if self._quarantine is not None:
-            self._quarantine.note(record)
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.note(record)
 
     def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
         cause, find = incidents.exception_cause(), incidents.investigation

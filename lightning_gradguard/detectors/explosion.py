@@ -16,10 +16,10 @@ from lightning_gradguard.statistics.trend import Trend
 
 _RECENT = 16
 _LATEST = 5
-_LOG_CEILING = math.log(5.0)  # in multiples of `ratio`
+_LOG_CEILING = math.log(4.0)  # in multiples of `ratio`
 _LOG_ABOVE_HIGH = math.log(4.0)
 _LOG_CLIMB = math.log(3.0)
-_LONE_GROWTH = 6.0  # in multiples of `ratio`
+_LONE_GROWTH = 5.0  # in multiples of `ratio`
 _ROUNDING = 1e-9
 
 
@@ -33,7 +33,7 @@ class Explosion(Detector):
 
     Where gradients are very noisy, `z` deviations can be thousands of times the median, and nothing would be found. So once
     the window is full, the limit is at most four times its second largest norm (or `ratio` times the median, if that is
-    more), and at most five times `ratio` times its median: a spike of 30 times the usual norm is always found.
+    more), and at most four times `ratio` times its median: a spike of 30 times the usual norm is always found.
 
     Why these defaults: over 51 healthy and 36 exploding trainings the rule z > 8 with a ratio > 5 over the last 64
     norms raised no false alarm and found what any history-based rule on the global norm found; z > 6 alone raised two
@@ -43,7 +43,7 @@ class Explosion(Detector):
 
     A norm that grows by a few percent at every step is followed by any median. So a norm that has risen `ratio` times over
     64 steps, without a pause and together with the loss, is a hit as well, an advisory one (see below). So is one that has
-    risen six times `ratio` times, unless the loss falls.
+    risen five times `ratio` times, unless the loss falls.
 
     The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
     `min_share` of the global norm. It must have left its history against the norm of all others, too: where a whole network
@@ -86,7 +86,7 @@ class Explosion(Detector):
         action: Action | ActionName = "warn",
         *,
         max_norm: float | None = None,
-        ratio: float | None = 5.0,
+        ratio: float | None = 6.0,
         z: float = 8.0,
         window: int = 64,
         warmup_steps: int = 16,

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks._report import table
-from benchmarks.forensics import dropped, layouts, places  # noqa: F401 - register their cases
+from benchmarks.forensics import architectures, dropped, layouts, objectives, places  # noqa: F401 - register their cases
 from benchmarks.forensics.labels import CASES, Case
 from benchmarks.forensics.run import Outcome, judge
 
@@ -60,7 +60,7 @@ def main() -> None:
     )
 
 
-PARTS = ("dropped", "layouts", "places")
+PARTS = ("dropped", "layouts", "places", "architectures", "objectives")
 
 
 def tell(console: Console, outcome: Outcome, *, everything: bool) -> None:

@@ -60,18 +60,20 @@ def changes_in(remedy: str) -> list[Change]:
 
 
 def _function_of(code: str) -> str:
-    if code.startswith("with "):
-        return "mm"
+    for begin, of in (("with ", "mm"), ("x.bfloat16", "half"), ("x.sum()", "mean"), ("torch.where(m, x /", "div")):
+        if code.startswith(begin):
+            return of
     tree = ast.parse(code, mode="eval").body
     if isinstance(tree, ast.BinOp) and isinstance(tree.left, ast.Name):
         return "div"
-    if code.startswith("x.sum()"):
-        return "mean"
     if isinstance(tree, ast.BinOp) and isinstance(tree.op, ast.Mult):
         return "mul"
     calls = [it.func for it in ast.walk(tree) if isinstance(it, ast.Call)]
-    named = [it.attr for it in calls if isinstance(it, ast.Attribute) and ast.unparse(it).startswith(("torch.", "F."))]
+    named = [it.attr for it in calls if isinstance(it, ast.Attribute) and _MODULE.fullmatch(ast.unparse(it.value))]
     return _SAME.get(named[0], named[0]) if named else ""
+
+
+_MODULE = re.compile(r"F|torch(\.\w+)?")
 
 
 class Applied(TorchFunctionMode):
@@ -91,12 +93,36 @@ class Applied(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         """Run a function, or what is to be run instead."""
         kwargs = kwargs or {}
-        name = getattr(func, "__name__", "").strip("_")
+        name = getattr(func, "__name__", "").strip("_").removeprefix("linalg_")
+        if func is Tensor.backward and kwargs.keys() <= {"gradient", "retain_graph", "create_graph", "inputs"}:
+            return self._backward(*args, **kwargs)
         for change in self.changes:
             if _SAME.get(name, name) == change.of and (change.is_everywhere or self._is_here()):
                 self.used.add(change.code)
                 return _run(change.code, name, args, kwargs)
         return func(*args, **kwargs)
+
+    def _backward(
+        self,
+        loss: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: Any = None,
+        create_graph: Any = None,
+        inputs: Any = None,
+    ) -> None:
+        """As torch does it, but with hooks and recomputation seen."""
+        begin = torch.ones_like(loss) if gradient is None else gradient
+        keep = bool(create_graph if retain_graph is None else retain_graph)
+        with self:
+            torch.autograd.graph._engine_run_backward(
+                (loss,),
+                (begin,),
+                keep,
+                bool(create_graph),
+                tuple(inputs or ()),
+                allow_unreachable=True,
+                accumulate_grad=True,
+            )
 
     def _is_here(self) -> bool:
         frame: FrameType | None = sys._getframe(2)
@@ -126,6 +152,8 @@ def _run(code: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         scope["w"] = second.T
     if "dim" in code and not isinstance(dim, int) and isinstance(x, Tensor) and "masked_fill" not in code:
         scope |= {"x": x.flatten(), "dim": 0}
+    code = re.sub(r"^torch\.where\(m, (x / .*), 0\.0\)$", r"\1", code)
+    code = re.sub(r"(?<=\))(\[\d\]|\.U)$", "", code)
     if code.startswith("with "):
         exec(code, scope)
         return scope["out"]

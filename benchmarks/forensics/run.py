@@ -14,9 +14,9 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from benchmarks.forensics.labels import Case
-from benchmarks.forensics.remedies import Applied
 from lightning_gradguard import GradGuard
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -86,13 +86,13 @@ def _fit(case: Case) -> tuple[Culprit | None, bool]:
 def _try_remedy(case: Case, culprit: Culprit) -> str:
     if culprit.phase not in ("forward", "backward") or not culprit.remedy:
         return ""
-    applied = Applied(culprit)
+    trial = Trial(culprit)
     try:
-        with applied:
+        with trial:
             _, has_alert = _fit(case)
     except Exception as error:  # noqa: BLE001 - of whatever kind, the remedy is no good
         return f"fails with {error}"
-    if len(applied.used) < len({change.code for change in applied.changes}) or not applied.changes:
+    if not trial.is_whole:
         return "not applied"
     return "fails" if has_alert else "works"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -128,3 +129,21 @@ def test_cross_entropy_keeps_its_remedy():
     """It is what the line calls."""
     (alert,) = fit(Normed(lambda x: F.cross_entropy(x, torch.tensor([-100, -100]))), torch.ones(2, 2)).alerts
     assert "reduction='sum'" in alert.remedy
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("is_of_sample", [True, False])
+def test_infinity_from_numpy_is_said_to_come_from_outside(is_of_sample):
+    """A row's number may come from its sample or from its place; replays with samples exchanged tell."""
+
+    def weighted(x):
+        of = x.detach()[:, 0] if is_of_sample else torch.tensor([1.0, 1.0, 0.0, 1.0])
+        with np.errstate(divide="ignore"):
+            weight = torch.from_numpy(1.0 / of.numpy())
+        return x[:, 1] * weight
+
+    (alert,) = fit(Normed(weighted), torch.tensor([[1.0, 2.0], [3.0, 1.0], [0.0, 2.0], [2.0, 1.0]])).alerts
+    assert alert.culprit.op == "mul"
+    assert "was given a tensor from before the step, or from outside of torch, that holds Inf" in alert.message
+    assert alert.culprit.samples == ((2,) if is_of_sample else None)
+    assert alert.remedy == ""

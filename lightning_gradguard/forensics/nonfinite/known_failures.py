@@ -204,8 +204,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
              "torch.{op}(x.masked_fill(m, -torch.inf), dim)",
              "torch.{op}(x.masked_fill(m & ~m.all(dim, keepdim=True), -torch.inf), dim)"),
          Fix("Open the mask where it covers all, as for `key_padding_mask`", "attention(x, x, x, key_padding_mask=m)[0]",
-             "attention(x, x, x, key_padding_mask=m & ~m.all(-1, keepdim=True))[0]",
-             within="multi_head_attention_forward")),
+             "attention(x, x, x, key_padding_mask=m & ~m.all(-1, keepdim=True))[0]", "multi_head_attention_forward")),
     ),
     KnownFailure(
         "no target left", _NLL, (when.forward, when.fresh, when.no_target),
@@ -295,8 +294,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     ),
     KnownFailure(
         "difference of infinities", _ops("sub add"),
-        (when.forward, when.is_nan, when.infinite("self"), when.infinite("other")),
-        "took the difference of two infinities",
+        (when.forward, when.is_nan, when.infinite("self"), when.infinite("other")), "took the difference of two infinities",
     ),
     KnownFailure(
         "product beyond the largest number", _ops("mul"),

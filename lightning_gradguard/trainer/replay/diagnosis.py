@@ -171,7 +171,7 @@ class Diagnosis:
             evidence = replace(evidence, healthy=other.flow, healthy_norm=other.norm)
             if evidence.norm > other.norm:
                 # What the step does from a certain number on is not to be laid on its batch.
-                numbered = replay([replace(healthy, batch_idx=it.batch_idx) for it in batches])
+                numbered = replay([healthy._replace(batch_idx=it.batch_idx) for it in batches])
                 evidence = replace(evidence, norm_under_number=numbered.norm)
         found = top_row(evidence.flow)
         if found is None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from lightning_gradguard.sinks.console import in_short
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRACT = {
@@ -114,13 +116,13 @@ def test_readme_links_lead_to_files():
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 def test_alert_in_readme_and_tutorial_is_what_the_example_says(tmp_path, monkeypatch):
-    """Word for word, but for the folder; and the cure raises none."""
+    """Word for word, as a terminal shows it; and the cure raises none."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)
     import first_alert  # noqa: PLC0415
 
     (alert,) = first_alert.main(first_alert.Head()).alerts
-    text = f"{alert.message} {alert.remedy}".replace(f"{tmp_path}/", ".../")
+    text = " ".join(in_short(alert, coloured=False).split())
     for page in (README, (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")):
         assert text in " ".join(page.split())
     assert first_alert.main(first_alert.CuredHead()).alerts == []

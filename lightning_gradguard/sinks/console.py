@@ -106,8 +106,9 @@ def _has_colours() -> bool:
     is_captured = warnings.showwarning.__module__ not in _FORMATTERS  # by `logging`, as a rule for a file
     if is_captured or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         return False
-    # Notebooks show colours, and say that they are no terminal.
-    return sys.stderr is not None and (sys.stderr.isatty() or type(sys.stderr).__module__.startswith("ipykernel"))
+    # Notebooks show colours, and say that they are no terminal. Rich's bars stand in for the stream.
+    stream = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+    return stream is not None and (stream.isatty() or type(stream).__module__.startswith("ipykernel"))
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """A small diffusion model whose loss divides by zero at one of a hundred noise levels.
 
-The schedule begins without any noise, and the loss is weighted by the root of signal over noise. Only batches that draw level
-0 are damaged, and only by some rows; the guard names the division and the rows, and skips those steps. Run
+The schedule begins without any noise, and the loss is weighted by the root of signal over noise. Only batches that draw
+level 0 are damaged, and only by some rows; the guard names the division and the rows, and skips those steps. Run
 `python examples/diffusion.py`: some seconds.
 """
 

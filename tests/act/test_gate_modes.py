@@ -68,6 +68,7 @@ def run(optimizer_of, settings, devices, monkeypatch):
     return decided, torch.tensor(figures), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kind", FUSED)
 def test_deferred_decisions_equal_immediate_ones_at_every_step(kind, settings, monkeypatch):
@@ -137,6 +138,7 @@ def meta_step(optimizer_of, clipper):
     return choice.executor_for(gate, watched), meter.measure(Position(step=0))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("clipper", [None, ClipNorm(1.0), ClipNorm(1.0, norm_type=1.0)])
 def test_deciding_on_meta_reads_nothing(clipper, monkeypatch):
     """A healthy step of a fused optimizer has no sync: skip, clip and copy of the facts are queued."""

@@ -16,11 +16,7 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning_package import Checkpoint, DDPStrategy, DeepSpeedStrategy, LightningEnvironment, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -50,7 +46,6 @@ class CPUStrategy(DeepSpeedStrategy):
         import deepspeed.comm.torch  # noqa: PLC0415
 
         deepspeed.comm.torch.build_shm_op = lambda: None  # gloo does
-        reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 

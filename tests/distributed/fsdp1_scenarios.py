@@ -14,9 +14,7 @@ from typing import Any
 
 import torch
 from fsdp1 import CPUPrecision, CPUStrategy
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning_package import Callback, Checkpoint, LightningEnvironment, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel

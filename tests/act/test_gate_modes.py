@@ -68,7 +68,6 @@ def run(optimizer_of, settings, devices, monkeypatch):
     return decided, torch.tensor(figures), torch.cat([p.detach().flatten() for p in model.parameters()])
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("kind", FUSED)
 def test_deferred_decisions_equal_immediate_ones_at_every_step(kind, settings, monkeypatch):

@@ -75,7 +75,6 @@ def saved_bundle(tmp_path, kind="nonfinite", **parts):
     return path
 
 
-@pytest.mark.smoke
 def test_alerts_of_all_runs_are_listed(call, tmp_path):
     """A row each, with the culprit where there is one."""
     written(tmp_path / "logs" / "a", ALERT, {**ALERT, "step": 9, "culprit": CULPRIT})

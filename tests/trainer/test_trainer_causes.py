@@ -75,7 +75,6 @@ class Recurrent(LightningModule):
         return torch.optim.Adam(self.parameters(), 1e-3)
 
 
-@pytest.mark.smoke
 @pytest.mark.parametrize("make", [nn.RNN, nn.LSTM, nn.GRU])
 def test_vanishing_in_time_is_found(tmp_path, make):
     """No gradient of a weight shows it."""

@@ -2,7 +2,7 @@
 
 `nox` runs the matrix, a test or two of each feature in every environment, and writes its rows of docs/versions.md. `nox -s
 smoke` does so with the oldest versions and the newest, and writes nothing. `nox -s suite` runs all tests of what depends on
-versions, for hours. A Python that is not there is left out, and nox says so. `uv` makes the environments, since it can take the
+versions, for hours. A Python that is not there is left out, and nox says so. `uv` makes the environments, as it can take the
 lowest versions that are allowed. `nox -s build wheel` makes sdist and wheel in `dist/`, and tries the wheel.
 """
 

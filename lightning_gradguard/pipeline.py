@@ -20,7 +20,7 @@ from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Grouped
 from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.scaling import LossScaling, Scaling
 from lightning_gradguard.measure.step import StepMeter
 from lightning_gradguard.policy import Action, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
@@ -53,6 +53,7 @@ class Environment:
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
         buffers: what the forward pass of a skipped step has changed.
         scaler: what scales the loss in fp16 training.
+        scaling: the same, where an engine has its own instead.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         clips_later: whether somebody else clips after the guard.
         investigate: says who is to blame for a finding.
@@ -66,6 +67,7 @@ class Environment:
     log_every_n_steps: int
     buffers: Buffers
     scaler: GradScaler | None = None
+    scaling: Scaling | None = None
     listener: Callable[[Record], None] | None = None
     clips_later: bool = False
     investigate: Investigate | None = None
@@ -92,7 +94,9 @@ class Pipeline:
 
     def __init__(self, settings: Settings, parameters: WatchedParameters, environment: Environment) -> None:
         optimizer, scaler = parameters.optimizer, environment.scaler
-        scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
+        scaling = environment.scaling
+        if scaler is not None and optimizer is not None:
+            scaling = LossScaling(scaler, optimizer)
         self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)

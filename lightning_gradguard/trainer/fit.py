@@ -113,7 +113,7 @@ class Fit:
     def start(self) -> None:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
-        self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
+        self._engine.refuse(trainer.optimizers, self._settings)
         self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
         self._incidents = Incidents(
             trainer,
@@ -229,14 +229,11 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        if self._quarantine is not None:
-            self._quarantine.detach()
-        if self._scaled_clipping is not None:
-            self._scaled_clipping.detach()
-        if self._raised is not None:
-            self._raised.detach()
-        if self.guards is not None:
-            self.guards.detach()
+        parts: list[Quarantine | ScaledClipping | RaisedSteps | Guards | None]
+        parts = [self._quarantine, self._scaled_clipping, self._raised, self.guards]
+        for part in parts:
+            if part is not None:
+                part.detach()
 
     def history(self) -> History:
         """What is to be known of it when it is over, and what a checkpoint needs."""
@@ -261,6 +258,7 @@ class Fit:
             log_interval(self._trainer) if own is None else own,
             self._buffers,
             scaler_of(self._trainer),
+            self._engine.scaling,
             listener=self._note,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,
@@ -271,6 +269,7 @@ class Fit:
         return self._engine.watch(self._module, optimizer, self._settings.only)
 
     def _note(self, record: Record) -> None:
+        self._engine.note(record)
         if self._recovery is not None:
             self._recovery.note(record)
         if self._quarantine is not None:

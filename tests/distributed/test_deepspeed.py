@@ -96,7 +96,7 @@ def test_deepspeed_step_that_the_guard_alone_finds_bad_is_skipped_by_deepspeed(s
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS)
-@pytest.mark.parametrize("stage", (0, *STAGES))
+@pytest.mark.parametrize("stage", [0, *STAGES])
 def test_deepspeed_clippers_clip_as_on_whole_gradients(stage, clipper, played):
     """Factor and norm after it, step by step, and the weights that come of it, as in one process."""
     found, expected = played(f"clipped-{stage}")[0][clipper], _clipped()[clipper]
@@ -106,7 +106,7 @@ def test_deepspeed_clippers_clip_as_on_whole_gradients(stage, clipper, played):
     assert float(steps[:, 0].min()) < 1.0
 
 
-@pytest.mark.parametrize("stage", (0, *STAGES))
+@pytest.mark.parametrize("stage", [0, *STAGES])
 def test_deepspeed_accumulation_is_one_decision_a_window(stage, played):
     """Though the Trainer calls for each micro-batch; the alert names the one whose loss was NaN."""
     ranks = played(f"accumulated-{stage}")
@@ -143,7 +143,7 @@ def test_deepspeed_gradients_are_never_gathered(stage, played):
         assert 0 < rank["largest"] < 143
 
 
-@pytest.mark.parametrize("stage", (0, *STAGES))
+@pytest.mark.parametrize("stage", [0, *STAGES])
 def test_deepspeed_resumed_run_clips_and_trains_as_in_one_go(stage, played):
     """To the last bit."""
     ranks = played(f"resumed-{stage}")

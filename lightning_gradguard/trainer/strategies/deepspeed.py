@@ -73,7 +73,7 @@ class DeepSpeed:
         if not (self._uses_zero or optimizer is engine.basic_optimizer):
             raise ConflictError(
                 "DeepSpeed's `zero_optimization` must be of stage 1, 2 or 3 for GradGuard in bf16 and fp16, got an "
-                f"optimizer of type {type(optimizer).__name__}, whose gradients it does not know to find. Stage 1 trains alike."
+                f"optimizer of type {type(optimizer).__name__}, whose gradients it can't find. Stage 1 trains alike."
             )
         if getattr(optimizer, "swap_optimizer", False):
             raise ConflictError(

@@ -6,7 +6,6 @@ import fsdp1_scenarios
 import pytest
 import scenarios
 import torch
-from ranks import on_ranks
 
 pytestmark = [pytest.mark.smoke, pytest.mark.slow]  # slow: the other files say it, too
 TRAINS_FSDP2_ON_CPUS = not torch.__version__.startswith("2.6.")
@@ -22,9 +21,9 @@ def play():
 
 
 @pytest.fixture(scope="module")
-def played():
+def played(once_on_ranks):
     """In one process group."""
-    return on_ranks(2, play)
+    return once_on_ranks("smoke", 2, play)
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2", "tp", "fsdp1"])

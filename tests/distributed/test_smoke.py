@@ -7,7 +7,8 @@ import pytest
 import scenarios
 import torch
 
-pytestmark = [pytest.mark.smoke, pytest.mark.slow]  # slow: the other files say it, too
+# slow: the other files say it, too. The time is for two processes that import everything beside others that do.
+pytestmark = [pytest.mark.smoke, pytest.mark.slow, pytest.mark.timeout(900)]
 TRAINS_FSDP2_ON_CPUS = not torch.__version__.startswith("2.6.")
 """torch 2.6 ends in an error of its own where a module is cut up among CPUs."""
 

@@ -68,11 +68,15 @@ class Buffers:
         self._collect()
         self.remember()
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Take the present values down: what is put back until the next call. No sync."""
         if self._has_changed():
             self._collect()
+        if self._slots:
+            self._remember()
+
+    @torch.no_grad()
+    def _remember(self) -> None:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for slot in self._slots:

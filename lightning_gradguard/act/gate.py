@@ -94,7 +94,8 @@ class Gate:
             is_entry: whether the step is one in a clipper's history; a damaged one never is.
         """
         gradients, norm = step.gradients, step.facts.total_norm
-        if self.clipper is None or not gradients.tensors:
+        is_below = isinstance(self.clipper, FactorClipper) and self.clipper.passes(measurement.global_norm)
+        if self.clipper is None or is_below or not gradients.tensors:
             return Clipped(coef=1.0, norm=measurement.global_norm)
         if measurement.overflowed:
             norm = torch.tensor(measurement.global_norm, dtype=torch.float64)

@@ -48,7 +48,9 @@ class Pipeline:
 
     def __init__(self, settings: Settings, parameters: WatchedParameters, environment: Environment) -> None:
         optimizer, scaler = parameters.optimizer, environment.scaler
-        scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
+        scaling = environment.scaling
+        if scaler is not None and optimizer is not None:
+            scaling = LossScaling(scaler, optimizer)
         self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)

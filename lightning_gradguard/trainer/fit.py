@@ -114,7 +114,7 @@ class Fit:
     def start(self) -> None:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
-        self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
+        self._engine.refuse(trainer.optimizers, self._settings)
         self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
         self._incidents = Incidents(
             trainer,
@@ -251,8 +251,9 @@ class Fit:
             log_interval(self._trainer) if own is None else own,
             self._buffers,
             scaler_of(self._trainer),
+            self._engine.scaling,
             # Healthy steps are cheap where nobody wants to be told of each.
-            listener=self._note if self._options.snapshots is not None or self._quarantine is not None else None,
+            listener=self._note if self._listens else None,
             can_defer=True,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,
@@ -261,6 +262,10 @@ class Fit:
 
     def _watch(self, optimizer: Optimizer) -> WatchedParameters:
         return self._engine.watch(self._module, optimizer, self._settings.only)
+
+    @property
+    def _listens(self) -> bool:
+        return self._options.snapshots is not None or self._quarantine is not None or self._engine.scaling is not None
 
     def _note(self, record: Record) -> None:
         for part in (self._recovery, self._quarantine):

@@ -18,8 +18,8 @@ TESTED = "labelled cases of the tests"
 
 
 def tested() -> list[Case]:
-    """Those of `tests/forensics`, which the code has been tuned on."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "forensics"))
+    """Those of `tests/forensics/nonfinite`, which the code has been tuned on."""
+    sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "forensics" / "nonfinite"))
     import cases
     import more_cases  # noqa: F401 - registers its cases
     import own_cases  # noqa: F401

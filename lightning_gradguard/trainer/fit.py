@@ -23,14 +23,15 @@ from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options
 from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
-from lightning_gradguard.trainer.precision import scaler_of, skips_without_backward
-from lightning_gradguard.trainer.progress import fetches_batches, log_interval, log_step, request_stop
+from lightning_gradguard.trainer.precision import scaler_of
+from lightning_gradguard.trainer.progress import log_interval, request_stop
 from lightning_gradguard.trainer.raised import RaisedSteps
 from lightning_gradguard.trainer.recovery.quarantine import Quarantine
 from lightning_gradguard.trainer.recovery.recovery import Recovery
 from lightning_gradguard.trainer.recovery.run_state import set_random_states
 from lightning_gradguard.trainer.recovery.saving import SaveGate
 from lightning_gradguard.trainer.replay.incidents import Incidents
+from lightning_gradguard.trainer.running_step import RunningStep
 from lightning_gradguard.trainer.sinks import all_sinks
 from lightning_gradguard.trainer.strategies import engine_of
 
@@ -62,18 +63,13 @@ class Fit:
         self._options = options
         self._history = history
         self._buffers = Buffers()
-        self._window_begins = True
+        self._step = RunningStep(trainer, module)
         self._incidents: Incidents | None = None
         self._recovery: Recovery | None = None
         self._save_gate: SaveGate | None = None
         self._quarantine: Quarantine | None = None
         self._scaled_clipping: ScaledClipping | None = None
         self._raised: RaisedSteps | None = None
-        # Which batch a step sees is not known where the module fetches its own.
-        self._knows_batches = not fetches_batches(module)
-        self._batch_idx: int | None = None
-        self._batches: list[int] = []
-        self._has_backward = False
         self._is_finished = False
         self.guards: Guards | None = None
         """One for each optimizer; None until training starts."""
@@ -149,23 +145,19 @@ class Fit:
         """Note where we are."""
         if self.guards is None or self._incidents is None:
             return
-        self._has_backward = False
         self.guards.follow()
-        if self._window_begins:
-            self._window_begins = False
+        if self._step.begins:
             self._buffers.remember()
-        if not self._knows_batches:
+        self._step.begin_batch(batch_idx)
+        if not self._step.knows_batches:
             return
-        self._batch_idx = batch_idx
         if self._quarantine is not None:
             self._quarantine.begin_batch(batch_idx)
         self._incidents.open(batch, batch_idx)
 
     def before_backward(self, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
-        self._has_backward = True
-        if self._batch_idx is not None:
-            self._batches.append(self._batch_idx)
+        self._step.before_backward()
         if self._options.every_backward and self.guards is not None:
             for guard in self.guards:
                 guard.before_backward(loss)
@@ -174,15 +166,14 @@ class Fit:
         """Have the guard decide about a step, write a bad one down, and stop the training where that was decided."""
         if self.guards is None or is_no_optimizer(optimizer) or not self._engine.is_step():
             return
-        if not self._has_backward and skips_without_backward(self._trainer, self._module):
+        if self._step.is_skipped_by_lightning():
             return
         index = self.guards.index_of(optimizer)
         guard = self.guards[index]
-        self._window_begins = True
         try:
-            guard.decide(self._position(index, self.guards))
+            guard.decide(self._step.position(index, self.guards))
         finally:
-            self._batches.clear()
+            self._step.end()
             self.last = guard.last
             if self._incidents is not None:
                 self._incidents.look_back(optimizer, guard)
@@ -286,29 +277,10 @@ class Fit:
             guards,
             cause,
             self._options.skip_exceptions,
-            begin=self._begin_raised,
-            position=lambda index: self._position(index, guards),
+            begin=self._step.end_in_exception,
+            position=lambda index: self._step.position(index, guards),
             step=self.step,
             hand_in=find.hand_in,
-        )
-
-    def _begin_raised(self) -> int:
-        """The running micro-batch has ended in an exception: it is one of its step all the same. Its number."""
-        if not self._has_backward and self._batch_idx is not None:
-            self._batches.append(self._batch_idx)
-        self._has_backward = True
-        return max(len(self._batches) - 1, 0)
-
-    def _position(self, index: int, guards: Guards) -> Position:
-        return Position(
-            step=guards.num_steps,
-            epoch=self._trainer.current_epoch,
-            batch_idx=self._batch_idx,
-            batches=tuple(self._batches) if len(guards) == 1 else (),
-            optimizer=index,
-            num_optimizers=len(guards),
-            rank=self._trainer.global_rank,
-            log_step=log_step(self._trainer),
         )
 
     def _report_refused_save(self, message: str) -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lightning_gradguard.forensics.flow.flow import Flow
+from lightning_gradguard.forensics.flow.norm_history import Usual
 from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
-
-if TYPE_CHECKING:
-    from lightning_gradguard.forensics.flow.norm_history import Usual
 
 
 @dataclass(frozen=True)
@@ -100,8 +96,3 @@ class Cause:
     samples: tuple[int, ...] | None = None
     probable_samples: tuple[int, ...] | None = None
     test: str = ""
-
-
-def median(values: Sequence[float]) -> float:
-    """The middle one; of an even number the upper."""
-    return sorted(values)[len(values) // 2]

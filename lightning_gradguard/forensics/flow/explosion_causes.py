@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import median_high
 
-from lightning_gradguard.forensics.flow.evidence import Cause, Evidence, median
+from lightning_gradguard.forensics.flow.evidence import Cause, Evidence
 from lightning_gradguard.forensics.flow.flow import Flow, Layer
 from lightning_gradguard.forensics.flow.path import deepest_path
 from lightning_gradguard.forensics.flow.recurrence import recurrences
@@ -167,12 +168,12 @@ def _init(evidence: Evidence) -> Cause | None:
     if path is None or not _is_early(evidence) or not evidence.is_from_start:
         return None
     gains = [gain for layer in path.weights if (gain := _gain_at_start(evidence, layer)) is not None]
-    if not gains or median(gains) < _LARGE_GAIN or max(path.growth, 10**path.decades) < _GROWS:
+    if not gains or median_high(gains) < _LARGE_GAIN or max(path.growth, 10**path.decades) < _GROWS:
         return None
     return Cause(
         "init",
         "weights",
-        f"the weights were too large before the first step: their standard deviation was {median(gains):.2g} / "
+        f"the weights were too large before the first step: their standard deviation was {median_high(gains):.2g} / "
         f"sqrt(inputs), where 1 (tanh) to 1.41 (ReLU) keeps a signal's size; over {len(path.weights)} layers the signal "
         f"grows {path.growth:.3g} times on its way forward, and the gradient {10**path.decades:.3g} times on its way back",
         "Initialise with `torch.nn.init.kaiming_normal_` (ReLU) or `xavier_normal_` (tanh), or add normalisation.",
@@ -199,13 +200,13 @@ def _unnormalised(evidence: Evidence) -> Cause | None:
         return None
     weights = list({layer.weight: layer for layer in path.weights if layer.weight is not None}.values())
     gains = [layer.gain for layer in weights if layer.gain is not None]
-    if len(weights) < 8 or path.growth < _GROWS or not gains or median(gains) >= _LARGE_GAIN:
+    if len(weights) < 8 or path.growth < _GROWS or not gains or median_high(gains) >= _LARGE_GAIN:
         return None
     return Cause(
         "normalisation",
         "forward",
         f"activations grow {path.growth:.3g} times over {len(weights)} layers, none of which is a normalisation, although "
-        f"the weights have an ordinary size (standard deviation {median(gains):.2g} / sqrt(inputs))",
+        f"the weights have an ordinary size (standard deviation {median_high(gains):.2g} / sqrt(inputs))",
         "Put LayerNorm, RMSNorm or BatchNorm in front of each block, or let residual branches start small (zero the last "
         "layer of each, or divide by the square root of their number).",
         test="with a normalisation in front of each block the first gradient is smaller",

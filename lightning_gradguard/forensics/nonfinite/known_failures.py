@@ -1,6 +1,6 @@
 """The list of known failures: what operators make NaN and infinity of, and what helps.
 
-A remedy is a promise: `tests/forensics/test_remedies.py` applies each of them to a line that fails. What has none that holds
+A remedy is a promise: `test_remedies.py` applies each of them to a line that fails. What has none that holds
 has none here. `docs/known_failures.md` is made from this list by `docs/known_failures_table.py`.
 """
 

@@ -252,6 +252,7 @@ class GradGuard(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say it also where the run ends by an error or an interrupt; no other hook follows."""
         if self._fit is not None:
+            self._fit.explain(exception)
             with suppress(GradientError):  # there is an error already
                 self._fit.flush()
             self._fit.finish()

@@ -26,7 +26,7 @@ from lightning_gradguard.policy import Action, require_int
 from lightning_gradguard.record import Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.raised import Raised, alert_of
-from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.report.reporter import Archive, DecidedStep, Reporter, is_due
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 
@@ -69,7 +69,7 @@ class Environment:
     listener: Callable[[Record], None] | None = None
     clips_later: bool = False
     investigate: Investigate | None = None
-    archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None
+    archive: Archive | None = None
     hint: str = ""
 
     def __post_init__(self) -> None:
@@ -160,12 +160,20 @@ class Pipeline:
         self._raised = self._raised or raised
         self.before_backward(torch.tensor(torch.nan, device=self._parameters.device))
 
-    def report_exception(self, position: Position, raised: Raised) -> Alert | None:
-        """Tell of an exception that NaN or infinity is the reason of, and that passes on; None if nobody looks for them."""
+    def report_exception(self, position: Position, raised: Raised, *, is_alone: bool = False) -> Alert | None:
+        """Tell of an exception that NaN or infinity is the reason of, and that passes on; None if nobody looks for them.
+
+        A collective if there are several ranks, unless `is_alone`.
+        """
         action = self._judge.damage_action
         if action is None:
             return None
-        return self._reporter.tell_exception(alert_of(position, raised, action), position, self._parameters.layout)
+        alert = alert_of(position, raised, action)
+        return self._reporter.tell_exception(alert, position, self._parameters.layout, is_alone=is_alone)
+
+    def pass_on(self, alert: Alert, position: Position) -> None:
+        """Tell of an exception of which another rank has made an alert."""
+        self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
     @torch.no_grad()
     def decide(self, position: Position | None = None) -> Record:

@@ -178,6 +178,7 @@ class GradGuard(Callback):
         others = [other for other in callbacks_of(trainer) if isinstance(other, GradGuard) and other is not self]
         if self.gives_way and others:
             remove(trainer, self)
+            self._is_attached = False  # a list of callbacks may hold it still, beside a later guard
             return
         refuse_second_guards(self, [other for other in others if not other.gives_way])
         self._is_attached = True

@@ -25,17 +25,18 @@ NUM_BATCHES, BAD_BATCH, ROW = 5, 2, 3
 class Raising(LightningModule):
     """Outputs are the mean of a normal distribution, which torch refuses to be NaN."""
 
-    def __init__(self, *, synced: bool = False, own: bool = False) -> None:
+    def __init__(self, *, gathers: bool = False, own: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        layers = [nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)]
-        net = nn.Sequential(*layers)
-        self.net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if synced else net
+        self.net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        self.gathers = gathers
         self.own = own
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Negative log-likelihood of zeros."""
         h = self.net(batch)
+        if self.gathers:
+            h = h + 0.01 * self.all_gather(h.nan_to_num()).mean()
         if self.own and bool(h.isnan().any()):
             raise ValueError("it is NaN, says the user")
         return -torch.distributions.Normal(h, 1.0).log_prob(torch.zeros_like(h)).mean()
@@ -82,7 +83,9 @@ def fit(bad: bool, root: str, *, guard: GradGuard | None = None, module: Any = N
     return {
         "steps": trainer.global_step,
         "skipped": guard.num_skipped,
-        "alerts": [[it.kind, it.step, it.batch_idx, it.rank, it.culprit and it.culprit.rank, it.message] for it in guard.alerts],
+        "alerts": [
+            [it.kind, it.step, it.batch_idx, it.rank, it.culprit and it.culprit.rank, it.message] for it in guard.alerts
+        ],
         "rows": [list(it.culprit.samples or it.culprit.probable_samples or ()) for it in guard.alerts if it.culprit],
         "error": None if error is None else type(error).__name__,
         "notes": getattr(error, "__notes__", []),
@@ -102,7 +105,7 @@ def all_raise(root: str) -> dict[str, Any]:
     }
 
 
-def alone(rank: int, bad_rank: int, port: int, folder: str, synced: bool) -> None:
+def alone(rank: int, bad_rank: int, port: int, folder: str, gathers: bool) -> None:
     """One rank raises; a process of its own, which ends as a user's does."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in place.items()} | {"NODE_RANK": "0"}
@@ -110,6 +113,6 @@ def alone(rank: int, bad_rank: int, port: int, folder: str, synced: bool) -> Non
     warnings.simplefilter("ignore")
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank_messages.SECONDS_TO_RAISE = 1.0
-    found = fit(rank == bad_rank, folder, module=Raising(synced=synced))
+    found = fit(rank == bad_rank, folder, module=Raising(gathers=gathers))
     (Path(folder) / str(rank)).write_text(json.dumps(found))
     os._exit(0)

@@ -20,6 +20,16 @@ def together(tmp_path_factory):
     return on_ranks(2, all_raise, str(tmp_path_factory.mktemp("together")))
 
 
+@pytest.mark.slow
+def test_step_with_a_collective_of_its_own_is_not_replayed_alone(tmp_path):
+    """Nobody would take part: the exception passes untouched, and nothing hangs."""
+    multiprocessing.spawn(alone, (0, _free_port(), str(tmp_path), True), nprocs=2)
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
+    assert (first["error"], second["error"]) == ("ValueError", "RuntimeError")
+    assert first["alerts"] == second["alerts"] == []
+    assert first["notes"] == []
+
+
 @pytest.mark.parametrize(("name", "steps"), [("torch", NUM_BATCHES), ("accumulated", 3)])
 def test_exception_on_all_ranks_is_passed_over_together(name, steps, together):
     """As a skipped step, with the row, and without a collective that hangs."""
@@ -51,7 +61,7 @@ def test_later_fit_is_not_disturbed(together):
     assert [(rank["healthy"]["steps"], rank["healthy"]["alerts"]) for rank in together] == [(NUM_BATCHES, [])] * 2
 
 
-@pytest.mark.parametrize("bad_rank", [0, 1])
+@pytest.mark.parametrize("bad_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_exception_on_one_rank_ends_all_with_its_alert(bad_rank, tmp_path):
     """The other one waits in the backward pass until the process that raised has ended."""
     begun = time.monotonic()

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from lightning_package import NAME, Trainer
+from lightning_package import NAME, Callback, Trainer
 from toys import Net, make_batches, make_trainer
 
 from lightning_gradguard import GradGuard
@@ -50,6 +50,16 @@ def test_trainer_with_a_guard_keeps_its_own_alone(tmp_path):
     trainer.fit(Net(), make_batches(3))
     assert _guards(trainer) == [own]
     assert own.num_steps == 3
+
+
+def test_list_of_callbacks_that_several_trainers_share_is_no_second_guard(tmp_path):
+    """Lightning adds what entry points give to the user's own list."""
+    callbacks = [Callback()]
+    with everywhere():
+        for _ in range(4):
+            trainer = Trainer(callbacks=callbacks, max_epochs=1, logger=False, default_root_dir=tmp_path, accelerator="cpu")
+            trainer.fit(Net(), make_batches(2))
+            assert len(_guards(trainer)) == 1
 
 
 def test_context_ends_with_an_error(tmp_path):

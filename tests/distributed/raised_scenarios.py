@@ -46,7 +46,7 @@ class Raising(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
-def _batches(bad: bool) -> list[Tensor]:
+def _batches(*, bad: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1 + distributed.get_rank())
     batches = [torch.randn(8, 6, generator=generator) for _ in range(NUM_BATCHES)]
     if bad:
@@ -72,12 +72,12 @@ def _trainer(guard: GradGuard, root: str, **settings: Any) -> Trainer:
     )
 
 
-def fit(bad: bool, root: str, *, guard: GradGuard | None = None, module: Any = None, **settings: Any) -> dict[str, Any]:
+def fit(root: str, *, bad: bool, guard: GradGuard | None = None, module: Any = None, **settings: Any) -> dict[str, Any]:
     """Train, and say what came of it."""
     guard, module, error = guard or GradGuard(), module or Raising(), None
     trainer = _trainer(guard, root, **settings)
     try:
-        trainer.fit(module, DataLoader(_batches(bad), batch_size=None))
+        trainer.fit(module, DataLoader(_batches(bad=bad), batch_size=None))
     except Exception as caught:  # noqa: BLE001 - it is the finding
         error = caught
     return {
@@ -98,14 +98,14 @@ def all_raise(root: str) -> dict[str, Any]:
     """The same on each rank: fits that go on, and one that ends."""
     rank_messages.SECONDS_TO_RAISE = 20.0
     return {
-        "torch": fit(True, root),
-        "accumulated": fit(True, root, accumulate_grad_batches=2),
-        "own": fit(True, root, module=Raising(own=True)),
-        "healthy": fit(False, root),
+        "torch": fit(root, bad=True),
+        "accumulated": fit(root, bad=True, accumulate_grad_batches=2),
+        "own": fit(root, bad=True, module=Raising(own=True)),
+        "healthy": fit(root, bad=False),
     }
 
 
-def alone(rank: int, bad_rank: int, port: int, folder: str, gathers: bool) -> None:
+def alone(rank: int, bad_rank: int, port: int, folder: str, settings: dict[str, Any]) -> None:
     """One rank raises; a process of its own, which ends as a user's does."""
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in place.items()} | {"NODE_RANK": "0"}
@@ -113,6 +113,6 @@ def alone(rank: int, bad_rank: int, port: int, folder: str, gathers: bool) -> No
     warnings.simplefilter("ignore")
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank_messages.SECONDS_TO_RAISE = 1.0
-    found = fit(rank == bad_rank, folder, module=Raising(gathers=gathers))
+    found = fit(folder, bad=rank == bad_rank, module=Raising(**settings))
     (Path(folder) / str(rank)).write_text(json.dumps(found))
     os._exit(0)

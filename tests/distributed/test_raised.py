@@ -23,7 +23,7 @@ def together(tmp_path_factory):
 @pytest.mark.slow
 def test_step_with_a_collective_of_its_own_is_not_replayed_alone(tmp_path):
     """Nobody would take part: the exception passes untouched, and nothing hangs."""
-    multiprocessing.spawn(alone, (0, _free_port(), str(tmp_path), True), nprocs=2)
+    multiprocessing.spawn(alone, (0, _free_port(), str(tmp_path), {"gathers": True}), nprocs=2)
     first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     assert (first["error"], second["error"]) == ("ValueError", "RuntimeError")
     assert first["alerts"] == second["alerts"] == []
@@ -65,7 +65,7 @@ def test_later_fit_is_not_disturbed(together):
 def test_exception_on_one_rank_ends_all_with_its_alert(bad_rank, tmp_path):
     """The other one waits in the backward pass until the process that raised has ended."""
     begun = time.monotonic()
-    multiprocessing.spawn(alone, (bad_rank, _free_port(), str(tmp_path), False), nprocs=2)
+    multiprocessing.spawn(alone, (bad_rank, _free_port(), str(tmp_path), {}), nprocs=2)
     assert time.monotonic() - begun < 100  # the process group alone would wait for two minutes
     ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
     assert (ranks[bad_rank]["error"], ranks[1 - bad_rank]["error"]) == ("ValueError", "RuntimeError")

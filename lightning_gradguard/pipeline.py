@@ -122,13 +122,22 @@ class Pipeline:
         self._raised = self._raised or raised
         self.before_backward(torch.tensor(torch.nan, device=self._parameters.device))
 
-    def report_exception(self, position: Position, raised: Raised) -> Alert | None:
-        """Tell of an exception that NaN or infinity is the reason of, and that passes on; None if nobody looks for them."""
+    def report_exception(self, position: Position, raised: Raised, *, is_alone: bool = False) -> Alert | None:
+        """Tell of an exception that NaN or infinity is the reason of, and that passes on; None if nobody looks for them.
+
+        A collective if there are several ranks, unless `is_alone`.
+        """
         action = self._judge.damage_action
         if action is None:
             return None
         _ = self.last  # so that the reporter knows it
-        return self._reporter.tell_exception(alert_of(position, raised, action), position, self._parameters.layout)
+        alert = alert_of(position, raised, action)
+        return self._reporter.tell_exception(alert, position, self._parameters.layout, is_alone=is_alone)
+
+    def pass_on(self, alert: Alert, position: Position) -> None:
+        """Tell of an exception of which another rank has made an alert."""
+        _ = self.last
+        self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
     @torch.no_grad()
     def decide(self, position: Position | None = None) -> None:

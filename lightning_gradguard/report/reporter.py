@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -47,6 +47,18 @@ class DecidedStep:
     histograms: Histograms | None = None
 
 
+class Archive(Protocol):
+    """Writes steps down."""
+
+    def __call__(self, alerts: tuple[Alert, ...], *, is_alone: bool = False) -> tuple[Alert, ...]:
+        """Write the step of these alerts down, and give them back with where that is.
+
+        Args:
+            alerts: about one step.
+            is_alone: whether the other ranks don't take part.
+        """
+
+
 class Reporter:
     """What one optimizer's steps have come to, and who is told.
 
@@ -65,7 +77,7 @@ class Reporter:
         *,
         scalar_interval: int,
         listener: Callable[[Record], None] | None = None,
-        archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None,
+        archive: Archive | None = None,
         clips_later: bool = False,
         hint: str = "",
     ) -> None:
@@ -181,13 +193,23 @@ class Reporter:
             histograms=step.histograms,
         )
 
-    def tell_exception(self, alert: Alert, position: Position, layout: Layout) -> Alert:
+    def tell_exception(
+        self, alert: Alert, position: Position, layout: Layout, *, is_alone: bool = False, is_archived: bool = False
+    ) -> Alert:
         """Tell at once of an exception that ends a step before there is anything to measure.
+
+        Args:
+            alert: about it.
+            position: where in the training.
+            layout: of what is measured.
+            is_alone: whether the other ranks don't take part.
+            is_archived: whether the archive has it.
 
         Returns:
             The alert, with what the archive adds.
         """
-        (alert,) = (alert,) if self._archive is None else self._archive((alert,))
+        if self._archive is not None and not is_archived:
+            (alert,) = self._archive((alert,), is_alone=is_alone)
         if self._last is None:
             nothing = np.zeros(len(layout.names))
             measurement = Measurement(layout, nothing, nothing.astype(bool), 0.0, num_micro_batches=0)

@@ -203,6 +203,11 @@ class Fit:
         if self.guards is not None:
             self.guards.flush()
 
+    def explain(self, error: BaseException) -> None:
+        """Say why the run has ended in an exception, where another rank knows."""
+        if self._raised is not None:
+            self._raised.explain(error)
+
     def finish(self) -> None:
         """Say what the run came to, once."""
         if self._incidents is not None:
@@ -282,8 +287,7 @@ class Fit:
             guards,
             cause,
             self._options.skip_exceptions,
-            begin=self._step.end_in_exception,
-            position=lambda index: self._step.position(index, guards),
+            running=self._step,
             step=self.step,
             hand_in=find.hand_in,
         )

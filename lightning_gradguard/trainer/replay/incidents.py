@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
@@ -115,6 +116,12 @@ class Incidents:
     def exception_cause(self) -> ExceptionCause | None:
         """What finds out whether NaN or Inf is the reason of an exception; None where nobody can or wants to know."""
         found = self.investigation
-        if found is None or not self._looks_for_damage or not self._knows_batches or self._trainer.world_size > 1:
+        if found is None or not self._looks_for_damage or not self._knows_batches:
             return None
-        return ExceptionCause(self._trainer, self._module, self._window, found.replay, sample_dim=self._options.sample_dim)
+        is_alone = self._trainer.world_size == 1
+        # Elsewhere no rank can run a forward pass without the others.
+        if not is_alone and not isinstance(self._trainer.strategy.model, DistributedDataParallel):
+            return None
+        return ExceptionCause(
+            self._trainer, self._module, self._window, found.replay, sample_dim=self._options.sample_dim, is_alone=is_alone
+        )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from lightning_gradguard.alert import ParameterReport
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
 
@@ -149,6 +150,15 @@ class UpdateRatio(Detector):
             ),
             micro_batch=measurement.last_micro_batch,
         )
+
+    def deferral(self) -> Deferral | None:
+        """Until just before the step after which a measurement is asked for."""
+        num_steps = 0 if self.needs_update() else self._every_n_steps - self._num_seen % self._every_n_steps - 1
+        return Deferral(num_steps) if num_steps > 0 else None
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """Count the steps: nothing was measured."""
+        self._num_seen += len(measurements)
 
     def state_dict(self) -> dict[str, Any]:
         """Counts of steps, and of findings in a row."""

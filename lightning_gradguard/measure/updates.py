@@ -149,9 +149,7 @@ class _Plan:
     def ratios(self, before: Tensor, after: Tensor) -> Tensor:
         """Of each parameter, from its samples. A collective where parameters are sharded."""
         lengths = list(self.lengths)
-        each = torch._foreach_norm(
-            [*torch.split_with_sizes(before, lengths), *torch.split_with_sizes(after - before, lengths)]
-        )
+        each = torch._foreach_norm([*torch.split(before, lengths), *torch.split(after - before, lengths)])
         norms = torch.stack(each).view(2, len(lengths)) * self.factors
         if self.shares is not None:
             norms = Ranks.current().sum_(norms.square() * self.shares).sqrt()

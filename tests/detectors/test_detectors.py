@@ -205,7 +205,7 @@ def test_vanishing_dead_module_is_named():
     step = measurement([0.0, 0.0, 1.0, 1.0], loss=1.0)
     assert detector.observe(step) is None
     message = detector.observe(step).message
-    assert "`layers.1` and 1 modules before it has been exactly zero for 2 steps" in message
+    assert "`layers.1` and 1 module before it has been exactly zero for 2 steps" in message
 
 
 def test_vanishing_frozen_module_is_no_hit():

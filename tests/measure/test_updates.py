@@ -40,6 +40,7 @@ def expected(before, after):
     return float((after - before).norm() / max(float(before.norm()), math.sqrt(len(before) / 3)))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"fused": True}, {"foreach": True}])
 def test_update_ratio_measured_equals_its_definition(settings):
     """Of the step before; vectors have none."""

@@ -241,7 +241,8 @@ one have so heavy a tail that whatever finds each spike of 30 times also finds t
 limit, and `mlp_momentum` in the opened half pays it, too: three and six steps of two fresh seeds, of 25 to 51 times the
 usual norm. By scale nothing tells these from what has to be found: the logarithms of the norms of `single_samples` have a
 robust deviation of 1.1 to 1.8 where it alarms, and the published histories of a translation model and a ViT, in which each
-spike of 30 times is to be found, one of up to 1.5; there 30 times is 2.3 deviations. Who trains like that should pass a larger `ratio`, of which the ceiling is a multiple.
+spike of 30 times is to be found, one of up to 1.5; there 30 times is 2.3 deviations. Who trains like that should pass a
+larger `ratio`, of which the ceiling is a multiple.
 
 Labels of the second test half were checked by the losses before it was scored: a residual net at a rate of 0.2, meant
 as healthy, diverged, in two seeds within 24 steps, in the third, which is the one
@@ -251,9 +252,9 @@ all the same and was left out.
 `UpdateRatio` is off by default. It now keeps a sample of each matrix instead of a copy, and has wider limits in the first
 ten steps, since `adagrad_digits` had raised an alarm with steps that move a matrix by 0.59, 0.40 and 0.35 of its size. With
 these it raised none in any healthy run that it was scored on since, the third test half among them, and what it finds and
-nothing else does, a rate that is a thousand times too high from the first step on, it still finds. What speaks against it as a
-default: where parameters are sharded it needs a collective of its own, and of steps of less than a millisecond it takes two
-percent (`python -m benchmarks.updates`).
+nothing else does, a rate that is a thousand times too high from the first step on, it still finds. What speaks against it as
+a default: where parameters are sharded it needs a collective of its own, and of steps of less than a millisecond it takes
+two percent (`python -m benchmarks.updates`).
 
 On the opened half two kinds are missed as before, `adam_epsilon` and `deep_tanh_default`; on the tuning half
 `bad_init_large` and one seed of `range_test_adam`. The six false alarms of the first test half are `sqrt_of_zero`

@@ -74,6 +74,7 @@ def check(alert, root):
     assert f"in `{root}`" in culprit.message
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("make", "root"),
     [

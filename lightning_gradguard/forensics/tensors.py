@@ -75,9 +75,15 @@ def plain(tensor: Tensor) -> Tensor | None:
     return (tensor if tensor.dtype.itemsize > 1 else tensor.float()) if tensor.numel() else None
 
 
+_SIMPLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def range_of(tensor: Tensor) -> Range | None:
     """Smallest and largest value; None for what has no floating-point values. One sync."""
-    values = plain(tensor)
+    is_simple = (
+        type(tensor) is Tensor and tensor.dtype in _SIMPLE and not tensor.requires_grad and tensor.device.type == "cpu"
+    )
+    values = tensor if is_simple and tensor.layout is torch.strided and tensor.numel() else plain(tensor)
     if values is None:
         return None
     if 0 in values.stride():  # an expanded tensor repeats itself, which may be for longer than anybody can wait

@@ -127,16 +127,15 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None
         return self._ledger.get(tensor) or Provenance(self._order, flaw, "constant", is_sentinel=True)
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+    def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator, and look at what comes out."""
-        kwargs = kwargs or {}
         operator = self._operators.get(func)
         if operator is None:
             if not isinstance(func, torch._ops.OpOverload):
                 return func(*args, **kwargs)
             operator = self._operators[func] = Operator(func)
+        if operator.is_view and self.rows is None:  # more than half of all, and they make nothing
+            return func(*args, **kwargs)
         overwritten = {id(tensor): tensor.clone() for tensor in operator.overwrites(args)}
         call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
         # What is written in place has to be looked at before; afterwards it is the result.

@@ -19,7 +19,7 @@ HEAD = """# Known failures
 Written by `docs/known_failures_table.py` from the list in the package; do not edit.
 
 What operators make NaN and infinity of, what an alert says then (with the values that were there, and the index of the first
-damaged element), and what helps. `tests/forensics/test_remedies.py` applies each change, as the alert prints it, to a line
+damaged element), and what helps. `test_remedies.py` applies each change, as the alert prints it, to a line
 that fails: afterwards result and gradients are finite, and values that were in order stay as they are, or within the small
 number that the change adds (with bfloat16, within its precision). A failure without such a change has no remedy, here or in
 an alert. What else fails on the same line is told with its own.
@@ -44,7 +44,7 @@ MEANINGS = {
 SAFE = """
 ## Not in the list
 These were looked at with torch 2.13 on a CPU, at the places where one would expect NaN, and gave none, forward or backward
-(`tests/forensics/test_remedies.py` runs them; `z` is all zeros, and `one` all ones): {safe}.
+(`test_remedies.py` runs them; `z` is all zeros, and `one` all ones): {safe}.
 
 These raise an error instead: {raises}. `prod`, `cumprod`, sums and products beyond the largest number of float32 have no
 remedy that always works: the alert names the largest value that went in, and where it stands.

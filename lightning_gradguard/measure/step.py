@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradguard.layout import Bools, Layout
@@ -13,7 +14,7 @@ from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.measure.histogram import HistogramMeter
 from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.scaling import Scaling
 from lightning_gradguard.measure.updates import UpdateMeter
 from lightning_gradguard.measure.weights import WeightMeter, learning_rate
 from lightning_gradguard.record import Histograms, Position
@@ -49,7 +50,7 @@ class StepMeter:
         log_interval: every how many steps the weights are measured for the logs, >= 0; 0: never.
     """
 
-    def __init__(self, parameters: WatchedParameters, scaling: LossScaling | None, *, log_interval: int = 0) -> None:
+    def __init__(self, parameters: WatchedParameters, scaling: Scaling | None, *, log_interval: int = 0) -> None:
         self._parameters = parameters
         self._scaling = scaling
         self._updates = UpdateMeter()
@@ -65,19 +66,20 @@ class StepMeter:
 
         Rank-local.
         """
-        scale = self._scaling.scale if self._scaling is not None else None
+        scale = self._scaling.scale if self._scaling is not None and self._scaling.scales_losses else None
         sofar = None
         if self._micro_batches or self._has_rivals:
-            sofar = self._gradients().local_total_norm()
+            with torch.no_grad():
+                sofar = self._gradients().local_total_norm()
             sofar = sofar if scale is None else sofar / scale
         if self._micro_batches:
-            self._micro_batches[-1] = replace(self._micro_batches[-1], total_norm=sofar)
+            self._micro_batches[-1] = self._micro_batches[-1]._replace(total_norm=sofar)
             sofar = None
         if loss is None or loss.numel() != 1:
             self._micro_batches.append(MicroBatch(norm_before=sofar))
             return
         value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-        self._micro_batches.append(MicroBatch(loss=value if scale is None else value / scale, norm_before=sofar))
+        self._micro_batches.append(MicroBatch(value if scale is None else value / scale, norm_before=sofar))
 
     def measure(self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False) -> MeasuredStep:
         """Measure the gradients. One pass over them, at most one collective; with a scaler they are unscaled first.

@@ -37,6 +37,8 @@ class ConsoleSink:
     >>> ConsoleSink().close()
     """
 
+    wants_every_step = False
+
     def __init__(self) -> None:
         self._num_of_kind: Counter[str] = Counter()
 

@@ -66,6 +66,8 @@ class Notify:
     Notify(JSON)
     """
 
+    wants_every_step = False
+
     def __init__(
         self,
         urls: str | Sequence[str] | None = None,

@@ -32,6 +32,8 @@ class TensorBoardSink:
         norms: of what norms are scalars: "totals", "groups" or "all"; the GradGuard tab has all in any case.
     """
 
+    wants_every_step = False
+
     def __init__(
         self,
         writer: SummaryWriter | Callable[[], SummaryWriter],
@@ -169,7 +171,7 @@ def _name(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text as a cell of a table: of Markdown only code in backticks, and no HTML; TensorBoard also cleans what it shows."""
+    """A text as a cell of a table: of Markdown only code in backticks, no HTML; TensorBoard also cleans what it shows."""
     parts = text.split("`")
     if len(parts) % 2 == 0:  # one of them stands alone
         return _escaped(text)

@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.pipeline import Environment
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -73,8 +74,7 @@ class Fit:
         self._is_finished = False
         self.guards: Guards | None = None
         """One for each optimizer; None until training starts."""
-        self.last: Record | None = None
-        """The last step."""
+        self._last_guard: Pipeline | None = None
         if options.quarantine is not None and can_quarantine(options.quarantine, module):
             self._quarantine = Quarantine(options.quarantine, trainer)
             self._quarantine.left_out |= history.left_out
@@ -84,6 +84,11 @@ class Fit:
     def has_started(self) -> bool:
         """Whether training has begun."""
         return self.guards is not None
+
+    @property
+    def last(self) -> Record | None:
+        """The last step."""
+        return None if self._last_guard is None else self._last_guard.last
 
     @property
     def alerts(self) -> list[Alert]:
@@ -109,7 +114,7 @@ class Fit:
     def start(self) -> None:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
-        self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
+        self._engine.refuse(trainer.optimizers, self._settings)
         self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
         self._incidents = Incidents(
             trainer,
@@ -131,7 +136,7 @@ class Fit:
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
-        self._follow_exceptions(self.guards, self._incidents)
+        self._raised = self._incidents.follow_exceptions(self.guards, self._step, self.step)
         if options.snapshots is not None:
             self._recovery = Recovery(
                 options.snapshots, trainer, module, self.guards, armed=options.armed, stop=lambda: request_stop(trainer)
@@ -174,7 +179,7 @@ class Fit:
             guard.decide(self._step.position(index, self.guards))
         finally:
             self._step.end()
-            self.last = guard.last
+            self._last_guard = guard
             if self._incidents is not None:
                 self._incidents.look_back(optimizer, guard)
         if guard.stopped_by is not None:
@@ -183,10 +188,9 @@ class Fit:
 
     def end_batch(self) -> None:
         """Go back where that was decided; keep a snapshot where due; let go of batches that no step needs any more."""
-        if self._recovery is not None:
-            self._recovery.after_batch()
-        if self._quarantine is not None:
-            self._quarantine.after_batch()
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.after_batch()
         if self._incidents is not None:
             self._incidents.close()
 
@@ -198,6 +202,11 @@ class Fit:
         """
         if self.guards is not None:
             self.guards.flush()
+
+    def explain(self, error: BaseException) -> None:
+        """Say why the run has ended in an exception, where another rank knows."""
+        if self._raised is not None:
+            self._raised.explain(error)
 
     def finish(self) -> None:
         """Say what the run came to, once."""
@@ -220,14 +229,9 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        if self._quarantine is not None:
-            self._quarantine.detach()
-        if self._scaled_clipping is not None:
-            self._scaled_clipping.detach()
-        if self._raised is not None:
-            self._raised.detach()
-        if self.guards is not None:
-            self.guards.detach()
+        for part in (self._quarantine, self._scaled_clipping, self._raised, self.guards):
+            if part is not None:
+                part.detach()
 
     def history(self) -> History:
         """What is to be known of it when it is over, and what a checkpoint needs."""
@@ -252,7 +256,10 @@ class Fit:
             log_interval(self._trainer) if own is None else own,
             self._buffers,
             scaler_of(self._trainer),
-            listener=self._note,
+            self._engine.scaling,
+            # Healthy steps are cheap where nobody wants to be told of each.
+            listener=self._note if self._listens else None,
+            can_defer=True,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,
             archive=None if incidents.bundles is None else incidents.bundles.write,
@@ -261,32 +268,19 @@ class Fit:
     def _watch(self, optimizer: Optimizer) -> WatchedParameters:
         return self._engine.watch(self._module, optimizer, self._settings.only)
 
-    def _note(self, record: Record) -> None:
-        if self._recovery is not None:
-            self._recovery.note(record)
-        if self._quarantine is not None:
-            self._quarantine.note(record)
+    @property
+    def _listens(self) -> bool:
+        return self._options.snapshots is not None or self._quarantine is not None or self._engine.scaling is not None
 
-    def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
-        cause, find = incidents.exception_cause(), incidents.investigation
-        if cause is None or find is None:
-            return
-        self._raised = RaisedSteps(
-            self._trainer,
-            self._module,
-            guards,
-            cause,
-            self._options.skip_exceptions,
-            begin=self._step.end_in_exception,
-            position=lambda index: self._step.position(index, guards),
-            step=self.step,
-            hand_in=find.hand_in,
-        )
+    def _note(self, record: Record) -> None:
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.note(record)
 
     def _report_refused_save(self, message: str) -> None:
         if not self.guards:
             return
         guard = self.guards[0]
         remedy = "What was saved before stays. Find what damages the weights, and resume from there."
-        position = guard.last.position if guard.last is not None else Position(step=0)
+        position = Position(step=0) if guard.last is None else guard.last.position
         guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))

@@ -27,6 +27,7 @@ def call(*arguments):
     return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, ["explain", *arguments])
 
 
+@pytest.mark.smoke
 def test_every_detector_of_the_package_is_explained():
     """By its name, which is the kind of its alerts."""
     for module in pkgutil.iter_modules(lightning_gradguard.detectors.__path__):

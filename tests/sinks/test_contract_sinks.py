@@ -218,6 +218,7 @@ def test_logger_is_told_of_alerts_by_kind():
     assert [step for step, row in metrics.rows if row.get("gradguard/alerts/nonfinite") == 1.0] == [3]
 
 
+@pytest.mark.smoke
 def test_wandb_gets_histograms_and_a_table_of_alerts():
     """Each histogram as counts and edges; the table grows with each alert."""
     metrics = Metrics()
@@ -299,6 +300,7 @@ def test_tags_with_several_optimizers_carry_the_index():
     assert tag_prefix(Position(0, optimizer=1, num_optimizers=2)) == "gradguard/1"
 
 
+@pytest.mark.smoke
 @quiet
 def test_tensorboard_file_holds_the_contracts_tags(tmp_path):
     """Scalars with their values, histograms, the alert's text, and the page."""

@@ -55,6 +55,7 @@ def _bad(root, guard=None, faults=None, **settings):
     return guard
 
 
+@pytest.mark.smoke
 def test_jsonl_has_one_strict_line_an_alert_with_the_fields_of_the_contract(tmp_path):
     """NaN is a string, since JSON has no word for it."""
     guard = _bad(tmp_path, GradGuard(explosion=Explosion("warn", max_norm=1e3)), {3: "nan", 7: "huge"})
@@ -104,6 +105,7 @@ def test_no_logger_still_warns_and_writes_alerts(tmp_path):
     assert len(read_alerts(tmp_path)) == len(guard.alerts) == 1
 
 
+@pytest.mark.smoke
 def test_csv_logger_gets_the_scalars(tmp_path):
     """In Lightning's own metrics file, at Lightning's own steps."""
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)

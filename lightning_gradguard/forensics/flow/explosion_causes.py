@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from statistics import median_high
 
-from lightning_gradguard.forensics.flow.evidence import Cause, Evidence, median
+from lightning_gradguard.forensics.flow.evidence import Cause, Evidence
 from lightning_gradguard.forensics.flow.flow import Flow, Layer
 from lightning_gradguard.forensics.flow.path import deepest_path
 from lightning_gradguard.forensics.flow.recurrence import recurrences
@@ -63,14 +64,28 @@ def _changed(evidence: Evidence) -> Cause | None:
 
 def _data(evidence: Evidence) -> Cause | None:
     """The step's batch gives a large gradient where another gives an ordinary one on the same weights."""
-    before, norm, usual = evidence.healthy_norm, evidence.norm, evidence.usual
+    before, usual = evidence.healthy_norm, evidence.usual
+    # A replay that is not the same step may give more.
+    norm = evidence.norm if evidence.measured is None else min(evidence.norm, evidence.measured)
     if not before or not norm > _BY_DATA * before or (usual is not None and usual.has_had(norm)):
         return None
     rise = evidence.rise_of_weights
     if rise is not None and rise > 1.0 and norm / before < rise:
         return None  # the weights have more to do with it than the batch
     same = f"on the same weights the previous healthy batch gives a norm of {before:.3g}, this one {norm:.3g}"
-    return _sample(evidence, same) or Cause(
+    sample = _sample(evidence, same)
+    if sample is None and (numbered := evidence.norm_under_number) is not None and numbered > _BY_DATA * before:
+        return Cause(
+            "batch",
+            "data",
+            f"{same}; under the number of this one the healthy batch gives {numbered:.3g} as well: it is what the step does "
+            "at this number, and not what is in the batch",
+            "Look at what `training_step` does from this batch on: a loss weight or temperature that changes, a module that "
+            "is switched or written to, a hook.",
+            "batch",
+            test="with the other batches the step is as bad from this number on",
+        )
+    return sample or Cause(
         "batch",
         "data",
         f"{same}{_without_row(evidence)}{_scale_change(evidence.flow, evidence.healthy)}",
@@ -167,12 +182,12 @@ def _init(evidence: Evidence) -> Cause | None:
     if path is None or not _is_early(evidence) or not evidence.is_from_start:
         return None
     gains = [gain for layer in path.weights if (gain := _gain_at_start(evidence, layer)) is not None]
-    if not gains or median(gains) < _LARGE_GAIN or max(path.growth, 10**path.decades) < _GROWS:
+    if not gains or median_high(gains) < _LARGE_GAIN or max(path.growth, 10**path.decades) < _GROWS:
         return None
     return Cause(
         "init",
         "weights",
-        f"the weights were too large before the first step: their standard deviation was {median(gains):.2g} / "
+        f"the weights were too large before the first step: their standard deviation was {median_high(gains):.2g} / "
         f"sqrt(inputs), where 1 (tanh) to 1.41 (ReLU) keeps a signal's size; over {len(path.weights)} layers the signal "
         f"grows {path.growth:.3g} times on its way forward, and the gradient {10**path.decades:.3g} times on its way back",
         "Initialise with `torch.nn.init.kaiming_normal_` (ReLU) or `xavier_normal_` (tanh), or add normalisation.",
@@ -199,13 +214,13 @@ def _unnormalised(evidence: Evidence) -> Cause | None:
         return None
     weights = list({layer.weight: layer for layer in path.weights if layer.weight is not None}.values())
     gains = [layer.gain for layer in weights if layer.gain is not None]
-    if len(weights) < 8 or path.growth < _GROWS or not gains or median(gains) >= _LARGE_GAIN:
+    if len(weights) < 8 or path.growth < _GROWS or not gains or median_high(gains) >= _LARGE_GAIN:
         return None
     return Cause(
         "normalisation",
         "forward",
         f"activations grow {path.growth:.3g} times over {len(weights)} layers, none of which is a normalisation, although "
-        f"the weights have an ordinary size (standard deviation {median(gains):.2g} / sqrt(inputs))",
+        f"the weights have an ordinary size (standard deviation {median_high(gains):.2g} / sqrt(inputs))",
         "Put LayerNorm, RMSNorm or BatchNorm in front of each block, or let residual branches start small (zero the last "
         "layer of each, or divide by the square root of their number).",
         test="with a normalisation in front of each block the first gradient is smaller",

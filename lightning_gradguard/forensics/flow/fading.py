@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import median_high
 
-from lightning_gradguard.forensics.flow.evidence import Cause, Evidence, median
+from lightning_gradguard.forensics.flow.evidence import Cause, Evidence
 from lightning_gradguard.forensics.flow.flow import Flow, Layer, source_of
 from lightning_gradguard.forensics.flow.path import Path, deepest_path
 from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
@@ -17,6 +18,10 @@ _PART_OF_DECAY = 0.5
 _RELU_DECADES = math.log10(math.sqrt(0.5))
 
 RANDOM_START = "Start from random weights: `torch.nn.init.kaiming_normal_` for ReLU, `xavier_normal_` for tanh."
+TOWARDS_ZERO = (
+    "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, start "
+    "from smaller weights, lower the learning rate."
+)
 
 
 def fading_by_depth(evidence: Evidence) -> Cause | None:
@@ -86,8 +91,7 @@ def _saturated(path: Path, found: Sequence[Layer], lost: float) -> Cause:
         f"{worst.units.saturated:.0%} of the {worst.op} outputs behind {source.name} lie where the slope is below a tenth "
         f"of its best{others}; its inputs have an rms of {worst.input_rms:.3g}. Such functions multiply the gradient by "
         f"10^{-lost:.1f} over all; {_fall(path)}",
-        "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, "
-        "start from smaller weights, lower the learning rate.",
+        TOWARDS_ZERO,
         source.module,
         test="with inputs a tenth as large in front of the activation the gradient is larger",
     )
@@ -97,13 +101,13 @@ def _activation(evidence: Evidence, path: Path, by_units: Sequence[tuple[Layer, 
     ops = {layer.op for layer, _ in by_units}
     what = f"{ops.pop()}s" if len(ops) == 1 else "activation functions"
     slopes = [layer.units.slope for layer, _ in by_units if layer.units is not None]
-    slope = f", since its slope is {median(slopes):.2g}" if slopes else ""
+    slope = f", since its slope is {median_high(slopes):.2g}" if slopes else ""
     raw = path.of("activation")
     units, weights = sum(decades for _, decades in raw), sum(decades for _, decades in path.of("weights"))
     return Cause(
         "activation",
         "backward",
-        f"each of {len(raw)} {what} multiplies the gradient by about {10 ** median([it for _, it in raw]):.2g}{slope}: "
+        f"each of {len(raw)} {what} multiplies the gradient by about {10 ** median_high([it for _, it in raw]):.2g}{slope}: "
         f"10^{units:.1f} over all, against 10^{weights:.1f} by the weights between them; {_fall(path)}",
         "Use ReLU, GELU or SiLU instead, residual connections, or normalisation before the activation.",
         _place(evidence, path),
@@ -114,10 +118,11 @@ def _activation(evidence: Evidence, path: Path, by_units: Sequence[tuple[Layer, 
 def _weak_weights(evidence: Evidence, path: Path, by_weights: Sequence[tuple[Layer, float]]) -> Cause:
     layers = [layer for layer, _ in by_weights]
     raw = [decades for _, decades in path.of("weights")]
-    gain = median([layer.gain for layer in layers if layer.gain is not None] or [math.nan])
+    gain = median_high([layer.gain for layer in layers if layer.gain is not None] or [math.nan])
     small = (
-        f"the weights are too small: each of {len(raw)} layers multiplies the gradient by about {10 ** median(raw):.2g}, "
-        f"10^{sum(raw):.1f} over all; {_fall(path)}. The standard deviation of the weights is {gain:.2g} / sqrt(inputs), "
+        f"the weights are too small: each of {len(raw)} layers multiplies the gradient by about "
+        f"{10 ** median_high(raw):.2g}, 10^{sum(raw):.1f} over all; {_fall(path)}. "
+        f"The standard deviation of the weights is {gain:.2g} / sqrt(inputs), "
         "where 1 (tanh) to 1.41 (ReLU) keeps a signal's size"
     )
     place = _place(evidence, path)
@@ -132,16 +137,16 @@ def _weak_weights(evidence: Evidence, path: Path, by_weights: Sequence[tuple[Lay
             "weight decay that is too strong.",
             place,
         )
-    if median(shrunk) >= _SHRUNK:
+    if median_high(shrunk) >= _SHRUNK:
         return Cause(
             "init",
             "weights",
-            f"{small}, and it was {gain / median(shrunk):.2g} before the first step",
+            f"{small}, and it was {gain / median_high(shrunk):.2g} before the first step",
             f"{RANDOM_START} Torch's own default is 0.58. Or add normalisation or residual connections.",
             place,
             test="the first step has the same fade at a learning rate of zero",
         )
-    return _shrunk(evidence, f"{small}; before the first step it was {gain / median(shrunk):.2g}", place, layers)
+    return _shrunk(evidence, f"{small}; before the first step it was {gain / median_high(shrunk):.2g}", place, layers)
 
 
 def _shrunk(evidence: Evidence, small: str, place: str, layers: Sequence[Layer]) -> Cause:
@@ -161,7 +166,7 @@ def _shrunk(evidence: Evidence, small: str, place: str, layers: Sequence[Layer])
         return Cause(
             "weights",
             "weights",
-            f"{small}; the weight decay of {median(decays):g} is too weak for that",
+            f"{small}; the weight decay of {median_high(decays):g} is too weak for that",
             "Look for what else makes them smaller: a penalty in the loss, a pruning, a hook that rescales them.",
             place,
             test="without weight decay they shrink as well",
@@ -169,7 +174,7 @@ def _shrunk(evidence: Evidence, small: str, place: str, layers: Sequence[Layer])
     return Cause(
         "decay",
         "weights",
-        f"{small}. The optimizer's `weight_decay={median(decays):g}` {part}",
+        f"{small}. The optimizer's `weight_decay={median_high(decays):g}` {part}",
         "Lower the weight decay, or leave it out where the loss hardly pulls against it. With Adam use AdamW: there a decay "
         "is not divided by the size of the gradient.",
         place,
@@ -185,9 +190,9 @@ def _part_of_decay(growths: Sequence[WeightGrowth]) -> str | None:
         if growth.decayed and growth.since_start and growth.since_start < 1.0
     ]
     if parts:
-        shrinks = 10 ** median([math.log10(growth.decayed) for growth in growths if growth.decayed])
-        return f"alone multiplies them by {shrinks:.2g} in that time" if median(parts) >= _PART_OF_DECAY else None
+        shrinks = 10 ** median_high([math.log10(growth.decayed) for growth in growths if growth.decayed])
+        return f"alone multiplies them by {shrinks:.2g} in that time" if median_high(parts) >= _PART_OF_DECAY else None
     pulls = [growth.pull for growth in growths if growth.pull is not None]
-    if not pulls or median(pulls) < 1.0:
+    if not pulls or median_high(pulls) < 1.0:
         return None
-    return f"pulls at them {median(pulls):.2g} times as hard as the loss does"
+    return f"pulls at them {median_high(pulls):.2g} times as hard as the loss does"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import median_high
 
 import numpy as np
 
-from lightning_gradguard.forensics.flow.evidence import median
 from lightning_gradguard.record import Measurement
 
 _WINDOW = 64
@@ -83,6 +83,6 @@ def usual_of(norms: Sequence[float], outlying: tuple[str, ...] = ()) -> Usual | 
         return None
     blocks = [norms[max(end - _BLOCK, 0) : end] for end in range(len(norms), 0, -_BLOCK)]
     whole = [block for block in blocks if len(block) == _BLOCK]
-    lowest = min(median(block) for block in whole) if whole else min(norms)
+    lowest = min(median_high(block) for block in whole) if whole else min(norms)
     largest = sorted(norms)[-_RANK] if len(norms) >= _MIN_STEPS else max(norms)
     return Usual(lowest, largest, len(norms), outlying)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,12 @@ from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
+from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
 from lightning_gradguard.policy import Action
-from lightning_gradguard.record import Measurement, Position, Record
+from lightning_gradguard.record import Measurement, Outcome, Position
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
@@ -79,10 +80,10 @@ class Investigation:
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
-    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
-        """A step has been decided; where `is_pending`, the record is of the one before."""
+    def note(self, optimizer: Optimizer, outcome: Outcome | None, *, is_pending: bool = False) -> None:
+        """A step has been decided; where `is_pending`, the outcome is of the one before."""
         self._known = None
-        self.diagnosis.note(optimizer, record, is_pending=is_pending)
+        self.diagnosis.note(optimizer, outcome, is_pending=is_pending)
 
     def time_probe(self, action: Action) -> TimeProbe | None:
         """What looks whether gradients vanish in time, which no detector can see; None where nothing can be run again."""
@@ -192,7 +193,20 @@ class Investigation:
             proof = self._proof(optimizer, held, search, seconds, prepare)
         suspects = suspects_of(blame, search.layout, search.rows, proof)
         looked.culprit = culprit_of(blame, suspects, rank=position.rank, reproduced=reproduced, error=error)
+        if is_alone:
+            looked.culprit = tried(looked.culprit, self._is_in_order(optimizer, held, prepare))
         return looked
+
+    def _is_in_order(
+        self, optimizer: Optimizer, held: int | None, prepare: Prepare
+    ) -> Callable[[AbstractContextManager[object]], bool]:
+        """Replays the step inside a context."""
+
+        def run(context: AbstractContextManager[object]) -> bool:
+            with context:
+                return self._replay.run(optimizer, step=held, prepare=prepare).is_finite()
+
+        return run
 
     def _follow_rows(self, optimizer: Optimizer, held: int | None, search: _Search, prepare: Prepare) -> _Search:
         """Once more, looking at which sample each value belongs to; the search before if this finds something else."""

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 FAILURES = {failure.name: failure for failure in KNOWN_FAILURES}
 CASES = [(example, index) for example in EXAMPLES for index in example.fixes]
 

@@ -29,7 +29,7 @@ VIEWS = {
     "tab_runs": ("", "gradguard&p.gradguard.view=runs", 930),
     "tab_flow": ("", "gradguard&p.gradguard.step=1500", 930),
     "tab_change": ("", "gradguard&p.gradguard.colour=change&p.gradguard.from=1200&p.gradguard.to=1500", 930),
-    "tab_norms": ("", "gradguard&p.gradguard.view=norms", 930),
+    "tab_norms": ("", "gradguard&p.gradguard.view=norms", 1100),
     "tab_distribution": ("", "gradguard&p.gradguard.view=distribution", 930),
     "tab_depth": ("darkMode=true", "gradguard&p.gradguard.view=depth", 930),
     "tab_alerts": ("darkMode=true", "gradguard&p.gradguard.view=alerts&p.gradguard.alert=first", 930),

@@ -171,7 +171,19 @@ def _name(name: str) -> str:
 
 
 def _cell(text: str) -> str:
-    """A text as a cell of a table: neither Markdown nor HTML; TensorBoard also cleans what it shows."""
+    """A text as a cell of a table: of Markdown only code in backticks, no HTML; TensorBoard also cleans what it shows."""
+    parts = text.split("`")
+    if len(parts) % 2 == 0:  # one of them stands alone
+        return _escaped(text)
+    return "".join(_code(part) if index % 2 else _escaped(part) for index, part in enumerate(parts))
+
+
+def _code(text: str) -> str:
+    """As code, where Markdown shows what is escaped as it is written; in quotes what can't do without."""
+    return f'"{_escaped(text)}"' if re.search(r"[&<>|]", text) else f"`{' '.join(text.split())}`"
+
+
+def _escaped(text: str) -> str:
     for character, escaped in (
         ("&", "&amp;"),
         ("<", "&lt;"),
@@ -181,7 +193,7 @@ def _cell(text: str) -> str:
         ("_", "&#95;"),
     ):
         text = text.replace(character, escaped)
-    return " ".join(text.split())
+    return re.sub(r"\s+", " ", text)
 
 
 def _where(alert: Alert) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -18,6 +18,8 @@ from lightning_gradguard.tensorboard_plugin.data import Series, Source
 from lightning_gradguard.tensorboard_plugin.wire import EVENTS_PER_TAG, Tag
 
 _TAGS_PER_READ = 64
+_SECONDS_PER_LISTING = 1.0
+"""For so long what was found is read before anything newer is looked for."""
 
 
 class Run:
@@ -37,6 +39,9 @@ class Run:
         self._layouts: dict[tuple[str, int, int], dict[str, Any]] = {}
         self._num_read: dict[Tag, int] = defaultdict(int)
         self._written: dict[Tag, float] = {}
+        self._tags: Mapping[Tag, float] = {}
+        self._pending: deque[list[Tag]] = deque()
+        self._listed_at = 0.0
         self._num_events = self._num_expected = 0
 
     @property
@@ -47,21 +52,29 @@ class Run:
     def sync(self, source: Source, seconds: float) -> None:
         """Read what is new, for about that long; the rest comes next time."""
         deadline = time.monotonic() + seconds
-        tags = source.tags()
-        if not self._written.keys() <= tags.keys():
-            self._forget()  # another run has taken this one's place
-        self._read_layouts(source, tags)
-        changed = {tag for tag, written in tags.items() if self._written.get(tag) != written and tag.series != "layout"}
-        pending = [tag for tag in tags if not changed.isdisjoint(_together(tag))]
-        self._num_expected = sum(tag.series == "norms" for tag in tags) * EVENTS_PER_TAG
-        self.is_complete = not pending
-        for batch in _batches(pending):
+        # To list thousands of tags takes as long as to read hundreds of them.
+        if not self._pending or time.monotonic() > self._listed_at + _SECONDS_PER_LISTING:
+            self._list(source)
+        while self._pending:
+            batch = self._pending.popleft()
             self._take(source, batch)
-            self._written.update({tag: tags[tag] for tag in batch})
+            self._written.update({tag: self._tags[tag] for tag in batch})
             self.version += 1
-            self.is_complete = batch[-1] is pending[-1]
             if time.monotonic() > deadline:
                 break
+        self.is_complete = not self._pending
+
+    def _list(self, source: Source) -> None:
+        """Find what is to be read, and read the layouts."""
+        self._tags = tags = source.tags()
+        if not self._written.keys() <= tags.keys():
+            self._forget()  # another run has taken this one's place
+            self._tags = tags
+        self._read_layouts(source, tags)
+        changed = {tag for tag, written in tags.items() if self._written.get(tag) != written and tag.series != "layout"}
+        self._pending = deque(_batches([tag for tag in tags if not changed.isdisjoint(_together(tag))]))
+        self._num_expected = sum(tag.series == "norms" for tag in tags) * EVENTS_PER_TAG
+        self._listed_at = time.monotonic()
 
     def _read_layouts(self, source: Source, tags: Mapping[Tag, float]) -> None:
         new = sorted(tag for tag in tags if tag.series == "layout" and tag not in self._written)

@@ -28,14 +28,14 @@ def everywhere(make: Callable[[], GradGuard] | None = None) -> Iterator[None]:
     Args:
         make: makes each Trainer's guard; None: `GradGuard()`.
 
-    For all tests of a suite, in its `conftest.py`:
+    For all tests of a suite, in its `conftest.py`::
 
         @pytest.fixture(autouse=True, scope="session")
         def _guarded():
             with everywhere(lambda: GradGuard(clip=1e9)):
                 yield
 
-    Or without a change to the suite, with keywords of `GradGuard`:
+    Or without a change to the suite, with keywords of `GradGuard`::
 
         pytest -p lightning_gradguard.testing.pytest_plugin --gradguard "clip=1e9, explosion='stop'"
 

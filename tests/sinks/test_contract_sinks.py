@@ -265,6 +265,21 @@ def test_tensorboard_alert_with_markup_in_it_stays_a_table(tmp_path):
     assert "| who | forward: a&#124;b aten::log, m.py:3, samples 1, 2 |" in text
 
 
+@quiet
+def test_tensorboard_alert_with_code_in_it_shows_it_as_written(tmp_path):
+    """Underscores of names and paths; markup is in quotes, and stays harmless."""
+    from dataclasses import replace  # noqa: PLC0415
+
+    record = records()[3]
+    alert = replace(record.alerts[0], message="see `version_0/a*b.pt` in my_run, not `a<b|c`", remedy="one ` alone_")
+    with SummaryWriter(tmp_path) as writer:
+        TensorBoardSink(writer).write(replace(record, alerts=(alert,)))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    text = events.Tensors("gradguard/alerts")[0].tensor_proto.string_val[0].decode()
+    assert '**see `version_0/a*b.pt` in my&#95;run, not "a&lt;b&#124;c"**' in text
+    assert "| what to try | one ` alone&#95; |" in text
+
+
 def test_scalars_hold_the_contract():
     """Norms, totals, groups; the limit only where there is one; counts apart with histograms."""
     run = records(explosion=None)

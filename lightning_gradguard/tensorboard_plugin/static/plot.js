@@ -24,7 +24,7 @@ export function logAxis(series, numTicks = 6) {
   const span = Math.log10(most) - Math.log10(least);
   const power = { type: "log", exponentformat: "power" };
   if (!(span <= 1.5)) return { ...power, dtick: Math.ceil(span / numTicks) || 1 };
-  return { ...power, tickformat: "~g", dtick: span > 0.7 ? "D2" : `L${roundStep((most - least || most) / Math.min(numTicks, 4))}` };
+  return { ...power, tickformat: "~g", dtick: span > 0.7 || span === 0 ? "D2" : `L${roundStep((most - least) / Math.min(numTicks, 4))}` };
 }
 
 // The next larger of 1, 2 or 5 times a power of ten.

@@ -90,10 +90,10 @@ class Facts:
             and self.weights is None
         )
 
-    def pack(self) -> Tensor:
-        """All but the histogram in one tensor, float32 or wider [n]. No sync."""
+    def pack(self, *more: Tensor) -> Tensor:
+        """All but the histogram in one tensor, float32 or wider [n], and more scalars behind. No sync."""
         parts = [self.norms, self.total_norm.unsqueeze(0), self.signs.flatten()]
-        some = (self.loss_scale, self.others, self.weights, self.updates)
+        some = (self.loss_scale, self.others, self.weights, self.updates, *more)
         parts += [to_device(part.reshape(-1), self.norms.device, self.norms.dtype) for part in some if part is not None]
         return torch.cat(parts)
 
@@ -131,15 +131,17 @@ class Facts:
         )
 
     def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
-        """Whether the step may not be applied, bool scalar on the device. No sync."""
-        is_bad = self.total_norm.isfinite() & (self.total_norm > max_norm)
-        if must_be_finite:
-            is_bad = is_bad | ~self.total_norm.isfinite()
-            if self.signs.shape[1] == 1:
-                is_bad = is_bad | ~self.signs.isfinite().all()
-            elif self.num_micro_batches:
-                is_bad = is_bad | (self.signs[:, _FIRST_LOSS] < self.num_micro_batches).any()
-        return is_bad
+        """Whether the step may not be applied: 1 or 0, a scalar on the device. No sync; a launch for each operator here."""
+        norm = self.total_norm
+        if not must_be_finite:
+            return ((norm > max_norm) & (norm < math.inf)).to(norm.dtype)
+        has_one_loss = self.signs.shape[1] == 1
+        # 0 times a loss that is NaN or infinite is NaN, and NaN is not below anything.
+        norm = torch.add(norm, self.signs[0, 0], alpha=0) if has_one_loss else norm.clone()
+        is_good = norm.le_(min(max_norm, torch.finfo(norm.dtype).max))
+        if not has_one_loss and self.num_micro_batches:
+            is_good = is_good * (self.signs[:, _FIRST_LOSS] >= self.num_micro_batches).all()
+        return 1.0 - is_good
 
 
 def _known(value: float) -> float | None:

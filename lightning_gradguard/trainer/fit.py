@@ -188,10 +188,9 @@ class Fit:
 
     def end_batch(self) -> None:
         """Go back where that was decided; keep a snapshot where due; let go of batches that no step needs any more."""
-        if self._recovery is not None:
-            self._recovery.after_batch()
-        if self._quarantine is not None:
-            self._quarantine.after_batch()
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.after_batch()
         if self._incidents is not None:
             self._incidents.close()
 
@@ -225,9 +224,7 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        parts: list[Quarantine | ScaledClipping | RaisedSteps | Guards | None]
-        parts = [self._quarantine, self._scaled_clipping, self._raised, self.guards]
-        for part in parts:
+        for part in (self._quarantine, self._scaled_clipping, self._raised, self.guards):
             if part is not None:
                 part.detach()
 
@@ -272,10 +269,9 @@ class Fit:
 
     def _note(self, record: Record) -> None:
         self._engine.note(record)
-        if self._recovery is not None:
-            self._recovery.note(record)
-        if self._quarantine is not None:
-            self._quarantine.note(record)
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.note(record)
 
     def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
         cause, find = incidents.exception_cause(), incidents.investigation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.forensics.flow.updates import AppliedStep, decay_factor, last_update, reach
+from lightning_gradguard.forensics.flow.weight_samples import WeightSamples
 from lightning_gradguard.record import Measurement
 
 INTERVAL = 16
 """Steps between two looks at the norms of all weights."""
-
-_SAMPLE = 128
-"""Elements of each matrix that are compared from step to step."""
 
 _SLACK = 1.05
 """An update may be as much larger than computed, since kernels round."""
@@ -112,7 +109,7 @@ class WeightHistory:
         self._decayed: dict[int, list[float | None]] = {}
         self._unsettled: list[tuple[Optimizer, list[Any]]] = []
         self._optimizers: dict[int, Optimizer] = {}
-        self._samples: dict[int, _Samples] = {}
+        self._samples: dict[int, WeightSamples] = {}
         self._num_steps = 0
 
     @torch.no_grad()
@@ -135,7 +132,7 @@ class WeightHistory:
             self._unsettled.append((optimizer, rates))
             samples = self._samples.get(id(optimizer))
             if samples is None or (is_due and not samples.is_of(optimizer)):
-                samples = self._samples[id(optimizer)] = _Samples(self._named, optimizer)
+                samples = self._samples[id(optimizer)] = WeightSamples(self._named, optimizer)
             samples.take()
         self._num_steps += 1
 
@@ -256,54 +253,6 @@ class WeightHistory:
         rounding = 2.0 * torch.finfo(parameter.dtype).eps * size
         most = _SLACK * float(update.norm()) + decay + rounding
         return moved / size, max(moved - most, 0.0) / size
-
-
-class _Samples:
-    """Copies of a few elements of each matrix of an optimizer, from before its last step that was applied."""
-
-    def __init__(self, named: Sequence[tuple[str, Tensor]], optimizer: Optimizer) -> None:
-        self._all = _parameters_of(optimizer)
-        mine = set(map(id, self._all))
-        self._parameters = [it for _, it in named if id(it) in mine and it.dim() >= 2 and _is_plain(it)]
-        self._views = [self.pick(parameter) for parameter in self._parameters]
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        self._copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views]
-
-    def is_of(self, optimizer: Optimizer) -> bool:
-        """Whether the optimizer has the same parameters in the same place in memory as then."""
-        now = _parameters_of(optimizer)
-        is_same = len(now) == len(self._all) and all(map(operator.is_, now, self._all))
-        return is_same and [parameter.data_ptr() for parameter in self._parameters] == self._addresses
-
-    @staticmethod
-    def pick(tensor: Tensor) -> Tensor:
-        """Elements spread evenly over the storage of a dense tensor, as a view."""
-        count = min(_SAMPLE, tensor.numel())
-        return tensor.detach().as_strided((count,), (tensor.numel() // count,), tensor.storage_offset())
-
-    def take(self) -> None:
-        """Copy the elements as they are now."""
-        if self._views:
-            torch._foreach_copy_(self._copies, self._views)
-
-    def compare(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The elements then and now, float32; None where the parameter has other storage by now."""
-        for it, view, address, copy in zip(self._parameters, self._views, self._addresses, self._copies, strict=True):
-            if it is parameter:
-                return (copy.float(), view.float()) if it.data_ptr() == address else None
-        return None
-
-
-def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one whose storage has no gaps."""
-    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return False
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return 0 < tensor.numel() == span
 
 
 def _detached(rate: Any) -> Any:

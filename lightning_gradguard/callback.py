@@ -20,8 +20,8 @@ from lightning_gradguard.saved_state import mended_alerts
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.sinks.tags import LoggedNorms
-from lightning_gradguard.trainer.callback_order import move_behind
-from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guard
+from lightning_gradguard.trainer.callback_order import callbacks_of, move_behind, remove
+from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guards
 from lightning_gradguard.trainer.fit import Fit
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options, armed_among
@@ -131,6 +131,8 @@ class GradGuard(Callback):
         self._history = History()
         self._fit: Fit | None = None
         self._is_attached = False
+        self.gives_way = False
+        """Whether it leaves where the Trainer has another guard."""
 
     @property
     def alerts(self) -> list[Alert]:
@@ -173,7 +175,12 @@ class GradGuard(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse what can't go together, before anything is trained."""
-        refuse_second_guard(trainer, GradGuard)
+        others = [other for other in callbacks_of(trainer) if isinstance(other, GradGuard) and other is not self]
+        if self.gives_way and others:
+            remove(trainer, self)
+            self._is_attached = False  # a list of callbacks may hold it still, beside a later guard
+            return
+        refuse_second_guards(self, [other for other in others if not other.gives_way])
         self._is_attached = True
         if stage != "fit":
             return
@@ -246,6 +253,7 @@ class GradGuard(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Say it also where the run ends by an error or an interrupt; no other hook follows."""
         if self._fit is not None:
+            self._fit.explain(exception)
             with suppress(GradientError):  # there is an error already
                 self._fit.flush()
             self._fit.finish()

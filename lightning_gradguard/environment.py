@@ -9,10 +9,11 @@ from typing import Protocol
 from torch.amp.grad_scaler import GradScaler
 
 from lightning_gradguard.act.buffers import Buffers
-from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.alert import Culprit
 from lightning_gradguard.measure.scaling import Scaling
 from lightning_gradguard.policy import require_int
 from lightning_gradguard.record import Measurement, Position, Record
+from lightning_gradguard.report.reporter import Archive
 
 
 class Investigate(Protocol):
@@ -57,7 +58,7 @@ class Environment:
     clips_later: bool = False
     can_defer: bool = False
     investigate: Investigate | None = None
-    archive: Callable[[tuple[Alert, ...]], tuple[Alert, ...]] | None = None
+    archive: Archive | None = None
     hint: str = ""
 
     def __post_init__(self) -> None:

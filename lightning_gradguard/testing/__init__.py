@@ -1,6 +1,7 @@
-"""Rehearse what goes wrong, in your own set-up: a damaged gradient, and a process that is killed."""
+"""Rehearse what goes wrong, in your own set-up: a damaged gradient, a killed process; and a guard in every Trainer."""
 
 from lightning_gradguard.testing.faults import FaultName, inject
 from lightning_gradguard.testing.kills import KillReport, Outcome, differences, kill_and_resume
+from lightning_gradguard.testing.suites import everywhere
 
-__all__ = ["FaultName", "KillReport", "Outcome", "differences", "inject", "kill_and_resume"]
+__all__ = ["FaultName", "KillReport", "Outcome", "differences", "everywhere", "inject", "kill_and_resume"]

@@ -15,6 +15,12 @@ def callbacks_of(trainer: Trainer) -> list[Callback]:
     return trainer.callbacks  # type: ignore[attr-defined,no-any-return]  # set by a connector
 
 
+def remove(trainer: Trainer, guard: Callback) -> None:
+    """Take the guard out of the Trainer."""
+    # A new list here and below: the Trainer may be walking over the old one.
+    trainer.callbacks = [callback for callback in callbacks_of(trainer) if callback is not guard]  # type: ignore[attr-defined]
+
+
 def move_behind(trainer: Trainer, guard: Callback) -> None:
     """Put the guard behind all other callbacks but the checkpoints, so that it sees what they make of the gradients.
 
@@ -24,5 +30,4 @@ def move_behind(trainer: Trainer, guard: Callback) -> None:
     others = [callback for callback in callbacks if callback is not guard]
     before = [callback for callback in others if not is_checkpoint(callback)]
     after = [callback for callback in others if is_checkpoint(callback)]
-    # A new list: the Trainer may be walking over the old one.
     trainer.callbacks = [*before, guard, *after]  # type: ignore[attr-defined]

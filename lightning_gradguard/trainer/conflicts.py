@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.trainer.callback_order import callbacks_of
 from lightning_gradguard.trainer.clipping import overrides_clipping
 from lightning_gradguard.trainer.packages import MisconfigurationException
 from lightning_gradguard.trainer.progress import fetches_batches
@@ -19,13 +19,12 @@ class ConflictError(MisconfigurationException, ValueError):
     """Trainer and guard are set up in ways that exclude each other."""
 
 
-def refuse_second_guard(trainer: Trainer, of_type: type[Callback]) -> None:
+def refuse_second_guards(guard: Callback, others: Sequence[Callback]) -> None:
     """Raise a `ConflictError` if the Trainer has more than one guard."""
-    guards = [callback for callback in callbacks_of(trainer) if isinstance(callback, of_type)]
-    if len(guards) > 1:
+    if others:
         raise ConflictError(
-            f"`callbacks` must hold one {of_type.__name__}, got {len(guards)}: each would judge, clip and skip the same "
-            "optimizer. Put their settings into one."
+            f"`callbacks` must hold one {type(guard).__name__}, got {len(others) + 1}: each would judge, clip and skip the "
+            "same optimizer. Put their settings into one."
         )
 
 

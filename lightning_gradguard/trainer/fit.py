@@ -136,7 +136,7 @@ class Fit:
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
-        self._follow_exceptions(self.guards, self._incidents)
+        self._raised = self._incidents.follow_exceptions(self.guards, self._step, self.step)
         if options.snapshots is not None:
             self._recovery = Recovery(
                 options.snapshots, trainer, module, self.guards, armed=options.armed, stop=lambda: request_stop(trainer)
@@ -202,6 +202,11 @@ class Fit:
         """
         if self.guards is not None:
             self.guards.flush()
+
+    def explain(self, error: BaseException) -> None:
+        """Say why the run has ended in an exception, where another rank knows."""
+        if self._raised is not None:
+            self._raised.explain(error)
 
     def finish(self) -> None:
         """Say what the run came to, once."""
@@ -273,26 +278,10 @@ class Fit:
             if part is not None:
                 part.note(record)
 
-    def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
-        cause, find = incidents.exception_cause(), incidents.investigation
-        if cause is None or find is None:
-            return
-        self._raised = RaisedSteps(
-            self._trainer,
-            self._module,
-            guards,
-            cause,
-            self._options.skip_exceptions,
-            begin=self._step.end_in_exception,
-            position=lambda index: self._step.position(index, guards),
-            step=self.step,
-            hand_in=find.hand_in,
-        )
-
     def _report_refused_save(self, message: str) -> None:
         if not self.guards:
             return
         guard = self.guards[0]
         remedy = "What was saved before stays. Find what damages the weights, and resume from there."
-        position = guard.last.position if guard.last is not None else Position(step=0)
+        position = Position(step=0) if guard.last is None else guard.last.position
         guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))

@@ -6,6 +6,7 @@ import warnings
 from bdb import BdbQuit
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,14 +17,16 @@ from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
+from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.pipeline import Pipeline
-from lightning_gradguard.record import Position
 from lightning_gradguard.report.raised import Raised, add_note, in_words
 from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.options import SkipExceptions
 from lightning_gradguard.trainer.packages import classes
 from lightning_gradguard.trainer.precision import scaler_of
+from lightning_gradguard.trainer.rank_messages import RaisedOnRank, RankMessages
 from lightning_gradguard.trainer.replay.exceptions import Cause, ExceptionCause
+from lightning_gradguard.trainer.running_step import RunningStep
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -46,8 +49,7 @@ class RaisedSteps:
         guards: of its optimizers.
         cause: finds the reason of an exception.
         passes_over: which exceptions are passed over: "torch": those that torch raises; "all"; None: none.
-        begin: called when damage is seen to be the reason; gives the number of the micro-batch in its window.
-        position: gives that of an optimizer's step.
+        running: where the Trainer is.
         step: decides about an optimizer's step.
         hand_in: told who is to blame for the step.
     """
@@ -60,8 +62,7 @@ class RaisedSteps:
         cause: ExceptionCause,
         passes_over: SkipExceptions,
         *,
-        begin: Callable[[], int],
-        position: Callable[[int], Position],
+        running: RunningStep,
         step: Callable[[Optimizer], None],
         hand_in: Callable[[Culprit], None],
     ) -> None:
@@ -70,10 +71,12 @@ class RaisedSteps:
         self._guards = guards
         self._cause = cause
         self._passes_over = passes_over
-        self._begin = begin
-        self._position = position
+        self._running = running
         self._step = step
         self._hand_in = hand_in
+        ranks = Ranks.current()
+        self._others = RankMessages(ranks) if ranks.size > 1 else None
+        self._num_runs = 0
         loop = trainer.fit_loop.epoch_loop
         self._loops = loop.automatic_optimization, loop.manual_optimization
         self._num_steps = 0
@@ -86,9 +89,19 @@ class RaisedSteps:
         """Give the loops their own methods back."""
         for stand_in in self._stand_ins:
             stand_in.remove()
+        if self._others is not None:
+            self._others.stop()
+
+    def explain(self, error: BaseException) -> None:
+        """Tell of the exception of another rank, which has ended the run on this one as well."""
+        alert = None if self._others is None else self._others.told()
+        if alert is not None:
+            self._guards[0].pass_on(alert, replace(self._running.position(0, self._guards), rank=alert.rank))
+            add_note(error, alert.message)
 
     def _run_automatic(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hook, self._num_steps = self._module._current_fx_name, self._guards.num_steps
+        self._num_runs += 1
         try:
             return run(*args, **kwargs)
         except Exception as error:
@@ -100,6 +113,7 @@ class RaisedSteps:
     def _run_manual(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         hook, self._num_steps = self._module._current_fx_name, self._guards.num_steps
         versions = self._versions()
+        self._num_runs += 1
         try:
             return run(*args, **kwargs)
         except Exception as error:
@@ -125,18 +139,44 @@ class RaisedSteps:
         if is_lost_gpu(error):
             add_note(error, _CANT_REPLAY)
             return False
-        is_passable = can_pass()
+        if self._others is None:
+            own = self._look(error, can_pass())
+            return own is not None and self._act(error, own, [own])
+        if self._running.has_backward:
+            return False  # gradients are half way between the ranks, and a replay would set off DDP's hooks
+        self._others.tell_raised(self._num_runs)
+        own = self._look(error, can_pass())
+        together = self._others.exchange(self._num_runs, own)
+        return own is not None and self._act(error, own, together)
+
+    def _look(self, error: Exception, can_pass: bool) -> RaisedOnRank | None:  # noqa: FBT001
+        """What was raised here; None if damage is not the reason."""
         cause = self._reason_of(error)
         if cause is None:
-            return False
-        guard = self._guards[0]
-        raised = Raised(in_words(error), self._begin(), cause.culprit)
+            return None
+        raised = Raised(in_words(error), self._running.end_in_exception(), cause.culprit)
         may_pass = self._passes_over == "all" or (self._passes_over == "torch" and cause.is_in_torch)
-        if is_passable and may_pass and guard.skips_damage:
-            return self._pass_over(error, guard, raised, cause)
-        alert = guard.report_exception(self._position(0), raised)
+        can_pass = can_pass and may_pass and self._guards[0].skips_damage
+        return RaisedOnRank(self._trainer.global_rank, raised, can_pass)
+
+    def _act(self, error: Exception, own: RaisedOnRank, together: list[RaisedOnRank] | None) -> bool:
+        """Pass over the batch, or tell of the exception.
+
+        Args:
+            error: the exception.
+            own: what is known of it.
+            together: the same of all ranks; None if it was not raised by all of them because of damage.
+        """
+        guard = self._guards[0]
+        first = own if together is None else together[0]
+        if together is not None and all(each.can_pass for each in together):
+            return self._pass_over(error, guard, first.raised)
+        position = replace(self._running.position(0, self._guards), rank=first.rank)
+        alert = guard.report_exception(position, first.raised, is_alone=together is None)
         if alert is not None:
             add_note(error, alert.message)
+            if together is None and self._others is not None:
+                self._others.tell_end(alert)
         return False
 
     def _reason_of(self, error: Exception) -> Cause | None:
@@ -160,9 +200,10 @@ class RaisedSteps:
         """Whether the running batch is not the last one of its step."""
         return self._module.automatic_optimization and self._trainer.fit_loop._should_accumulate()
 
-    def _pass_over(self, error: Exception, guard: Pipeline, raised: Raised, cause: Cause) -> bool:
+    def _pass_over(self, error: Exception, guard: Pipeline, raised: Raised) -> bool:
         guard.note_exception(raised)
-        self._hand_in(cause.culprit)
+        if raised.culprit is not None:
+            self._hand_in(raised.culprit)
         if self._accumulates:
             return True
         optimizer = self._trainer.optimizers[0]

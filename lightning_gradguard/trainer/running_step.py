@@ -32,29 +32,29 @@ class RunningStep:
         self.begins = True
         self._batch_idx: int | None = None
         self._batches: list[int] = []
-        self._has_backward = False
+        self.has_backward = False
 
     def begin_batch(self, batch_idx: int) -> None:
         """A micro-batch begins."""
-        self.begins = self._has_backward = False
+        self.begins = self.has_backward = False
         if self.knows_batches:
             self._batch_idx = batch_idx
 
     def before_backward(self) -> None:
         """Its backward pass begins."""
-        self._has_backward = True
+        self.has_backward = True
         if self._batch_idx is not None:
             self._batches.append(self._batch_idx)
 
     def end_in_exception(self) -> int:
         """It has ended in an exception: it is one of its step all the same. Its number in the step."""
-        if not self._has_backward:
+        if not self.has_backward:
             self.before_backward()
         return max(len(self._batches) - 1, 0)
 
     def is_skipped_by_lightning(self) -> bool:
         """Whether `training_step` has returned None, so that the optimizer will not step."""
-        return not self._has_backward and skips_without_backward(self._trainer, self._module)
+        return not self.has_backward and skips_without_backward(self._trainer, self._module)
 
     def end(self) -> None:
         """An optimizer has stepped."""

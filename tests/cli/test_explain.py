@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import lightning_gradguard.detectors
 from lightning_gradguard import Detector
+from lightning_gradguard.alert import KINDS
 from lightning_gradguard.cli.commands import app
-from lightning_gradguard.cli.explain import KINDS, explanations
+from lightning_gradguard.cli.explain import explanations
 
 FORENSICS = Path(lightning_gradguard.__file__).parent / "forensics"
 

@@ -32,7 +32,7 @@ class Metrics:
     run_id = "7"
 
     def __init__(self):
-        self.rows, self.tables, self.artifacts = [], [], {}
+        self.rows, self.tables, self.artifacts, self.sent = [], [], {}, []
 
     @property
     def experiment(self):
@@ -40,6 +40,9 @@ class Metrics:
 
     def log_metrics(self, metrics, step=None):
         self.rows.append((step, metrics))
+
+    def alert(self, **message):
+        self.sent.append(message)
 
     def log_text(self, *arguments, **table):
         if table:
@@ -229,6 +232,9 @@ def test_wandb_gets_histograms_and_a_table_of_alerts():
     (table,) = metrics.tables
     assert table["columns"][1] == "kind"
     assert table["data"][0][1:3] == ["nonfinite", "skip"]
+    (sent,) = metrics.sent
+    assert (sent["title"], sent["level"]) == ("GradGuard: nonfinite, skip", "WARN")
+    assert sent["text"].startswith("Nonfinite at step 3")
 
 
 def test_mlflow_gets_the_alerts_as_a_file():

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from lightning_package import CSVLogger, TensorBoardLogger
+from message_server import ENOUGH_S, serving
 from toys import Net, fit, make_batches, read_alerts
 
-from lightning_gradguard import Explosion, GradGuard, GradientWarning, SinkWarning
+from lightning_gradguard import Explosion, GradGuard, GradientWarning, Notify, SinkWarning
 
 FIELDS = [
     "time",
@@ -175,3 +176,24 @@ def test_healthy_run_without_logger_leaves_no_file(tmp_path):
     """No alert, no folder."""
     fit(tmp_path, Net(), GradGuard())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notify_names_the_run_by_its_folder(tmp_path):
+    """And the message has arrived when `fit` returns."""
+    pytest.importorskip("apprise")
+    with serving() as server:
+        _bad(tmp_path, GradGuard(sinks=[Notify(server.url)]))
+        message = server.messages.get_nowait()
+        assert server.messages.empty()
+    assert message["title"].startswith(f"GradGuard: nonfinite at step 5, skip ({tmp_path} on ")
+
+
+def test_notify_service_that_hangs_delays_the_end_of_a_fit_by_no_more_than_asked_for(tmp_path):
+    """Nothing else of the training is touched."""
+    pytest.importorskip("apprise")
+    with serving() as server:
+        server.may_answer.clear()
+        with pytest.warns(SinkWarning, match="did not answer in time"):
+            guard = _bad(tmp_path, GradGuard(sinks=[Notify(server.url, max_wait_s=0.1)]))
+        assert server.messages.get(timeout=ENOUGH_S)
+    assert (guard.num_steps, guard.num_skipped) == (12, 1)

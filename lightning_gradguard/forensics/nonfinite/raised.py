@@ -63,6 +63,18 @@ class DamageUntilRaise(Damage):  # type: ignore[no-untyped-call]
         return tuple(sorted(real, key=lambda provenance: provenance.order))
 
 
+class WithoutCollectives(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Has a collective raise an error: what one rank runs alone must not wait for others."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run an operator."""
+        if getattr(func, "namespace", "").lstrip("_").startswith("c10d"):
+            raise RuntimeError(f"`{func}` needs the other ranks")
+        return func(*args, **(kwargs or {}))
+
+
 class WithoutDamage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Has every operator see finite numbers only, and give such.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import distributed
 
-from lightning_gradguard.alert import Alert
+from lightning_gradguard.alert import KEPT, Alert
 from lightning_gradguard.errors import SinkWarning
 from lightning_gradguard.forensics.bundle import SUFFIX, Bundle, as_plain, versions
 from lightning_gradguard.measure.distributed import is_sharded
@@ -63,8 +63,10 @@ class Bundles:
         self._has_failed = False
         self._has_told = False
 
-    def write(self, alerts: tuple[Alert, ...]) -> tuple[Alert, ...]:
-        """Write the step of these alerts, before the optimizer applies it. A collective if there are several ranks.
+    def write(self, alerts: tuple[Alert, ...], *, is_alone: bool = False) -> tuple[Alert, ...]:
+        """Write the step of these alerts, before the optimizer applies it.
+
+        A collective if there are several ranks, unless `is_alone`.
 
         Returns:
             The alerts; the one whose step was written says where, and how to replay it.
@@ -75,7 +77,7 @@ class Bundles:
             return alerts
         path = self._written(alert) if _writer(alert) == self._trainer.global_rank else None
         paths = [path]
-        if self._trainer.world_size > 1:
+        if self._trainer.world_size > 1 and not is_alone:
             paths = [None] * self._trainer.world_size
             distributed.all_gather_object(paths, path)
         path = next((path for path in paths if path is not None), None)
@@ -84,7 +86,7 @@ class Bundles:
         if not self._has_told:
             self._has_told = True
             rank_zero_info(f"GradGuard: {path} holds batches of your data. `max_bundle_mib=None` writes no such files.")
-        told = replace(alert, message=f"{alert.message} It is kept for `gradguard replay {shlex.quote(path)}`.")
+        told = replace(alert, message=f"{alert.message}{KEPT}{shlex.quote(path)}`.")
         return tuple(told if it is alert else it for it in alerts)
 
     def _written(self, alert: Alert) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -14,11 +14,12 @@ from torch.optim import Optimizer
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
 from lightning_gradguard.forensics.nonfinite.proof import Proof
-from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damage, is_in_torch, is_same
+from lightning_gradguard.forensics.nonfinite.raised import WithoutCollectives, is_gone_without_damage, is_in_torch, is_same
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
+from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, can_replay
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
@@ -84,7 +85,7 @@ class ExceptionCause:
         batch = self._window.running()
         if batch is None or not can_replay(self._trainer, self._module) or any(iterators_in(batch.batch)):
             return None
-        run = partial(self._replay.run, optimizer, batches=[batch], may_raise=True)
+        run = partial(self._run, optimizer, batches=[batch], may_raise=True)
         search, seconds, again = self._follow(run)
         if again is None or search.blame is None or not is_same(error, again):
             return None
@@ -96,6 +97,10 @@ class ExceptionCause:
             return None
         culprit = self._culprit(run, search, batch, seconds)
         return Cause(culprit, search.is_raised_by_operator or is_in_torch(error))
+
+    def _run(self, optimizer: Optimizer, **settings: Any) -> Replayed:
+        with nullcontext() if self._is_alone else WithoutCollectives():  # type: ignore[no-untyped-call]
+            return self._replay.run(optimizer, **settings)
 
     def _follow(self, run: Callable[..., Replayed], *, follow_rows: bool = False) -> tuple[Search, float, Exception | None]:
         search = Search(self._module, self._sample_dim, follow_rows=follow_rows)
@@ -119,7 +124,13 @@ class ExceptionCause:
         # What one rank replays alone must not take long, since others wait.
         proof = Proof(is_bad, search.layout.size, runs) if self._is_alone else None
         suspects = suspects_of(search.blame, search.layout, search.rows, proof)
-        return culprit_of(search.blame, suspects, rank=self._trainer.global_rank, reproduced=True)
+        culprit = culprit_of(search.blame, suspects, rank=self._trainer.global_rank, reproduced=True)
+
+        def is_in_order(context: AbstractContextManager[object]) -> bool:
+            with context:
+                return run().is_finite()
+
+        return tried(culprit, is_in_order) if self._is_alone else culprit
 
 
 def _changed(search: Search, batch: MicroBatch, rows: Sequence[int]) -> Callable[[Any], Any]:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lightning_package import LightningModule
+from lightning_package import EarlyStopping, LightningModule, MisconfigurationException
 from torch import distributions, nn
 from torch.nn import functional
 from toys import Batches, Snapshots, make_trainer, same
@@ -299,3 +299,152 @@ def test_skip_exceptions_of_a_wrong_value_is_refused(value):
     """With what it may be."""
     with pytest.raises(ValueError, match="`skip_exceptions`"):
         GradGuard(skip_exceptions=value)
+
+
+class _Anomalous(Raising):
+    """NaN, or a root of 0 whose gradient is NaN; the backward pass is checked by torch."""
+
+    def __init__(self, *, manual):
+        super().__init__(None)
+        self.automatic_optimization = not manual
+
+    def training_step(self, batch, batch_idx):
+        h = self.layer(batch)
+        loss = ((h * 0 + batch[:, :1].square()).sqrt() * h).mean()
+        if self.automatic_optimization:
+            return loss
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            self.manual_backward(loss)
+        optimizer.step()
+        return None
+
+
+@pytest.mark.parametrize("value", [torch.nan, 0.0])
+@pytest.mark.parametrize("manual", [False, True])
+def test_exception_of_the_anomaly_detector_is_passed_over(value, manual, tmp_path):
+    """Lightning's and torch's own; the detector is as it was, and the run is the one of a batch that is left out."""
+    data = _batches()
+    data.batches[BAD][ROW, 0] = value
+    guard, kept = GradGuard(), Snapshots()
+    trainer = make_trainer(tmp_path, guard, kept, detect_anomaly=not manual)
+    trainer.fit(_Anomalous(manual=manual), data)
+    (alert,) = guard.alerts
+    assert 'returned nan values in its 0th output"' in alert.message
+    assert alert.culprit.samples == (ROW,)
+    assert same(kept.weights[BAD], kept.weights[BAD - 1])
+    assert not same(kept.weights[BAD + 1], kept.weights[BAD])
+    assert guard.num_skipped == 1
+    assert not torch.is_anomaly_enabled()
+
+
+def test_exception_of_the_anomaly_detector_passes_on_where_nothing_is_skipped(tmp_path):
+    """With alert and note."""
+    guard = GradGuard(nonfinite="warn")
+    data = _batches(BAD)
+    with pytest.raises(RuntimeError, match="returned nan values") as caught:
+        make_trainer(tmp_path, guard, detect_anomaly=True).fit(_Anomalous(manual=False), data)
+    assert [alert.culprit.samples for alert in guard.alerts] == [(ROW,)]
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == [guard.alerts[0].message]
+
+
+def _interrupted(module, x, h):
+    if bool(x.isnan().any()):
+        raise SystemExit(3)
+    return h.mean()
+
+
+def _misconfigured(module, x, h):
+    if bool(x.isnan().any()):
+        raise MisconfigurationException("not like this")
+    return h.mean()
+
+
+def _by_keyboard(module, x, h):
+    if bool(x.isnan().any()):
+        raise KeyboardInterrupt
+    return h.mean()
+
+
+@pytest.mark.parametrize("end", [_interrupted, _misconfigured, _by_keyboard])
+def test_exception_that_is_no_failure_is_untouched(end, tmp_path):
+    """An end that was asked for is one, though there is NaN; Lightning turns Ctrl-C into an exit of its own."""
+    guard = GradGuard(skip_exceptions="all")
+    with pytest.raises((SystemExit, MisconfigurationException)):
+        _train(tmp_path, end, guard)
+    assert guard.alerts == []
+
+
+class _Broken(Batches):
+    """A loader that fails in the middle of an epoch."""
+
+    def __iter__(self):
+        yield from self.batches[:BAD]
+        raise OSError("no such file")
+
+
+def test_exception_of_the_loader_is_untouched(tmp_path):
+    """It is no training step's."""
+    guard = GradGuard(skip_exceptions="all")
+    with pytest.raises(OSError, match="no such file"):
+        _train(tmp_path, _normal, guard, data=_Broken(_batches().batches))
+    assert (guard.num_steps, guard.alerts) == (BAD, [])
+
+
+class _Worker(torch.utils.data.Dataset):
+    """One of its samples can't be read."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        if index == 2:
+            raise ValueError("NaN in sample 2")
+        return torch.randn(6)
+
+
+def test_exception_of_a_loaders_worker_is_untouched(tmp_path):
+    """It comes from another process, as the worker wrote it."""
+    guard = GradGuard(skip_exceptions="all")
+    loader = torch.utils.data.DataLoader(_Worker(), num_workers=1)
+    with pytest.raises(ValueError, match="Caught ValueError in DataLoader worker process 0"):
+        _train(tmp_path, _normal, guard, data=loader)
+    assert guard.alerts == []
+
+
+class _Logged(Raising):
+    """Its loss is what the Trainer stops by."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def test_early_stopping_of_a_loss_that_is_nan_is_not_held_up(tmp_path):
+    """`check_finite` asks for the end; the guard has skipped the step all the same."""
+    guard = GradGuard()
+    stopping = EarlyStopping("loss", check_finite=True, check_on_train_epoch_end=True)
+    trainer = make_trainer(tmp_path, guard, stopping, max_epochs=3)
+    trainer.fit(_Logged(lambda module, x, h: h.square().mean()), _batches(5))
+    assert (trainer.global_step, guard.num_skipped) == (6, 1)  # of three epochs, the first
+
+
+@pytest.mark.parametrize(
+    ("value", "match"), [(None, None), (torch.ones(2), "only for scalar outputs"), ("loss", "must return a Tensor")]
+)
+def test_loss_of_a_wrong_kind_is_the_trainers_own_affair(value, match, tmp_path):
+    """None passes over the batch, as without a guard; the others are Lightning's or torch's own errors."""
+    guard = GradGuard(skip_exceptions="all")
+    module = Raising(_normal)
+    given = value * module.layer.weight.sum() if isinstance(value, torch.Tensor) else value
+    module.training_step = lambda batch, batch_idx: given
+    trainer = make_trainer(tmp_path, guard)
+    if match is None:
+        trainer.fit(module, _batches(BAD))
+    else:
+        with pytest.raises((RuntimeError, MisconfigurationException), match=match):
+            trainer.fit(module, _batches(BAD))
+    assert guard.alerts == []

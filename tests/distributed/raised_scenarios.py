@@ -1,0 +1,116 @@
+"""Training steps under DDP that end in an exception on some ranks: what each rank makes of it, as plain data."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_package import DDPStrategy, LightningEnvironment, LightningModule, Trainer
+from torch import Tensor, distributed, nn
+from torch.utils.data import DataLoader
+
+from lightning_gradguard import GradGuard
+from lightning_gradguard.trainer import rank_messages
+
+NUM_BATCHES, BAD_BATCH, ROW = 5, 2, 3
+
+
+class Raising(LightningModule):
+    """Outputs are the mean of a normal distribution, which torch refuses to be NaN."""
+
+    def __init__(self, *, gathers: bool = False, own: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        self.gathers = gathers
+        self.own = own
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """Negative log-likelihood of zeros."""
+        h = self.net(batch)
+        if self.gathers:
+            h = h + 0.01 * self.all_gather(h.nan_to_num()).mean()
+        if self.own and bool(h.isnan().any()):
+            raise ValueError("it is NaN, says the user")
+        return -torch.distributions.Normal(h, 1.0).log_prob(torch.zeros_like(h)).mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """With momentum."""
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def _batches(*, bad: bool) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1 + distributed.get_rank())
+    batches = [torch.randn(8, 6, generator=generator) for _ in range(NUM_BATCHES)]
+    if bad:
+        batches[BAD_BATCH][ROW, 1] = torch.nan
+    return batches
+
+
+def _trainer(guard: GradGuard, root: str, **settings: Any) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        devices=distributed.get_world_size(),
+        strategy=DDPStrategy(process_group_backend="gloo"),
+        plugins=[LightningEnvironment()],
+        callbacks=[guard],
+        max_epochs=1,
+        use_distributed_sampler=False,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=root,
+        **settings,
+    )
+
+
+def fit(root: str, *, bad: bool, guard: GradGuard | None = None, module: Any = None, **settings: Any) -> dict[str, Any]:
+    """Train, and say what came of it."""
+    guard, module, error = guard or GradGuard(), module or Raising(), None
+    trainer = _trainer(guard, root, **settings)
+    try:
+        trainer.fit(module, DataLoader(_batches(bad=bad), batch_size=None))
+    except Exception as caught:  # noqa: BLE001 - it is the finding
+        error = caught
+    return {
+        "steps": trainer.global_step,
+        "skipped": guard.num_skipped,
+        "alerts": [
+            [it.kind, it.step, it.batch_idx, it.rank, it.culprit and it.culprit.rank, it.message] for it in guard.alerts
+        ],
+        "rows": [list(it.culprit.samples or it.culprit.probable_samples or ()) for it in guard.alerts if it.culprit],
+        "error": None if error is None else type(error).__name__,
+        "notes": getattr(error, "__notes__", []),
+        "weights": sum(float(it.double().sum()) for it in module.parameters()),
+        "buffers_are_finite": all(bool(it.isfinite().all()) for it in module.buffers()),
+    }
+
+
+def all_raise(root: str) -> dict[str, Any]:
+    """The same on each rank: fits that go on, and one that ends."""
+    rank_messages.SECONDS_TO_RAISE = 20.0
+    return {
+        "torch": fit(root, bad=True),
+        "accumulated": fit(root, bad=True, accumulate_grad_batches=2),
+        "own": fit(root, bad=True, module=Raising(own=True)),
+        "healthy": fit(root, bad=False),
+    }
+
+
+def alone(rank: int, bad_rank: int, port: int, folder: str, settings: dict[str, Any]) -> None:
+    """One rank raises; a process of its own, which ends as a user's does."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": rank}
+    os.environ |= {name: str(value) for name, value in place.items()} | {"NODE_RANK": "0"}
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
+    rank_messages.SECONDS_TO_RAISE = 1.0
+    found = fit(folder, bad=rank == bad_rank, module=Raising(**settings))
+    (Path(folder) / str(rank)).write_text(json.dumps(found))
+    os._exit(0)

@@ -1,0 +1,77 @@
+"""Two ranks under DDP whose training step ends in an exception because of NaN."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+
+import pytest
+from raised_scenarios import BAD_BATCH, NUM_BATCHES, ROW, all_raise, alone
+from ranks import _free_port, on_ranks
+from torch import multiprocessing
+
+HAS_NOTES = sys.version_info >= (3, 11)
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """What came of fits in which both ranks raise."""
+    return on_ranks(2, all_raise, str(tmp_path_factory.mktemp("together")))
+
+
+@pytest.mark.slow
+def test_step_with_a_collective_of_its_own_is_not_replayed_alone(tmp_path):
+    """Nobody would take part: the exception passes untouched, and nothing hangs."""
+    multiprocessing.spawn(alone, (0, _free_port(), str(tmp_path), {"gathers": True}), nprocs=2)
+    first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
+    assert (first["error"], second["error"]) == ("ValueError", "RuntimeError")
+    assert first["alerts"] == second["alerts"] == []
+    assert first["notes"] == []
+
+
+@pytest.mark.parametrize(("name", "steps"), [("torch", NUM_BATCHES), ("accumulated", 3)])
+def test_exception_on_all_ranks_is_passed_over_together(name, steps, together):
+    """As a skipped step, with the row, and without a collective that hangs."""
+    first, second = (rank[name] for rank in together)
+    for rank in (first, second):
+        assert (rank["error"], rank["steps"], rank["skipped"]) == (None, steps, 1)
+        (alert,) = rank["alerts"]
+        assert alert[:3] == ["nonfinite", BAD_BATCH if name == "torch" else 1, BAD_BATCH]
+        assert alert[5].endswith("The step is skipped.") or "The step is skipped. It is kept for" in alert[5]
+        assert rank["rows"] == [[ROW]]
+        assert rank["buffers_are_finite"]
+    assert first["weights"] == second["weights"]
+    assert first["alerts"] == second["alerts"]
+
+
+def test_exception_of_others_on_all_ranks_passes_on_with_one_alert(together):
+    """The same one on both, with its rank."""
+    first, second = (rank["own"] for rank in together)
+    assert first["alerts"] == second["alerts"]
+    for rank in (first, second):
+        assert rank["error"] == "ValueError"
+        assert rank["rows"] == [[ROW]]
+        assert "The exception passes on." in rank["alerts"][0][5]
+        assert not HAS_NOTES or rank["notes"] == [rank["alerts"][0][5]]
+
+
+def test_later_fit_is_not_disturbed(together):
+    """Messages belong to one fit."""
+    assert [(rank["healthy"]["steps"], rank["healthy"]["alerts"]) for rank in together] == [(NUM_BATCHES, [])] * 2
+
+
+@pytest.mark.parametrize("bad_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_exception_on_one_rank_ends_all_with_its_alert(bad_rank, tmp_path):
+    """The other one waits in the backward pass until the process that raised has ended."""
+    begun = time.monotonic()
+    multiprocessing.spawn(alone, (bad_rank, _free_port(), str(tmp_path), {}), nprocs=2)
+    assert time.monotonic() - begun < 100  # the process group alone would wait for two minutes
+    ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
+    assert (ranks[bad_rank]["error"], ranks[1 - bad_rank]["error"]) == ("ValueError", "RuntimeError")
+    assert ranks[0]["alerts"] == ranks[1]["alerts"]
+    for rank in ranks:
+        (alert,) = rank["alerts"]
+        assert alert[:5] == ["nonfinite", BAD_BATCH, BAD_BATCH, bad_rank, bad_rank]
+        assert rank["rows"] == [[ROW]]
+        assert not HAS_NOTES or rank["notes"] == [alert[5]]

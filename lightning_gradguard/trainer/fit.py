@@ -273,6 +273,7 @@ class Fit:
         return self._options.snapshots is not None or self._quarantine is not None or self._engine.scaling is not None
 
     def _note(self, record: Record) -> None:
+        self._engine.note(record)
         for part in (self._recovery, self._quarantine):
             if part is not None:
                 part.note(record)

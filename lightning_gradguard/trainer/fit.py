@@ -33,6 +33,7 @@ from lightning_gradguard.trainer.recovery.saving import SaveGate
 from lightning_gradguard.trainer.replay.incidents import Incidents
 from lightning_gradguard.trainer.running_step import RunningStep
 from lightning_gradguard.trainer.sinks import all_sinks
+from lightning_gradguard.trainer.skipped_gradients import SkippedGradients
 from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class Fit:
         self._quarantine: Quarantine | None = None
         self._scaled_clipping: ScaledClipping | None = None
         self._raised: RaisedSteps | None = None
+        self._skipped: SkippedGradients | None = None
         self._is_finished = False
         self.guards: Guards | None = None
         """One for each optimizer; None until training starts."""
@@ -131,6 +133,7 @@ class Fit:
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
+        self._skipped = SkippedGradients(trainer)
         self._follow_exceptions(self.guards, self._incidents)
         if options.snapshots is not None:
             self._recovery = Recovery(
@@ -146,6 +149,8 @@ class Fit:
         if self.guards is None or self._incidents is None:
             return
         self.guards.follow()
+        if self._skipped is not None:
+            self._skipped.forget()
         if self._step.begins:
             self._buffers.remember()
         self._step.begin_batch(batch_idx)
@@ -177,6 +182,8 @@ class Fit:
             self.last = guard.last
             if self._incidents is not None:
                 self._incidents.look_back(optimizer, guard)
+            if self._skipped is not None:
+                self._skipped.show(guard.hand_over_taken())
         if guard.stopped_by is not None:
             request_stop(self._trainer)
         guard.leave()
@@ -231,6 +238,8 @@ class Fit:
             self._scaled_clipping.detach()
         if self._raised is not None:
             self._raised.detach()
+        if self._skipped is not None:
+            self._skipped.detach()
         if self.guards is not None:
             self.guards.detach()
 

@@ -31,7 +31,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Ratio:
-    """Median over median, with a 95 % confidence interval from resampled rounds."""
+    """Median over median or mean over mean, with a 95 % confidence interval from resampled rounds."""
 
     value: float
     low: float
@@ -65,11 +65,18 @@ class Timings:
 
         Whole rounds are resampled, since the variants of a round shared the state of the machine.
         """
+        return self._ratio(name, over, np.median)
+
+    def mean_ratio(self, name: str, over: str) -> Ratio:
+        """The same of the means."""
+        return self._ratio(name, over, np.mean)
+
+    def _ratio(self, name: str, over: str, average: Callable[..., np.ndarray]) -> Ratio:
         above, below = self.seconds[name], self.seconds[over]
         rounds = np.random.default_rng(0).integers(len(above), size=(NUM_RESAMPLES, len(above)))
-        ratios = np.median(above[rounds], axis=1) / np.median(below[rounds], axis=1)
+        ratios = average(above[rounds], axis=1) / average(below[rounds], axis=1)
         low, high = np.quantile(ratios, ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2))
-        return Ratio(self.median(name) / self.median(over), float(low), float(high))
+        return Ratio(float(average(above) / average(below)), float(low), float(high))
 
 
 def interleave(

@@ -18,6 +18,8 @@ MLP_WIDTH, MLP_DEPTH, MLP_BATCH_SIZE = 64, 200, 64
 CONV_CHANNELS, CONV_BATCH_SIZE, IMAGE_SIZE = (32, 64, 128), 16, 32
 NUM_CLASSES = 10
 NUM_BATCHES = 16
+TABLE_COLUMNS, SERIES_COLUMNS, SMALL_BATCH_SIZE = 32, 8, 64
+SERIES_LENGTH, DEEPAR_LENGTH = 24, 48
 
 
 class GPT(nn.Module):
@@ -82,6 +84,58 @@ class ConvNet(nn.Module):
         return F.cross_entropy(self.head(self.features(images).mean((2, 3))), targets)
 
 
+class SmallMLP(nn.Module):
+    """Three layers on a table of 32 columns: the least that anyone trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(TABLE_COLUMNS, MLP_WIDTH),
+            nn.ReLU(),
+            nn.Linear(MLP_WIDTH, MLP_WIDTH),
+            nn.ReLU(),
+            nn.Linear(MLP_WIDTH, NUM_CLASSES),
+        )
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy of the class."""
+        rows, targets = batch
+        return F.cross_entropy(self.net(rows), targets)
+
+
+class LSTM(nn.Module):
+    """Two layers of 64 units and a head, on series of 24 steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(SERIES_COLUMNS, MLP_WIDTH, num_layers=2, batch_first=True)
+        self.head = nn.Linear(MLP_WIDTH, 1)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Squared error of the value after the series."""
+        series, targets = batch
+        return F.mse_loss(self.head(self.lstm(series)[0][:, -1]).squeeze(-1), targets)
+
+
+class DeepAR(nn.Module):
+    """An LSTM that gives mean and scale of each next value, as DeepAR does, on series of 48 steps.
+
+    D. Salinas et al., "DeepAR: Probabilistic forecasting with autoregressive recurrent networks", arXiv:1704.04110, 2017.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(SERIES_COLUMNS, MLP_WIDTH, num_layers=2, batch_first=True, dropout=0.1)
+        self.mean, self.scale = nn.Linear(MLP_WIDTH, 1), nn.Linear(MLP_WIDTH, 1)
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Negative log likelihood of all values under normal distributions."""
+        series, targets = batch
+        hidden = self.lstm(series)[0]
+        forecast = torch.distributions.Normal(self.mean(hidden), F.softplus(self.scale(hidden)) + 1e-3)
+        return -forecast.log_prob(targets.unsqueeze(-1)).mean()
+
+
 class HuggingFaceGPT2(nn.Module):
     """GPT-2 as the transformers package builds it, with random weights."""
 
@@ -140,7 +194,23 @@ def _labelled(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randn(*shape), torch.randint(NUM_CLASSES, shape[:1])
 
 
+def _series() -> tuple[Tensor, Tensor]:
+    return torch.randn(SMALL_BATCH_SIZE, SERIES_LENGTH, SERIES_COLUMNS), torch.randn(SMALL_BATCH_SIZE)
+
+
+def _long_series() -> tuple[Tensor, Tensor]:
+    return torch.randn(SMALL_BATCH_SIZE, DEEPAR_LENGTH, SERIES_COLUMNS), torch.randn(SMALL_BATCH_SIZE, DEEPAR_LENGTH)
+
+
 WORKLOADS = {
+    "mlp3": Workload("MLP of three layers", lambda quick: SmallMLP(), lambda: _labelled(SMALL_BATCH_SIZE, TABLE_COLUMNS)),
+    "lstm": Workload("LSTM", lambda quick: LSTM(), _series),
+    "deepar": Workload("DeepAR", lambda quick: DeepAR(), _long_series),
+    "smallconv": Workload(
+        "small conv net",
+        lambda quick: ConvNet(1),
+        lambda: _labelled(CONV_BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE),
+    ),
     "gpt": Workload("GPT", lambda quick: GPT(1 if quick else DEPTH), _tokens),
     "mlp": Workload("MLP-200", lambda quick: MLP(4 if quick else MLP_DEPTH), lambda: _labelled(MLP_BATCH_SIZE, MLP_WIDTH)),
     "conv": Workload(

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from lightning_gradguard.act.buffers import Buffers
-from lightning_gradguard.pipeline import Environment, Pipeline
+from lightning_gradguard.environment import Environment
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.strategies.base import Engine
 from lightning_gradguard.trainer.strategies.deepspeed import DeepSpeed

@@ -15,12 +15,13 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
 from lightning_gradguard.forensics.raw_loop import HOW, RawLoop
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.pipeline import Environment, Pipeline
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action, ActionName
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.raised import Raised, add_note, in_words
@@ -197,8 +198,10 @@ class Guard:
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
-        record = self._pipeline.decide(position)
+        self._pipeline.decide(position)
         self._pipeline.leave()
+        record = self._pipeline.last
+        assert record is not None
         return record
 
     def _versions(self) -> int:

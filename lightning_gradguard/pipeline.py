@@ -2,79 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+import math
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
 
 from lightning_gradguard.act.base import Executor
-from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.choice import executor_for
 from lightning_gradguard.act.closures import InClosure
 from lightning_gradguard.act.gate import Gate
 from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Grouped
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
 from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.measure.step import StepMeter
-from lightning_gradguard.policy import Action, require_int
-from lightning_gradguard.record import Measurement, Position, Record, Totals
+from lightning_gradguard.policy import Action
+from lightning_gradguard.record import Decision, Measurement, Outcome, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.raised import Raised, alert_of
-from lightning_gradguard.report.reporter import Archive, DecidedStep, Reporter, is_due
+from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 
-
-class Investigate(Protocol):
-    """Says who is to blame for a finding of some kind."""
-
-    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool) -> Culprit | None:
-        """Asked while the step's gradients are still there, if they ever are.
-
-        Args:
-            position: where the step stands.
-            measurement: of its gradients.
-            kind: "nonfinite", "explosion" or "vanishing".
-            ends_run: whether the finding ends the training, so that it needs an answer more than any other.
-        """
-
-
-@dataclass(frozen=True, eq=False)
-class Environment:
-    """What a guard works with besides its settings.
-
-    Attributes:
-        log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
-        buffers: what the forward pass of a skipped step has changed.
-        scaler: what scales the loss in fp16 training.
-        listener: gets every record on every rank, before the sinks; what it raises is not caught.
-        clips_later: whether somebody else clips after the guard.
-        investigate: says who is to blame for a finding.
-        archive: writes a step with these alerts down, and gives them back with where that is; called before they are told.
-        hint: what is said where nobody can tell who is to blame.
-
-    Raises:
-        ValueError: if `log_every_n_steps` is wrong.
-    """
-
-    log_every_n_steps: int
-    buffers: Buffers
-    scaler: GradScaler | None = None
-    listener: Callable[[Record], None] | None = None
-    clips_later: bool = False
-    investigate: Investigate | None = None
-    archive: Archive | None = None
-    hint: str = ""
-
-    def __post_init__(self) -> None:
-        require_int("log_every_n_steps", self.log_every_n_steps, at_least=0, remedy="For no scalars pass 0.")
+_APPLIED = Judgement(math.inf, (), Decision())
+"""Nothing was found, so the step is applied."""
 
 
 class Pipeline:
@@ -100,7 +56,6 @@ class Pipeline:
         self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
         self._parameters = parameters
         self._detectors = settings.detectors
-        self._judge = Judge(settings.detectors)
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
         self._executor: Executor = executor_for(self._gate, parameters)
         self._reporter = Reporter(
@@ -111,8 +66,14 @@ class Pipeline:
             clips_later=environment.clips_later,
             hint=environment.hint,
         )
+        # The device wants to know the limit at each step, and a closure decides about one step several times.
+        waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold
+        self._can_defer = environment.can_defer and not waits and not self._reporter.wants_every_step
+        self._judge = Judge(settings.detectors, can_defer=self._can_defer)
         self._investigate = environment.investigate
         self._pending: PendingStep | None = None
+        self.outcome: Outcome | None = None
+        """What the last step came to, as far as the host knows."""
         self._raised: Raised | None = None
 
     @property
@@ -128,7 +89,7 @@ class Pipeline:
     @property
     def last(self) -> Record | None:
         """The last step."""
-        return self._reporter.last
+        return self._reporter.last(self._last_limit)
 
     @property
     def stopped_by(self) -> Alert | None:
@@ -143,14 +104,13 @@ class Pipeline:
     @property
     def num_steps(self) -> int:
         """Steps so far, one included whose outcome the host has yet to learn."""
-        return self.totals.num_steps + self.is_pending
+        return self._reporter.num_steps + self.is_pending
 
     @property
     def is_pending(self) -> bool:
         """Whether the host has yet to learn of the last step."""
         return self._pending is not None
 
-    @torch.no_grad()
     def before_backward(self, loss: Tensor | None = None) -> None:
         """Note a backward pass that is about to begin; see `Guard.before_backward`."""
         self._meter.before_backward(loss)
@@ -174,45 +134,56 @@ class Pipeline:
         action = self._judge.damage_action
         if action is None:
             return None
+        _ = self.last  # so that the reporter knows it
         alert = alert_of(position, raised, action)
         return self._reporter.tell_exception(alert, position, self._parameters.layout, is_alone=is_alone)
 
     def pass_on(self, alert: Alert, position: Position) -> None:
         """Tell of an exception of which another rank has made an alert."""
+        _ = self.last
         self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
     @torch.no_grad()
-    def decide(self, position: Position | None = None) -> Record:
+    def decide(self, position: Position | None = None) -> None:
         """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
 
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
         if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
-            return self._evaluate_again(self.last)
-        if (end := self._end_learnt_late()) is not None:
-            return end
+            self._evaluate_again(self.last)
+            return
+        if self._ended_late():
+            return
         updates = self._meter.read_update_()
         self._gate.open()
         position = position or Position(step=self.num_steps, log_step=self.num_steps)
         histogram_is_due = is_due(position.log_step, self._histogram_interval)
         step = self._meter.measure(position, updates, with_histogram=histogram_is_due)
         # What the device compares with. The first step is the host's, since it has to return a record.
-        knows_threshold = self._executor.wants_threshold and self.last is not None and self._raised is None
+        has_last = self._reporter.has_last
+        knows_threshold = self._executor.wants_threshold and has_last and self._raised is None
         pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
-        if pending.is_left_to_device and self.last is not None:
+        if pending.is_left_to_device and has_last:
             self._pending = pending
             self._watch_update(is_applied=True)
-            return self.last
-        return self._conclude(pending)
+            return
+        is_wanted = histogram_is_due or self._raised is not None or not has_last or self._reporter.is_due(position)
+        self._conclude(pending, can_defer=self._can_defer and not is_wanted)
 
     def leave(self) -> None:
         """Take an optimizer that is not torch's out of a bad step that it is inside of; an exception does it."""
         self._executor.leave()
 
-    def _conclude(self, pending: PendingStep, *, is_repeated: bool = False) -> Record:
+    def _conclude(self, pending: PendingStep, *, is_repeated: bool = False, can_defer: bool = False) -> None:
         """Judge a measured step, carry out what is decided, and tell."""
         measurement = pending.read()
+        if can_defer and self._judge.defer(measurement):
+            clipped = self._executor.finish_(pending, measurement, _APPLIED.decision)
+            self.outcome = Outcome(pending.position, measurement)
+            self._watch_update(is_applied=True)
+            self._reporter.note(DecidedStep(pending.position, measurement, _APPLIED, clipped.coef, clipped.norm))
+            return
         judgement = self._judge.judge(measurement, is_repeated=is_repeated)
         if self._raised is not None:
             judgement = self._judge.tell_exception(judgement, self._raised.told_by)
@@ -220,20 +191,22 @@ class Pipeline:
         culprit = known or self._culprit(pending.position, measurement, judgement)
         self._raised = None
         clipped = self._executor.finish_(pending, measurement, judgement.decision)
+        has_finding = any(verdict is not None for verdict in judgement.found)
+        self.outcome = Outcome(pending.position, measurement, judgement.decision.skip, has_finding)
         if not pending.is_left_to_device:
             self._watch_update(is_applied=not judgement.decision.skip)
         histograms = self._meter.histograms(pending.histogram, pending.present)
         step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
-        return self._reporter.report(step, replaces_last=is_repeated)
+        self._reporter.report(step, replaces_last=is_repeated)
 
-    def _evaluate_again(self, first: Record) -> Record:
+    def _evaluate_again(self, first: Record) -> None:
         """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
         pending = self._executor.begin_(self._meter.measure(first.position), None)
         measurement = pending.read()
         if not first.decision.skip and not measurement.is_finite:
-            return self._conclude(pending, is_repeated=True)
+            self._conclude(pending, is_repeated=True)
+            return
         self._executor.finish_(pending, measurement, first.decision)
-        return first
 
     def flush(self) -> None:
         """Wait for a step that the device has decided by itself, and record it.
@@ -256,6 +229,7 @@ class Pipeline:
 
     def notify(self, alert: Alert) -> None:
         """Report something that is no finding about gradients; before the first step it waits for that."""
+        _ = self.last  # so that the reporter knows it
         self._reporter.notify(alert)
 
     def state_dict(self) -> dict[str, Any]:
@@ -287,18 +261,23 @@ class Pipeline:
 
     def return_to(self, state: dict[str, Any]) -> None:
         """Judge and clip as at a saved state; counts and alerts go on."""
+        _ = self.last  # so that the reporter knows it
         self._meter.forget()
         self.load_state_dict({**state, "totals": self._reporter.state_dict()})
 
-    def _end_learnt_late(self) -> Record | None:
+    def _ended_late(self) -> bool:
         """Learn of the step before. If it ends the training, the present one comes too late, and is not applied."""
         was_running = self.stopped_by is None
         self.flush()
         if not was_running or self.stopped_by is None:
-            return None
+            return False
         self._gate.skip_()
         self._meter.forget()
-        return self.last
+        return True
+
+    def _last_limit(self) -> float:
+        self._judge.catch_up()
+        return self._judge.last_limit
 
     def _watch_update(self, *, is_applied: bool) -> None:
         """Have the update of this step measured, if someone asks for it."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -208,6 +209,22 @@ class Decision:
     alerting: tuple[bool, ...] = ()
     skip: bool = False
     ended: tuple[Ended, ...] = ()
+
+
+class Outcome(NamedTuple):
+    """What a step came to, in short.
+
+    Attributes:
+        position: where it stands.
+        measurement: the gradients before clipping.
+        skip: whether it was passed over.
+        has_finding: whether a detector found something.
+    """
+
+    position: Position
+    measurement: Measurement
+    skip: bool = False
+    has_finding: bool = False
 
 
 @dataclass(frozen=True)

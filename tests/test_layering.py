@@ -27,7 +27,7 @@ LAYERS = (
     # looking into a bad step, and going back
     *("forensics", "recovery"),
     # the pipeline, and Lightning around it
-    *("settings", "saved_state", "pipeline", "guard", "trainer", "callback"),
+    *("settings", "environment", "saved_state", "pipeline", "guard", "trainer", "callback"),
     # tools
     *("testing", "cli"),
 )

@@ -69,11 +69,15 @@ class Buffers:
         self._collect()
         self.remember()
 
-    @torch.no_grad()
     def remember(self) -> None:
         """Take the present values down: what is put back until the next call. No sync."""
         if self._has_changed():
             self._collect()
+        if self._slots:
+            self._remember()
+
+    @torch.no_grad()
+    def _remember(self) -> None:
         targets: list[Tensor] = []
         sources: list[Tensor] = []
         for slot in self._slots:
@@ -134,7 +138,7 @@ class Buffers:
 
     @torch.no_grad()
     def select_(self, is_bad: Tensor) -> None:
-        """Have the device put the values back if `is_bad`, bool scalar. No sync; a handful of kernels a dtype."""
+        """Have the device put the values back if `is_bad`, 1 or 0, scalar. No sync; a handful of kernels a dtype."""
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
         for slot in self._slots:
             now = slot.now
@@ -145,7 +149,7 @@ class Buffers:
         for (device, _), (targets, saved) in groups.items():
             present = torch.cat([target.reshape(-1) for target in targets])
             before = torch.cat([values.reshape(-1) for values in saved])
-            chosen = torch.where(is_bad.to(device, non_blocking=True), before, present)
+            chosen = torch.where(is_bad.to(device, torch.bool, non_blocking=True), before, present)
             pieces = torch.split_with_sizes(chosen, [target.numel() for target in targets])
             torch._foreach_copy_(targets, [piece.view_as(target) for piece, target in zip(pieces, targets, strict=True)])
 

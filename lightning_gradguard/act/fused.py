@@ -43,7 +43,7 @@ class FusedKernel:
         self._optimizer.grad_scale = coef.float().reciprocal()  # type: ignore[attr-defined]
 
     def skip(self, is_bad: Tensor) -> None:
-        """Have the next step do nothing if `is_bad`, bool scalar. No sync."""
+        """Have the next step do nothing if `is_bad`, 1 or 0, scalar. No sync."""
         # Exactly 1.0: Adam subtracts it from its step counter.
         self._optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
 

@@ -45,6 +45,11 @@ def is_of_torch(optimizer: torch.optim.Optimizer) -> bool:
     return all(module.startswith(_KNOWN) for module in definers)
 
 
+def is_ours(clipper: Clipper) -> bool:
+    """Whether it is one of this package."""
+    return type(clipper).__module__.startswith("lightning_gradguard.")
+
+
 class Gate:
     """Lets the steps of one optimizer through, clipped, or keeps them from being applied.
 
@@ -104,7 +109,8 @@ class Gate:
             is_entry: whether the step is one in a clipper's history; a damaged one never is.
         """
         gradients, norm = step.gradients, step.facts.total_norm
-        if self.clipper is None or not gradients.tensors:
+        is_below = isinstance(self.clipper, FactorClipper) and self.clipper.passes(measurement.global_norm)
+        if self.clipper is None or is_below or not gradients.tensors:
             return Clipped(coef=1.0, norm=measurement.global_norm)
         if measurement.overflowed:
             norm = torch.tensor(measurement.global_norm, dtype=torch.float64)
@@ -141,17 +147,25 @@ class Gate:
         if self.clipper is not None:
             self.return_to(state_for(self.clipper, state, "clipper"))
 
-    def coefficient(self, step: MeasuredStep) -> Tensor:
-        """The factor of clipping, scalar; 1 without a clipper, and where the norm says nothing. No sync."""
+    def coefficient(self, step: MeasuredStep, *, skips_damage: bool = False) -> Tensor:
+        """The factor of clipping, scalar; 1 without a clipper, and where the norm says nothing. No sync.
+
+        Args:
+            step: to be clipped.
+            skips_damage: whether it is skipped anyway if the norm is NaN or infinite, whatever the factor.
+        """
         norm = step.facts.total_norm
-        one = torch.ones_like(norm)
         if not isinstance(self.clipper, FactorClipper):
-            return one
-        return torch.where(norm.isfinite(), self.clipper.coefficient(step.gradients, norm), one)
+            return torch.ones_like(norm)
+        if skips_damage:
+            return self.clipper.coefficient(step.gradients, norm)
+        if is_ours(self.clipper):  # does not mind a norm of 0, which saves a few launches
+            return self.clipper.coefficient(step.gradients, norm.nan_to_num(nan=0.0, posinf=0.0))
+        return torch.where(norm.isfinite(), self.clipper.coefficient(step.gradients, norm), torch.ones_like(norm))
 
     def _clip_(self, clipper: Clipper, step: MeasuredStep, norm: Tensor) -> Clipped:
         if self.kernel is None or not isinstance(clipper, FactorClipper):
-            if not type(clipper).__module__.startswith("lightning_gradguard."):
+            if not is_ours(clipper):
                 step.gradients.begin_change_()  # one of the user's may write to the tensors
             return clipper.clip_(step.gradients, norm)
         factor, clipped = clipper.factor(step.gradients, norm)

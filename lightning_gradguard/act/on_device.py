@@ -35,7 +35,7 @@ class OnDevice:
         # Before the next forward pass can read them, and the host knows of nothing.
         buffers.select_(is_bad)
         buffers.note_boundary()
-        coef = self._gate.coefficient(step)
+        coef = self._gate.coefficient(step, skips_damage=threshold.must_be_finite)
         kernel.scale(coef)
         return PendingStep.of(step, Transfer.start(step.facts, coef), is_left_to_device=True)
 

@@ -32,7 +32,7 @@ class Transfer:
     @classmethod
     def start(cls, facts: Facts, coef: Tensor) -> Transfer:
         """Queue one copy of all figures into pinned memory."""
-        values = _to_host(torch.cat([facts.pack(), coef.reshape(1).to(facts.norms.dtype)]))
+        values = _to_host(facts.pack(coef))
         histogram = None if facts.histogram is None else _to_host(facts.histogram)
         done = None
         if facts.norms.is_cuda:

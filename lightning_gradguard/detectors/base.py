@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
 
 from lightning_gradguard.policy import Action, ActionName, Policy, to_action
 from lightning_gradguard.record import Measurement, Verdict
+
+
+class Deferral(NamedTuple):
+    """How far a detector can wait with its judgement.
+
+    Attributes:
+        num_steps: how many of the coming steps may be judged later, >= 1.
+        max_norm: up to which global norm they may.
+    """
+
+    num_steps: int
+    max_norm: float = math.inf
 
 
 class Detector(ABC):
@@ -72,6 +85,25 @@ class Detector(ABC):
         Asked once a step, after it was judged, and alike on all ranks. It costs a copy of the matrices until then.
         """
         return False
+
+    def deferral(self) -> Deferral | None:
+        """For how many of the coming steps it is known, without a look at them, that there will be nothing to say.
+
+        The guard looks at their global norm alone, at `can_defer`, and whether they are finite; once one doesn't keep to
+        that, or the number is reached, it calls `catch_up` with those that have been, and goes on as usual. So what is found
+        does not depend on it, and a healthy step costs next to nothing. None: each step is judged at once.
+        """
+        return None
+
+    def can_defer(self, measurement: Measurement) -> bool:  # noqa: ARG002
+        """Whether one of these steps may be judged later, so far as the global norm doesn't tell."""
+        return True
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """Do what `observe` and `learn` do for steps that were deferred, oldest first: finite, applied, nothing found."""
+        for measurement in measurements:
+            self.observe(measurement)
+            self.learn(measurement)
 
     def state_dict(self) -> dict[str, Any]:
         """What has to survive a checkpoint, in plain types."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.detectors.parameter_outliers import ParameterOutliers
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
@@ -19,6 +20,7 @@ _LOG_CEILING = math.log(5.0)  # in multiples of `ratio`
 _LOG_ABOVE_HIGH = math.log(4.0)
 _LOG_CLIMB = math.log(3.0)
 _LONE_GROWTH = 6.0  # in multiples of `ratio`
+_ROUNDING = 1e-9
 
 
 class Explosion(Detector):
@@ -167,6 +169,39 @@ class Explosion(Detector):
         self._set_limit()
         if self._parameters is not None:
             self._parameters.learn(measurement)
+
+    def deferral(self) -> Deferral | None:
+        """Until a block of the trend is complete or the parameters' limits change, up to what no limit can fall below."""
+        if self._grows:
+            return None
+        num_steps = self._trend.num_left
+        if self._parameters is not None:
+            num_steps = min(num_steps, self._parameters.num_left)
+        if self._ratio is None:
+            return Deferral(num_steps, self._max_norm)
+        if (left := self._warmup_steps - len(self._baseline)) > 0:
+            return Deferral(min(num_steps, left), self._max_norm)
+        # In a short history few values can take the median anywhere.
+        num_steps = min(num_steps, (len(self._baseline) - 1) // 2)
+        if num_steps < 1:
+            return None
+        lowest = self._baseline.lowest_median(after=num_steps) + math.log(self._ratio) - _ROUNDING
+        return Deferral(num_steps, min(self._max_norm, math.exp(min(lowest, 700.0))))
+
+    def can_defer(self, measurement: Measurement) -> bool:
+        """Whether no parameter is above its own limit."""
+        return self._parameters is None or self._parameters.can_defer(measurement)
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """Take the norms into the history, and set the limit once."""
+        self._flagged.clear()
+        for measurement in measurements:
+            self._baseline.add(measurement.global_norm)
+            if self._trend.add(measurement.global_norm, measurement.loss):
+                self._grows = self._ratio is not None and self._is_growth(self._ratio)
+        self._set_limit()
+        if self._parameters is not None:
+            self._parameters.catch_up(measurements)
 
     def state_dict(self) -> dict[str, Any]:
         """History and the current run of hits."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.policy import Action, ActionName
 from lightning_gradguard.record import Damage, Measurement, Verdict
 
@@ -58,6 +60,13 @@ class NonFinite(Detector):
             micro_batch=damage.micro_batch,
             rank=damage.rank,
         )
+
+    def deferral(self) -> Deferral:
+        """For good: it has nothing to say about a finite step."""
+        return Deferral(sys.maxsize)
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """There is nothing to learn from them."""
 
 
 def _describe_gradients(measurement: Measurement) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
 
@@ -75,6 +77,13 @@ class Overflow(Detector):
             micro_batch=measurement.last_micro_batch,
             is_dire=True,
         )
+
+    def deferral(self) -> Deferral | None:
+        """For good where nothing overflows; the guard defers no step that has a scale."""
+        return None if self._in_a_row else Deferral(sys.maxsize)
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """There is nothing to learn from them."""
 
     def state_dict(self) -> dict[str, Any]:
         """The current run of overflows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,23 @@ class ParameterOutliers:
     def learn(self, measurement: Measurement) -> None:
         """Take the norms into the history."""
         self._baselines.add(measurement.log_norms, _log(measurement.global_norm))
+
+    @property
+    def num_left(self) -> int:
+        """Steps until the limits change, >= 1."""
+        return self._baselines.num_left
+
+    def can_defer(self, measurement: Measurement) -> bool:
+        """Whether no parameter is above its limit."""
+        return not self._baselines.may_be_exceeded(measurement.norms)
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """Take in steps that nothing was found at, and that were applied."""
+        self._num_found, self._outside = 0, {}
+        with np.errstate(divide="ignore"):
+            logs = np.log(np.stack([measurement.norms for measurement in measurements]))
+            totals = np.log([measurement.global_norm for measurement in measurements])
+        self._baselines.add_each(logs, totals)
 
     def forget(self) -> None:
         """Start again without history."""

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cached_property
 from itertools import compress
 from typing import Any
 
 import numpy as np
 
-from lightning_gradguard.alert import ParameterReport
-from lightning_gradguard.detectors.base import Detector
+from lightning_gradguard.detectors.base import Deferral, Detector
+from lightning_gradguard.detectors.depth import Depth, slopes
 from lightning_gradguard.layout import Bools, Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
@@ -19,6 +18,7 @@ from lightning_gradguard.record import Measurement, Verdict
 _MIN_DEPTH = 4
 _MIN_DECADES = 2.0
 _MAX_UNUSED = 0.5
+_MIN_SQUARED, _MAX_SQUARED = 1e-140, 1e140
 
 
 class Vanishing(Detector):
@@ -97,6 +97,10 @@ class Vanishing(Detector):
         self._has_lived: Bools | None = np.zeros(0, dtype=np.bool_)
         """Which modules with a matrix have ever had a gradient that is not zero; None: all of them."""
         self._is_noted = False
+        self._may_note = True
+        """Whether a step like the last one may still call for a note."""
+        self._had_grad = np.zeros(0, dtype=np.bool_)
+        """Which parameters had a gradient at the last step that was looked at."""
         self._lasting: dict[str, int] = {}
         """For how many steps in a row each symptom has been there; a dead module goes by `dead:<path>`."""
 
@@ -105,17 +109,19 @@ class Vanishing(Detector):
         if not measurement.is_finite or not measurement.has_grad.any():
             return None
         self._num_seen += 1
-        depth = _Depth(measurement)
+        self._had_grad, self._may_note = measurement.has_grad, False
+        depth = Depth(measurement)
         symptoms = []
         if depth.is_even(self._even_decades):
             self._has_lived = None
         else:
             unused = self._unused(depth)
+            self._may_note = self._has_unlived(depth)
             if unused and not self._is_noted and self._num_seen >= self._persistence:
                 self._is_noted = True
                 return self._note(unused, depth)
             symptoms = [f"dead:{module}" for module in depth.dead if module not in unused]
-            if self._fades(depth):
+            if self._fade(depth.decades[None, :]).any():
                 symptoms.append("decay")
         if measurement.global_norm < self._min_norm and measurement.loss != 0.0:
             symptoms.append("floor")
@@ -126,6 +132,27 @@ class Vanishing(Detector):
         if not lasting:
             return None
         return self._verdict(lasting, depth, measurement)
+
+    def deferral(self) -> Deferral | None:
+        """Until a symptom can have lasted for long enough; none while a note may be due."""
+        num_steps = self._persistence - max(self._lasting.values(), default=0) - 1
+        if self._may_note:
+            num_steps = min(num_steps, self._persistence - self._num_seen - 1)
+        return Deferral(num_steps) if num_steps > 0 else None
+
+    def can_defer(self, measurement: Measurement) -> bool:
+        """Whether the same parameters have a gradient as before: one that gets its first may be due for a note."""
+        return measurement.has_grad is self._had_grad or bool(np.array_equal(measurement.has_grad, self._had_grad))
+
+    def catch_up(self, measurements: Sequence[Measurement]) -> None:
+        """Count the symptoms; where no step has any, at once."""
+        layout = measurements[0].layout
+        is_plain = not self._lasting and not self._may_note and all(it.layout is layout for it in measurements)
+        if is_plain and self._have_no_symptom(measurements):
+            self._num_seen += len(measurements)
+            return
+        for measurement in measurements:
+            self.observe(measurement)
 
     def state_dict(self) -> dict[str, Any]:
         """How long each symptom has lasted, and which modules have never had a gradient."""
@@ -145,8 +172,32 @@ class Vanishing(Detector):
         has_lived = state.get("has_lived")
         self._has_lived = None if has_lived is None else np.array(has_lived, dtype=np.bool_)
         self._is_noted = state.get("is_noted", False)
+        self._may_note, self._had_grad = True, np.zeros(0, dtype=np.bool_)
 
-    def _unused(self, depth: _Depth) -> tuple[str, ...]:
+    def _have_no_symptom(self, measurements: Sequence[Measurement]) -> bool:
+        """Whether that is so for each of some steps in which the same parameters of the same model have a gradient."""
+        layout, has_grad = measurements[0].layout, measurements[0].has_grad
+        if not has_grad.any() or min(it.global_norm for it in measurements) < self._min_norm:
+            return False
+        members = np.stack([it.norms for it in measurements])[:, layout.weights.indices]
+        if not members.size:
+            return True
+        if members.max() > _MAX_SQUARED:
+            return False
+        each = members / layout.member_roots
+        are_even = each.max(axis=1) < 10.0**self._even_decades * each.min(axis=1)
+        if are_even.any():
+            self._has_lived = None
+            if are_even.all():
+                return True
+        trained = layout.weights.any(has_grad)
+        rms = np.sqrt(np.add.reduceat(members * members, layout.weights.starts, axis=1))[:, trained]
+        rms /= layout.weight_roots[trained]
+        if rms.min() < _MIN_SQUARED:  # zero, or its square may be
+            return False
+        return not self._fade(np.log10(rms)).any()
+
+    def _unused(self, depth: Depth) -> tuple[str, ...]:
         """Modules that have had a gradient of zero since the first step, if they are at most half of all."""
         if self._has_lived is None:
             return ()
@@ -156,7 +207,11 @@ class Vanishing(Detector):
         unused = tuple(compress(depth.names, (depth.trained & ~self._has_lived).tolist()))
         return unused if depth.dead and len(unused) <= _MAX_UNUSED * depth.trained.sum() else ()
 
-    def _note(self, unused: Sequence[str], depth: _Depth) -> Verdict:
+    def _has_unlived(self, depth: Depth) -> bool:
+        """Whether a module that is trained has never had a gradient, and no note has said so."""
+        return not self._is_noted and self._has_lived is not None and bool((depth.trained & ~self._has_lived).any())
+
+    def _note(self, unused: Sequence[str], depth: Depth) -> Verdict:
         others = f" and {len(unused) - 1} other modules" if len(unused) > 1 else ""
         return Verdict(
             self.name,
@@ -168,14 +223,17 @@ class Vanishing(Detector):
             is_note=True,
         )
 
-    def _fades(self, depth: _Depth) -> bool:
-        if len(depth.decades) < _MIN_DEPTH:
-            return False
-        both_ends = depth.decades[:2].max() - depth.decades[-2:].max() < math.log10(self._min_ratio)
-        in_all = depth.slope * (len(depth.decades) - 1)
-        return bool(both_ends) or (depth.slope > self._slope and in_all > _MIN_DECADES)
+    def _fade(self, decades: Floats) -> Bools:
+        """Whether the gradient fades in each of some steps, from log10 of the rms by depth, [num_steps, num_modules]."""
+        depth = decades.shape[1]
+        if depth < _MIN_DEPTH:
+            return np.zeros(len(decades), dtype=np.bool_)
+        by_ends = decades[:, :2].max(axis=1) - decades[:, -2:].max(axis=1) < math.log10(self._min_ratio)
+        lines = slopes(decades)
+        fades: Bools = by_ends | ((lines > self._slope) & (lines * (depth - 1) > _MIN_DECADES))
+        return fades
 
-    def _verdict(self, lasting: list[str], depth: _Depth, measurement: Measurement) -> Verdict:
+    def _verdict(self, lasting: list[str], depth: Depth, measurement: Measurement) -> Verdict:
         dead = [symptom.removeprefix("dead:") for symptom in lasting if symptom.startswith("dead:")]
         for_steps = max(self._lasting[symptom] for symptom in lasting)
         if "floor" in lasting:
@@ -201,94 +259,3 @@ class Vanishing(Detector):
                 "variance."
             )
         return Verdict(self.name, value, limit, message, remedy, depth.reports(modules), is_dire="floor" in lasting)
-
-
-def lost_at(measurement: Measurement) -> str:
-    """The module that an alert about a decay calls the one where the gradient is lost; "" where there is no gradient."""
-    depth = _Depth(measurement)
-    return depth.lost if depth.modules else ""
-
-
-class _Depth:
-    """Gradient rms by depth at one step. Everything is computed when it is asked for, which healthy steps do not."""
-
-    def __init__(self, measurement: Measurement) -> None:
-        self._measurement = measurement
-
-    def is_even(self, decades: float) -> bool:
-        """Whether no rms of a parameter is zero, or further than so many decades from another. A few calls of numpy."""
-        layout = self._measurement.layout
-        each = self._measurement.norms[layout.weights.indices] / layout.member_roots
-        return len(each) > 0 and each.max() < 10.0**decades * each.min()
-
-    @cached_property
-    def decades(self) -> Floats:
-        """log10 of the rms of the modules with a gradient that is not zero, in model order."""
-        return np.log10(self._norms[self.alive] / self._measurement.layout.weight_roots[self.alive])
-
-    @cached_property
-    def slope(self) -> float:
-        """Decades a module by which it grows towards the output (least squares)."""
-        return _slope(self.decades)
-
-    @cached_property
-    def _norms(self) -> Floats:
-        return self._measurement.layout.weights.norms(self._measurement.norms)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """All modules with a matrix or kernel, in model order."""
-        return self._measurement.layout.weights.names
-
-    @cached_property
-    def trained(self) -> Bools:
-        """Which of them have a gradient."""
-        return self._measurement.layout.weights.any(self._measurement.has_grad)
-
-    @cached_property
-    def alive(self) -> Bools:
-        """Which of them have one that is not zero."""
-        return self.trained & (self._norms > 0)
-
-    @cached_property
-    def modules(self) -> tuple[str, ...]:
-        """Those with a gradient that is not zero, in model order."""
-        return tuple(compress(self.names, self.alive.tolist()))
-
-    @cached_property
-    def dead(self) -> tuple[str, ...]:
-        """Modules whose gradient is exactly zero; empty if everything is."""
-        if len(self.decades) == int(self.trained.sum()) or self._measurement.global_norm == 0.0:
-            return ()
-        return tuple(compress(self.names, (self.trained & ~self.alive).tolist()))
-
-    @property
-    def lost(self) -> str:
-        """The module where the gradient falls below a thousandth of the last one's, on its way from the output."""
-        pairs = reversed(list(zip(self.modules, self.decades, strict=True)))
-        return next((module for module, decades in pairs if decades < self.decades[-1] - 3.0), self.modules[0])
-
-    def describe(self) -> str:
-        """The decay in words, with the module where the gradient is lost."""
-        first, last = self.decades[0], self.decades[-1]
-        return (
-            f"the gradient fades towards the input: from an rms of {10.0**last:.1e} in `{self.modules[-1]}` to "
-            f"{10.0**first:.1e} in `{self.modules[0]}`, {self.slope:.2g} decades a module, and it is lost at `{self.lost}`"
-        )
-
-    def reports(self, modules: Sequence[str], count: int = 5) -> tuple[ParameterReport, ...]:
-        """The parameters of these modules that are matrices or kernels."""
-        wanted = {f"{module}." if module else "" for module in modules[:count]}
-        names, norms = self._measurement.names, self._measurement.norms
-        return tuple(
-            ParameterReport(names[index], float(norms[index]))
-            for index in np.flatnonzero((self._measurement.layout.ndims >= 2) & self._measurement.has_grad)
-            if names[index].rpartition(".")[0] + "." * ("." in names[index]) in wanted
-        )
-
-
-def _slope(values: Floats) -> float:
-    if len(values) < 2:
-        return 0.0
-    depth = np.arange(len(values)) - (len(values) - 1) / 2
-    return float(depth @ values / (depth @ depth))

@@ -44,6 +44,11 @@ class Streak:
     alerted_at: int | None = None
     alerted_action: Action | None = None
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is no condition that may last, so that steps without a hit change nothing."""
+        return self.began_at is None
+
     def miss(self, step: int, policy: Policy, kind: str = "") -> tuple[Streak, Ended | None]:
         """After a step without a hit: the new streak, and the condition that has come to its end, if it is worth a line."""
         if self.began_at is None:

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_gradguard.detectors import Detector, NonFinite
+from lightning_gradguard.detectors.base import Deferral
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.judge.decision import Streak, decide
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Measurement, Verdict
+
+_MAX_DEFERRED = 16
+"""More would save nothing, and make one step slow."""
+
+_TOGETHER = ("deferral", "observe", "learn", "catch_up")
 
 
 @dataclass(frozen=True)
@@ -51,17 +58,27 @@ class SkipThreshold:
 class Judge:
     """Runs the detectors over one step after another.
 
+    Steps that nothing can be found at may be deferred: the detectors are told of several together. They decide as if they
+    had been told of each, so it makes no difference when that happens.
+
     Args:
         detectors: in the order in which their verdicts appear.
+        can_defer: whether steps may be deferred at all.
     """
 
-    def __init__(self, detectors: Sequence[Detector]) -> None:
+    def __init__(self, detectors: Sequence[Detector], *, can_defer: bool = False) -> None:
         self._detectors = tuple(detectors)
         self._names = tuple(detector.name for detector in detectors)
         self._asking = [detector for detector in detectors if type(detector).needs_update is not Detector.needs_update]
         self._streaks = tuple(Streak() for _ in self._detectors)
         self._streaks_before = self._streaks
         self._num_steps = 0
+        self._can_defer = can_defer and all(_says_how_far(detector) for detector in self._detectors)
+        self._looking = [detector for detector in detectors if type(detector).can_defer is not Detector.can_defer]
+        self._deferral: Deferral | None = None
+        self._deferred: list[Measurement] = []
+        self.last_limit = math.inf
+        """The global norm above which the last step would have been an explosion; once it has been caught up with."""
 
     def skip_threshold(self) -> SkipThreshold | None:
         """What decides whether the next step is skipped, if that is known before it; else None.
@@ -69,6 +86,7 @@ class Judge:
         It is where every detector that would skip the step at its next hit looks at nothing but the global norm or at
         finiteness. Then the device can skip by itself.
         """
+        self.catch_up()
         armed = [
             detector
             for detector, streak in zip(self._detectors, self._streaks, strict=True)
@@ -101,6 +119,57 @@ class Judge:
         """Whether a detector wants to know what the coming step does to the weights."""
         return True in [detector.needs_update() for detector in self._asking]
 
+    def defer(self, measurement: Measurement) -> bool:
+        """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
+        if not self._can_defer:
+            return False
+        if self._deferral is None or len(self._deferred) == self._deferral.num_steps:
+            self._tell(self._take_deferred())
+            self._deferral = self._how_far()
+        deferral = self._deferral
+        if (
+            not deferral.num_steps
+            or not measurement.global_norm <= deferral.max_norm
+            or measurement.damage is not None
+            or measurement.overflowed
+            or measurement.loss_scale is not None
+        ):
+            return False
+        for detector in self._looking:
+            if not detector.can_defer(measurement):
+                return False
+        self._deferred.append(measurement)
+        return True
+
+    def catch_up(self) -> None:
+        """Tell the detectors of the steps that were deferred; `last_limit` is known then."""
+        deferred = self._take_deferred()
+        if deferred:
+            self._tell(deferred[:-1])
+            self.last_limit = self._limit()
+            self._tell(deferred[-1:])
+
+    def _take_deferred(self) -> list[Measurement]:
+        deferred, self._deferred, self._deferral = self._deferred, [], None
+        return deferred
+
+    def _tell(self, measurements: Sequence[Measurement]) -> None:
+        self._num_steps += len(measurements)
+        for detector in self._detectors if measurements else ():
+            detector.catch_up(measurements)
+
+    def _limit(self) -> float:
+        return min((detector.limit() for detector in self._detectors), default=math.inf)
+
+    def _how_far(self) -> Deferral:
+        """How far all of them can wait; not at all while a condition may last."""
+        found = [detector.deferral() for detector in self._detectors]
+        known = [deferral for deferral in found if deferral is not None]
+        if len(known) < len(found) or not all(streak.is_idle for streak in self._streaks):
+            return Deferral(0)
+        num_steps = min((deferral.num_steps for deferral in known), default=_MAX_DEFERRED)
+        return Deferral(min(num_steps, _MAX_DEFERRED), min([sys.float_info.max, *(it.max_norm for it in known)]))
+
     def judge(self, measurement: Measurement, *, is_repeated: bool = False) -> Judgement:
         """Judge a step, and let the detectors learn from it if it is applied.
 
@@ -108,10 +177,11 @@ class Judge:
             measurement: of the step.
             is_repeated: whether it is the same step as the last one, measured again.
         """
+        self._tell(self._take_deferred())
         if not is_repeated:
             self._num_steps += 1
             self._streaks_before = self._streaks
-        limit = min((detector.limit() for detector in self._detectors), default=math.inf)
+        limit = self.last_limit = self._limit()
         found = tuple(detector.observe(measurement) for detector in self._detectors)
         decision, self._streaks = decide(
             self._num_steps - 1,
@@ -129,6 +199,7 @@ class Judge:
 
     def state_dict(self) -> dict[str, Any]:
         """Baselines and streaks, in plain types."""
+        self.catch_up()
         return {
             "num_steps": self._num_steps,
             "detectors": {
@@ -143,6 +214,7 @@ class Judge:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state; a detector that was not there then starts afresh, with a warning."""
+        self._deferred, self._deferral = [], None
         self._num_steps = state["num_steps"]
         self._streaks = tuple(self._restore(detector, state["detectors"].get(detector.name)) for detector in self._detectors)
 
@@ -152,6 +224,12 @@ class Judge:
             return Streak()
         detector.load_state_dict(state)
         return Streak.from_state(saved["streak"])
+
+
+def _says_how_far(detector: Detector) -> bool:
+    """Whether `deferral` knows of all that the detector looks at: a subclass may look at more than the class that has it."""
+    definers = {name: next(cls for cls in type(detector).__mro__ if name in vars(cls)) for name in _TOGETHER}
+    return all(issubclass(definers["deferral"], definers[name]) for name in _TOGETHER)
 
 
 def state_for(part: object, saved: dict[str, Any] | None, name: str) -> dict[str, Any] | None:

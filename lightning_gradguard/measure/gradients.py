@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -62,6 +63,7 @@ class Gradients:
             shares = [share for shard, share in shards if shard is not None]
         else:
             grads = [parameter.grad for parameter in parameters]
+        self.present: Bools
         self.tensors = [grad for grad in grads if grad is not None]
         self._coalesced: dict[int, tuple[Parameter, Tensor]] = {}
         if True in [grad.is_sparse for grad in self.tensors]:
@@ -71,9 +73,10 @@ class Gradients:
             self._coalesced = {id(values): (parameter, grad) for parameter, grad, values in sparse}
             values_of = {id(grad): values for _, grad, values in sparse}
             self.tensors = [values_of.get(id(grad), grad) for grad in grads if grad is not None]
-        self.present: Bools = np.ones(len(grads), dtype=np.bool_)
-        if len(self.tensors) < len(grads):
-            self.present[:] = [grad is not None for grad in grads]
+        if len(self.tensors) == len(grads):
+            self.present = _all_of(len(grads))
+        else:
+            self.present = np.array([grad is not None for grad in grads], dtype=np.bool_)
         # Also where there is no gradient at all, the ranks have to sum on a device that their backend knows.
         some = self.tensors or parameters
         elsewhere = torch.device("cpu") if others is None else others.device
@@ -210,6 +213,14 @@ class Gradients:
         for tensor in self.tensors:
             groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
         return groups
+
+
+@lru_cache(maxsize=64)
+def _all_of(number: int) -> Bools:
+    """All True, and the same array for the same number: so that it is quickly seen that nothing is new."""
+    flags = np.ones(number, dtype=np.bool_)
+    flags.flags.writeable = False
+    return flags
 
 
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

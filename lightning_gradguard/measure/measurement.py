@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +23,7 @@ from lightning_gradguard.measure.inspection import inspect
 from lightning_gradguard.record import Damage, Measurement
 
 
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """A backward pass, its figures still on the device.
 
     Attributes:
@@ -70,13 +70,30 @@ class Facts:
 
         A collective only on an incident with sharded gradients, which all ranks see alike.
         """
+        if self._is_plain and len(gradients.tensors) == len(layout.names) and self.norms.device.type == "cpu":
+            total_norm, loss = self.total_norm.item(), self.signs.item()
+            if math.isfinite(total_norm) and math.isfinite(loss):
+                norms: Floats = self.norms.double().numpy()
+                return Measurement(layout, norms, gradients.present, total_norm, self.num_micro_batches, loss)
         values: Floats = self.pack().to("cpu", torch.float64).numpy()
-        return look_closer(self.unpack(values, gradients.present, layout), gradients)
+        measurement = self.unpack(values, gradients.present, layout)
+        return measurement if math.isfinite(measurement.global_norm) else look_closer(measurement, gradients)
 
-    def pack(self) -> Tensor:
-        """All but the histogram in one tensor, float32 or wider [n]. No sync."""
-        parts = [self.norms, self.total_norm.reshape(1), self.signs.reshape(-1)]
-        some = (self.loss_scale, self.others, self.weights, self.updates)
+    @property
+    def _is_plain(self) -> bool:
+        """Whether there is nothing but the norms and a single loss."""
+        return (
+            self.signs.numel() == 1
+            and self.loss_scale is None
+            and self.others is None
+            and self.updates is None
+            and self.weights is None
+        )
+
+    def pack(self, *more: Tensor) -> Tensor:
+        """All but the histogram in one tensor, float32 or wider [n], and more scalars behind. No sync."""
+        parts = [self.norms, self.total_norm.unsqueeze(0), self.signs.flatten()]
+        some = (self.loss_scale, self.others, self.weights, self.updates, *more)
         parts += [to_device(part.reshape(-1), self.norms.device, self.norms.dtype) for part in some if part is not None]
         return torch.cat(parts)
 
@@ -114,15 +131,17 @@ class Facts:
         )
 
     def exceeds(self, max_norm: float, *, must_be_finite: bool) -> Tensor:
-        """Whether the step may not be applied, bool scalar on the device. No sync."""
-        is_bad = self.total_norm.isfinite() & (self.total_norm > max_norm)
-        if must_be_finite:
-            is_bad = is_bad | ~self.total_norm.isfinite()
-            if self.signs.shape[1] == 1:
-                is_bad = is_bad | ~self.signs.isfinite().all()
-            elif self.num_micro_batches:
-                is_bad = is_bad | (self.signs[:, _FIRST_LOSS] < self.num_micro_batches).any()
-        return is_bad
+        """Whether the step may not be applied: 1 or 0, a scalar on the device. No sync; a launch for each operator here."""
+        norm = self.total_norm
+        if not must_be_finite:
+            return ((norm > max_norm) & (norm < math.inf)).to(norm.dtype)
+        has_one_loss = self.signs.shape[1] == 1
+        # 0 times a loss that is NaN or infinite is NaN, and NaN is not below anything.
+        norm = torch.add(norm, self.signs[0, 0], alpha=0) if has_one_loss else norm.clone()
+        is_good = norm.le_(min(max_norm, torch.finfo(norm.dtype).max))
+        if not has_one_loss and self.num_micro_batches:
+            is_good = is_good * (self.signs[:, _FIRST_LOSS] >= self.num_micro_batches).all()
+        return 1.0 - is_good
 
 
 def _known(value: float) -> float | None:
@@ -159,13 +178,14 @@ def measure(
     """
     norms, ranks = gradients.norms(), gradients.ranks
     total_norm = total(norms, 2.0)
-    signs = norms.new_zeros(0, 4)
     if len(micro_batches) == 1 == ranks.size and not some_are_foreign:
         # The usual case, without a kernel. Ranks may differ in their number of passes, so between them it can't be taken.
         loss = micro_batches[0].loss
         signs = norms.new_zeros(1, 1) if loss is None else _narrow(loss, total_norm).reshape(1, 1)
     elif micro_batches:
         signs = gather(_signs(micro_batches, total_norm, some_are_foreign=some_are_foreign), ranks)
+    else:
+        signs = norms.new_zeros(0, 4)
     if gradients.shares is not None:
         norms, signs, histogram = _sum_shards(gradients, norms, signs, histogram)
         total_norm = total(norms, 2.0)

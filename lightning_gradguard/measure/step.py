@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_gradguard.layout import Bools, Layout
@@ -68,16 +69,17 @@ class StepMeter:
         scale = self._scaling.scale if self._scaling is not None else None
         sofar = None
         if self._micro_batches or self._has_rivals:
-            sofar = self._gradients().local_total_norm()
+            with torch.no_grad():
+                sofar = self._gradients().local_total_norm()
             sofar = sofar if scale is None else sofar / scale
         if self._micro_batches:
-            self._micro_batches[-1] = replace(self._micro_batches[-1], total_norm=sofar)
+            self._micro_batches[-1] = self._micro_batches[-1]._replace(total_norm=sofar)
             sofar = None
         if loss is None or loss.numel() != 1:
             self._micro_batches.append(MicroBatch(norm_before=sofar))
             return
         value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
-        self._micro_batches.append(MicroBatch(loss=value if scale is None else value / scale, norm_before=sofar))
+        self._micro_batches.append(MicroBatch(value if scale is None else value / scale, norm_before=sofar))
 
     def measure(self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False) -> MeasuredStep:
         """Measure the gradients. One pass over them, at most one collective; with a scaler they are unscaled first.

@@ -88,14 +88,65 @@ class Reporter:
         self._clips_later = clips_later
         self._hint = hint
         self._notices: list[Alert] = []
-        self.totals = Totals()
-        """Counts so far."""
+        self._totals = Totals()
+        self._noted: DecidedStep | None = None
+        self._num_noted = 0
+        self._num_noted_clipped = 0
+        self._last: Record | None = None
         self.alerts: list[Alert] = []
         """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
-        self.last: Record | None = None
-        """The last step."""
         self.stopped_by: Alert | None = None
         """What asked for the end of training; None: nothing has."""
+
+    @property
+    def wants_every_step(self) -> bool:
+        """Whether somebody looks at the records of steps at which nothing is due and nothing happens."""
+        return self._listener is not None or any(sink.wants_every_step for sink in self._sinks)
+
+    def is_due(self, position: Position) -> bool:
+        """Whether scalars are due at a step."""
+        return is_due(position.log_step, self._scalar_interval)
+
+    @property
+    def has_last(self) -> bool:
+        """Whether there has been a step."""
+        return self._last is not None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps so far."""
+        return self._totals.num_steps + self._num_noted
+
+    @property
+    def totals(self) -> Totals:
+        """Counts so far."""
+        if self._num_noted:
+            counts = self._totals
+            self._totals = replace(
+                counts,
+                num_steps=counts.num_steps + self._num_noted,
+                num_clipped=counts.num_clipped + self._num_noted_clipped,
+            )
+            self._num_noted = self._num_noted_clipped = 0
+        return self._totals
+
+    def last(self, limit: Callable[[], float]) -> Record | None:
+        """The last step.
+
+        Args:
+            limit: gives the global norm above which it would have been an explosion, if it has only been noted.
+        """
+        step, self._noted = self._noted, None
+        if step is not None:
+            judgement = Judgement(limit(), (), Decision())
+            self._last = self._record(replace(step, judgement=judgement), ())
+        return self._last
+
+    def note(self, step: DecidedStep) -> None:
+        """Count a step that nobody wants to be told of: it was applied, and nothing was found."""
+        self._noted = step
+        self._num_noted += 1
+        self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
         if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None:
@@ -112,32 +163,35 @@ class Reporter:
         Raises:
             GradientError: where the action is "raise".
         """
+        self._noted = None
         if replaces_last:
-            self.totals = without_last_step(self.totals)
+            self._totals = without_last_step(self.totals)
         judgement = step.judgement
         found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
         found = tuple(self._with_hint(alert) for alert in found)
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
-        self.totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
-        record = Record(
-            step.position,
-            step.measurement,
-            judgement.verdicts,
-            judgement.decision,
-            None if self._clips_later else step.clip_coef,
-            None if self._clips_later else step.clipped_norm,
-            judgement.limit,
-            alerts,
-            self.totals,
-            scalars_due=is_due(step.position.log_step, self._scalar_interval),
-            histograms=step.histograms,
-        )
-        self.last = record
+        self._totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
+        record = self._last = self._record(step, alerts)
         if self._listener is not None:
             self._listener(record)
         self._tell(record)
         return record
+
+    def _record(self, step: DecidedStep, alerts: tuple[Alert, ...]) -> Record:
+        return Record(
+            step.position,
+            step.measurement,
+            step.judgement.verdicts,
+            step.judgement.decision,
+            None if self._clips_later else step.clip_coef,
+            None if self._clips_later else step.clipped_norm,
+            step.judgement.limit,
+            alerts,
+            self.totals,
+            scalars_due=self.is_due(step.position),
+            histograms=step.histograms,
+        )
 
     def tell_exception(
         self, alert: Alert, position: Position, layout: Layout, *, is_alone: bool = False, is_archived: bool = False
@@ -156,20 +210,20 @@ class Reporter:
         """
         if self._archive is not None and not is_archived:
             (alert,) = self._archive((alert,), is_alone=is_alone)
-        if self.last is None:
+        if self._last is None:
             nothing = np.zeros(len(layout.names))
             measurement = Measurement(layout, nothing, nothing.astype(bool), 0.0, num_micro_batches=0)
-            self.last = Record(position, measurement, (), Decision(), None, None, math.inf, (), self.totals)
+            self._last = Record(position, measurement, (), Decision(), None, None, math.inf, (), self.totals)
         self.notify(alert)
         return alert
 
     def notify(self, alert: Alert) -> None:
         """Report something that is no finding about gradients; before the first step it waits for that."""
-        if self.last is None:
+        if self._last is None:
             self._notices.append(alert)
             return
-        self.totals = add_alert(self.totals, alert)
-        self._tell(replace(self.last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
+        self._totals = add_alert(self.totals, alert)
+        self._tell(replace(self._last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, in plain types."""
@@ -177,7 +231,8 @@ class Reporter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Count on from a saved state."""
-        self.totals = Totals(**state)
+        self._noted, self._num_noted, self._num_noted_clipped = None, 0, 0
+        self._totals = Totals(**state)
 
     def close(self) -> None:
         """Let the sinks write out what they hold. They can be used on."""

@@ -15,7 +15,11 @@ _logger = logging.getLogger("lightning_gradguard")
 
 @runtime_checkable
 class Sink(Protocol):
-    """Takes records somewhere."""
+    """Takes records somewhere.
+
+    One that has an attribute `wants_every_step` that is False gets only those with something due or an alert, a skip, or
+    anything found, and then healthy steps cost less.
+    """
 
     def write(self, record: Record) -> None:
         """Called after every step; look at `record.scalars_due`, `.histograms` and `.alerts` for what is wanted."""
@@ -56,6 +60,7 @@ class SafeSink:
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
+        self.wants_every_step: bool = getattr(sink, "wants_every_step", True)
         self._num_failures = 0
 
     def write(self, record: Record) -> None:

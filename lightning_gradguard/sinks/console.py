@@ -18,6 +18,8 @@ class ConsoleSink:
     >>> ConsoleSink().close()
     """
 
+    wants_every_step = False
+
     def write(self, record: Record) -> None:
         """Show the record's alerts."""
         for alert in record.alerts:

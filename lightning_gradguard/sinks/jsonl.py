@@ -22,6 +22,8 @@ class JsonlSink:
         sync: wait for each line to be on the disk, so that it survives a power cut; without it, it survives the process.
     """
 
+    wants_every_step = False
+
     def __init__(self, path: str | Path, *, sync: bool = False) -> None:
         self._writer = Writer(Path(path), sync=sync)
 

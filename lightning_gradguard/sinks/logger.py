@@ -35,6 +35,8 @@ class LoggerSink:
         norms: of what norms are logged: "totals", "groups" or "all".
     """
 
+    wants_every_step = False
+
     def __init__(self, logger: MetricsLogger, *, norms: LoggedNorms = "groups") -> None:
         self._logger = logger
         self._norms: LoggedNorms = norms

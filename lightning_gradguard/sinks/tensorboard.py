@@ -32,6 +32,8 @@ class TensorBoardSink:
         norms: of what norms are scalars: "totals", "groups" or "all"; the GradGuard tab has all in any case.
     """
 
+    wants_every_step = False
+
     def __init__(
         self,
         writer: SummaryWriter | Callable[[], SummaryWriter],

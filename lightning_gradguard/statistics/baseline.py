@@ -80,6 +80,13 @@ class LogBaseline:
         """Median of the logarithms of the whole window. Needs at least one value."""
         return _middle(self._ordered)
 
+    def lowest_median(self, after: int) -> float:
+        """What the median of the whole window can't fall below in the next `after` values, whatever they are.
+
+        Needs more than twice as many values as that.
+        """
+        return self._ordered[(len(self._ordered) - 1) // 2 - after]
+
     @property
     def high(self) -> float:
         """The second largest logarithm, which a single outlier doesn't move. Needs at least two values."""

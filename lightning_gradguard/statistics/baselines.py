@@ -21,8 +21,8 @@ class LogBaselines:
     A limit is what `max(log(ratio), z * sigma)` above the median allows. What exceeds it must also have risen that far
     against the rest of the whole: a part that only goes along with the others is no outlier.
 
-    So that most steps cost a few numpy calls however many parts there are, every fourth step refreshes the limits of every
-    eighth; a limit is at most 32 steps old. Memory: 4 bytes for each value of the window, and 8 more for each part.
+    So that most steps cost a few numpy calls however many parts there are, limits are refreshed every 32 steps. Memory: 4
+    bytes for each value of the window, and 8 more for each part.
 
     Args:
         window: how many steps count, >= 2.
@@ -54,8 +54,22 @@ class LogBaselines:
         self._values: NDArray[np.float32]
         self._totals: NDArray[np.float32]
         self._limits: NDArray[np.float64]
+        self._safe: NDArray[np.float64] | None
         self._num_added: int
         self._begin(0)
+
+    @property
+    def num_left(self) -> int:
+        """Steps until limits are refreshed, >= 1."""
+        return _REFRESH_EVERY - self._num_added % _REFRESH_EVERY
+
+    def may_be_exceeded(self, norms: NDArray[np.float64]) -> bool:
+        """Whether `exceeded` has to look closer: a limit, as old as it is, is exceeded, or there are other parts now."""
+        if len(norms) != len(self._limits):
+            return True
+        if self._safe is None:
+            self._safe = np.exp(np.minimum(self._limits - _ROUNDING, _MAX_LOG))
+        return bool((norms > self._safe).any())
 
     def exceeded(self, logs: NDArray[np.float64], total: float) -> NDArray[np.int64]:
         """Indices of those that have left their history upwards, by themselves and against the rest.
@@ -110,14 +124,23 @@ class LogBaselines:
         self._values[where] = logs
         self._totals[where] = total
         self._num_added += 1
-        turn, is_between = divmod(self._num_added, _REFRESH_EVERY)
-        if not is_between:
-            self._refresh(slice(turn % _TURNS, None, _TURNS))
+        self._refresh_if_due()
+
+    def add_each(self, logs: NDArray[np.float64], totals: NDArray[np.float64]) -> None:
+        """The same for several steps, [num_steps, num_parts] and [num_steps], between two refreshes."""
+        if len(logs) > self.num_left or logs.shape[1] != len(self._limits):
+            raise ValueError("the steps must lie between two refreshes, and have as many parts as those before.")
+        where = (self._num_added + np.arange(len(logs))) % self._window
+        self._values[where] = logs
+        self._totals[where] = totals
+        self._num_added += len(logs)
+        self._refresh_if_due()
 
     def forget(self, indices: NDArray[np.int64]) -> None:
         """Start these again without history."""
         self._values[:, indices] = np.nan
         self._limits[indices] = np.inf
+        self._safe = None
 
     def state_dict(self) -> dict[str, Any]:
         """Values and limits as strings of bytes: thousands of floats would be slow to save."""
@@ -137,16 +160,22 @@ class LogBaselines:
             values = np.frombuffer(state["values"].encode("latin-1"), dtype=np.float32)
             self._values = values.reshape(self._window, len(limits)).copy()
             self._totals = np.frombuffer(state["totals"].encode("latin-1"), dtype=np.float32).copy()
-            self._limits, self._num_added = limits, state["num_added"]
+            self._limits, self._num_added, self._safe = limits, state["num_added"], None
 
     def _begin(self, number: int) -> None:
         self._values = np.full((self._window, number), np.nan, dtype=np.float32)
         self._totals = np.full(self._window, np.nan, dtype=np.float32)
         self._limits = np.full(number, np.inf)
+        self._safe = None
         self._num_added = 0
+
+    def _refresh_if_due(self) -> None:
+        if self._num_added % _REFRESH_EVERY == 0:
+            self._refresh(slice(None))
 
     def _refresh(self, indices: NDArray[np.int64] | slice) -> None:
         self._limits[indices] = self._limits_of(self._values[:, indices].T)
+        self._safe = None
 
     def _limits_of(self, values: NDArray[np.float32]) -> NDArray[np.float64]:
         """The limit of each row; infinite where there are too few values."""
@@ -164,8 +193,10 @@ class LogBaselines:
         return limits
 
 
-_TURNS = 8
-_REFRESH_EVERY = 4
+_ROUNDING = 1e-9
+_MAX_LOG = 709.0  # exp overflows beyond
+
+_REFRESH_EVERY = 32
 
 
 # Where a part is nearly everything, what it leaves for the rest is rounding.

@@ -61,6 +61,11 @@ class Trend:
         """First and last median of the loss; None where it is not known."""
         return (self._loss_blocks[0], self._loss_blocks[-1]) if self._loss_blocks else None
 
+    @property
+    def num_left(self) -> int:
+        """Steps until a block is complete, as far as none is left out, >= 1."""
+        return _BLOCK - len(self._norms)
+
     def grows(self, by: float) -> bool:
         """Whether norm and loss have both been rising over all 64 steps, the norm by more than this factor."""
         return self.norm_grows(by) and _net_rises(self._loss_blocks) >= _MIN_LOSS_RISES

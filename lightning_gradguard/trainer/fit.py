@@ -10,8 +10,9 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.pipeline import Environment
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record, Totals
 from lightning_gradguard.report.alerting import notice
@@ -75,8 +76,7 @@ class Fit:
         self._is_finished = False
         self.guards: Guards | None = None
         """One for each optimizer; None until training starts."""
-        self.last: Record | None = None
-        """The last step."""
+        self._last_guard: Pipeline | None = None
         if options.quarantine is not None and can_quarantine(options.quarantine, module):
             self._quarantine = Quarantine(options.quarantine, trainer)
             self._quarantine.left_out |= history.left_out
@@ -86,6 +86,11 @@ class Fit:
     def has_started(self) -> bool:
         """Whether training has begun."""
         return self.guards is not None
+
+    @property
+    def last(self) -> Record | None:
+        """The last step."""
+        return None if self._last_guard is None else self._last_guard.last
 
     @property
     def alerts(self) -> list[Alert]:
@@ -179,7 +184,7 @@ class Fit:
             guard.decide(self._step.position(index, self.guards))
         finally:
             self._step.end()
-            self.last = guard.last
+            self._last_guard = guard
             if self._incidents is not None:
                 self._incidents.look_back(optimizer, guard)
             if self._skipped is not None:
@@ -190,10 +195,9 @@ class Fit:
 
     def end_batch(self) -> None:
         """Go back where that was decided; keep a snapshot where due; let go of batches that no step needs any more."""
-        if self._recovery is not None:
-            self._recovery.after_batch()
-        if self._quarantine is not None:
-            self._quarantine.after_batch()
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.after_batch()
         if self._incidents is not None:
             self._incidents.close()
 
@@ -232,16 +236,9 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        if self._quarantine is not None:
-            self._quarantine.detach()
-        if self._scaled_clipping is not None:
-            self._scaled_clipping.detach()
-        if self._raised is not None:
-            self._raised.detach()
-        if self._skipped is not None:
-            self._skipped.detach()
-        if self.guards is not None:
-            self.guards.detach()
+        for part in (self._quarantine, self._scaled_clipping, self._raised, self._skipped, self.guards):
+            if part is not None:
+                part.detach()
 
     def history(self) -> History:
         """What is to be known of it when it is over, and what a checkpoint needs."""
@@ -266,7 +263,9 @@ class Fit:
             log_interval(self._trainer) if own is None else own,
             self._buffers,
             scaler_of(self._trainer),
-            listener=self._note,
+            # Healthy steps are cheap where nobody wants to be told of each.
+            listener=self._note if self._options.snapshots is not None or self._quarantine is not None else None,
+            can_defer=True,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,
             archive=None if incidents.bundles is None else incidents.bundles.write,
@@ -276,10 +275,9 @@ class Fit:
         return self._engine.watch(self._module, optimizer, self._settings.only)
 
     def _note(self, record: Record) -> None:
-        if self._recovery is not None:
-            self._recovery.note(record)
-        if self._quarantine is not None:
-            self._quarantine.note(record)
+        for part in (self._recovery, self._quarantine):
+            if part is not None:
+                part.note(record)
 
     def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
         cause, find = incidents.exception_cause(), incidents.investigation

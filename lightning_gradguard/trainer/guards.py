@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, overload
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Alert
+from lightning_gradguard.environment import Environment
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.pipeline import Environment, Pipeline
+from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.record import Totals
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.history import History
@@ -48,6 +49,7 @@ class Guards(Sequence[Pipeline]):
         self._optimizers: list[Optimizer] = []
         self._guards: list[Pipeline] = []
         self._retired: list[Pipeline] = []
+        self._seen: list[Optimizer] = []
         for index, optimizer in enumerate(self._to_watch()):
             guard = self._make(optimizer)
             if index < len(history.guards):
@@ -88,6 +90,10 @@ class Guards(Sequence[Pipeline]):
         Args:
             stepping: one that is about to step, whether the Trainer knows it or not.
         """
+        of_trainer = self._trainer.optimizers
+        if stepping is None and len(of_trainer) == len(self._seen) and all(map(operator.is_, of_trainer, self._seen)):
+            return
+        self._seen = list(of_trainer)
         now = self._to_watch()
         if stepping is not None and not any(stepping is optimizer for optimizer in now):
             now.append(stepping)
@@ -124,7 +130,8 @@ class Guards(Sequence[Pipeline]):
     @property
     def num_steps(self) -> int:
         """Decisions so far, those included of which the host has yet to learn."""
-        return sum([guard.num_steps for guard in self._all])
+        guards = self._all
+        return guards[0].num_steps if len(guards) == 1 else sum([guard.num_steps for guard in guards])
 
     def flush(self) -> None:
         """Learn of the last steps.

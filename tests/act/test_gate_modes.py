@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adagrad, AdamW
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard import ClipNorm, Detector, Explosion, Guard, Position, Verdict
 from lightning_gradguard.act import choice
@@ -155,3 +156,46 @@ def test_queueing_on_meta_reads_nothing(clipper, monkeypatch):
     executor, step = meta_step(lambda parameters: AdamW(parameters, foreach=True), clipper)
     assert isinstance(executor, Queued)
     assert not executor.begin_(step, None).is_left_to_device
+
+
+class Launches(TorchDispatchMode):
+    """Counts what a GPU would be sent: operators that do more than look at memory in another way."""
+
+    NONE = ("detach", "view", "reshape", "flatten", "unsqueeze", "select", "alias", "slice", "empty")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = func._opname
+        is_copy = name in ("copy_", "_to_copy")  # of the figures, on their way between host and device
+        if name not in self.NONE and not is_copy:
+            self.names.append(name)
+        return result
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_guarded_step_takes_at_most_four_launches_more_than_torchs_own_clipping(fused, monkeypatch):
+    """On a GPU each costs, however small the model is."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1))
+    optimizer = AdamW(model.parameters(), lr=1e-3, fused=fused, foreach=None if fused else True)
+    guard = Guard(model.named_parameters(), optimizer, clip=0.1, explosion="skip")
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = model(torch.randn(4, 8)).square().mean()
+        with Launches() as before:
+            guard.before_backward(loss)
+        loss.backward()
+        gradients = [parameter.grad.clone() for parameter in model.parameters()]
+        with Launches() as guarded:
+            guard.step()
+        optimizer.step()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        parameter.grad = gradient
+    with Launches() as torchs_own:
+        nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True)
+    assert len(before.names + guarded.names) <= len(torchs_own.names) + 4, (before.names, guarded.names, torchs_own.names)

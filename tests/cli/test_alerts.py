@@ -140,7 +140,9 @@ def test_any_bytes_are_listed_without_a_traceback(tmp_path_factory, lines):
 def test_alerts_are_followed_as_they_are_written(tmp_path):
     """Until Ctrl-C, which is no error; also those of a run that begins later."""
     path = written(tmp_path / "a", ALERT)
-    code = "from lightning_gradguard.cli import main; main()"
+    # A shell's background jobs, and so their children, ignore Ctrl-C.
+    code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    code += "from lightning_gradguard.cli import main; main()"
     command = [sys.executable, "-c", code, "alerts", str(tmp_path), "--follow"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -13,13 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.forensics.flow.updates import AppliedStep, decay_factor, last_update, reach
+from lightning_gradguard.forensics.flow.weight_samples import WeightSamples
 from lightning_gradguard.record import Measurement
 
 INTERVAL = 16
 """Steps between two looks at the norms of all weights."""
-
-_SAMPLE = 128
-"""Elements of each matrix that are compared from step to step."""
 
 _SLACK = 1.05
 """An update may be as much larger than computed, since kernels round."""
@@ -109,8 +107,9 @@ class WeightHistory:
         self._start: list[Tensor] = []
         self._applied: deque[_Applied] = deque(maxlen=2 * INTERVAL)
         self._decayed: dict[int, list[float | None]] = {}
+        self._unsettled: list[tuple[Optimizer, list[Any]]] = []
         self._optimizers: dict[int, Optimizer] = {}
-        self._samples: dict[int, _Samples] = {}
+        self._samples: dict[int, WeightSamples] = {}
         self._num_steps = 0
 
     @torch.no_grad()
@@ -126,18 +125,21 @@ class WeightHistory:
         is_due = self._num_steps % INTERVAL == 0
         if is_due:
             self._look()
+            self._settle_decays()
         if is_applied:
             rates = [_detached(group["lr"]) for group in optimizer.param_groups]
             self._applied.append(_Applied(self._num_steps, optimizer, rates, measurement))
-            self._note_decay(optimizer, rates)
-            if is_due or id(optimizer) not in self._samples:
-                self._samples[id(optimizer)] = _Samples(self._named, optimizer)
-            self._samples[id(optimizer)].take()
+            self._unsettled.append((optimizer, rates))
+            samples = self._samples.get(id(optimizer))
+            if samples is None or (is_due and not samples.is_of(optimizer)):
+                samples = self._samples[id(optimizer)] = WeightSamples(self._named, optimizer)
+            samples.take()
         self._num_steps += 1
 
     @torch.no_grad()
     def weight_growths(self, optimizer: Optimizer) -> tuple[WeightGrowth, ...]:
         """How each weight of an optimizer has moved; a few syncs."""
+        self._settle_decays()
         now = [float(norm) for norm in _norms([parameter for _, parameter in self._named])]
         look = self._looks[0] if self._looks else None
         before = [float(norm) for norm in look.norms] if look is not None else [None] * len(now)
@@ -191,14 +193,17 @@ class WeightHistory:
         self._looks.append(_Look(self._num_steps, norms, momenta, frozenset(self._optimizers)))
         self._start = self._start or norms
 
-    def _note_decay(self, optimizer: Optimizer, rates: list[Any]) -> None:
-        sofar = self._decayed.setdefault(id(optimizer), [1.0] * len(rates))
-        for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=True)):
-            if index == len(sofar):  # a group that was added later
-                sofar.append(None)
-            factor = None if isinstance(rate, Tensor) else decay_factor(optimizer, group, rate)
-            last = sofar[index]
-            sofar[index] = None if factor is None or last is None else last * factor
+    def _settle_decays(self) -> None:
+        """Multiply up what weight decay alone has done in the steps since the last time."""
+        steps, self._unsettled = self._unsettled, []
+        for optimizer, rates in steps:
+            sofar = self._decayed.setdefault(id(optimizer), [1.0] * len(rates))
+            for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=False)):
+                if index == len(sofar):  # a group that was added later
+                    sofar.append(None)
+                factor = None if isinstance(rate, Tensor) else decay_factor(optimizer, group, rate)
+                last = sofar[index]
+                sofar[index] = None if factor is None or last is None else last * factor
 
     def _shared(self, optimizer: Optimizer) -> set[int]:
         """Parameters that other optimizers move as well."""
@@ -248,43 +253,6 @@ class WeightHistory:
         rounding = 2.0 * torch.finfo(parameter.dtype).eps * size
         most = _SLACK * float(update.norm()) + decay + rounding
         return moved / size, max(moved - most, 0.0) / size
-
-
-class _Samples:
-    """Copies of a few elements of each matrix of an optimizer, from before its last step that was applied."""
-
-    def __init__(self, named: Sequence[tuple[str, Tensor]], optimizer: Optimizer) -> None:
-        mine = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        self._parameters = [it for _, it in named if id(it) in mine and it.dim() >= 2 and _is_plain(it)]
-        self._views = [self.pick(parameter) for parameter in self._parameters]
-        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
-        self._copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views]
-
-    @staticmethod
-    def pick(tensor: Tensor) -> Tensor:
-        """Elements spread evenly over the storage of a dense tensor, as a view."""
-        count = min(_SAMPLE, tensor.numel())
-        return tensor.detach().as_strided((count,), (tensor.numel() // count,), tensor.storage_offset())
-
-    def take(self) -> None:
-        """Copy the elements as they are now."""
-        if self._views:
-            torch._foreach_copy_(self._copies, self._views)
-
-    def compare(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
-        """The elements then and now, float32; None where the parameter has other storage by now."""
-        for it, view, address, copy in zip(self._parameters, self._views, self._addresses, self._copies, strict=True):
-            if it is parameter:
-                return (copy.float(), view.float()) if it.data_ptr() == address else None
-        return None
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one whose storage has no gaps."""
-    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
-        return False
-    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    return 0 < tensor.numel() == span
 
 
 def _detached(rate: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.detectors.vanishing import lost_at
+from lightning_gradguard.detectors.depth import lost_at
 from lightning_gradguard.forensics.comparison import TOLERANCE
 from lightning_gradguard.forensics.flow.evidence import Changed, Evidence
 from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
@@ -25,7 +25,7 @@ from lightning_gradguard.forensics.flow.weight_history import WeightGrowth, Weig
 from lightning_gradguard.forensics.nonfinite.layout import layout_of
 from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
 from lightning_gradguard.forensics.state import State
-from lightning_gradguard.record import Measurement, Position, Record
+from lightning_gradguard.record import Measurement, Outcome, Position
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
@@ -60,29 +60,31 @@ class Diagnosis:
         self._num_noted = 0
         self._is_from_start = False
 
-    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
+    def note(self, optimizer: Optimizer, outcome: Outcome | None, *, is_pending: bool = False) -> None:
         """A step has been decided and is about to be applied: take down its batch if it was in order.
 
         No sync. It copies a few elements of each matrix; every 16 steps one pass of norms goes over the weights.
 
         Args:
             optimizer: whose step it is.
-            record: of the step; of the one before where the host has yet to learn of this one; None if there is none.
+            outcome: of the step; of the one before where the host has yet to learn of this one; None if there is none.
             is_pending: whether that is so.
         """
         self._num_noted += 1
-        if self._num_noted == 1 and record is not None and not is_pending:
-            self._is_from_start = record.position.step == 0 and record.position.log_step == 0
+        if self._num_noted == 1 and outcome is not None and not is_pending:
+            self._is_from_start = outcome.position.step == 0 and outcome.position.log_step == 0
         batches = self._window.of(optimizer)
         latest = batches[-1] if batches else None
         if is_pending:
             self._weights.note(optimizer)
             latest, self._undecided[id(optimizer)] = self._undecided.get(id(optimizer)), latest  # type: ignore[assignment]
-        elif record is not None:
-            is_applied = not record.decision.skip and math.isfinite(record.measurement.global_norm)
-            self._weights.note(optimizer, record.measurement, is_applied=is_applied)
-        if record is not None and not record.verdicts and record.measurement.is_finite:
-            self._norms.setdefault(id(optimizer), NormHistory()).note(record.measurement)
+        elif outcome is not None:
+            is_applied = not outcome.skip and math.isfinite(outcome.measurement.global_norm)
+            self._weights.note(optimizer, outcome.measurement, is_applied=is_applied)
+        if outcome is not None and not outcome.has_finding and outcome.measurement.is_finite:
+            if id(optimizer) not in self._norms:
+                self._norms[id(optimizer)] = NormHistory()
+            self._norms[id(optimizer)].note(outcome.measurement)
             if latest is not None:
                 self._healthy[id(optimizer)] = latest
 
@@ -175,7 +177,7 @@ class Diagnosis:
             if layout.size != size:
                 return evidence
             rest = exchanged(batches[index].batch, layout, with_row_replaced(row, size))
-            instead = replace(batches[index], batch=rest)
+            instead = batches[index]._replace(batch=rest)
             other = replay([*batches[:index], instead, *batches[index + 1 :]])
         except Exception:  # noqa: BLE001 - a batch whose rows can't be exchanged names no single one
             return evidence

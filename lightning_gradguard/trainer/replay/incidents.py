@@ -98,8 +98,8 @@ class Incidents:
         if self.investigation is not None:
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
-            self.investigation.note(optimizer, guard.last, is_pending=guard.is_pending)
-        if self._time_probe is not None and (alert := self._time_probe.look(optimizer, guard.last)) is not None:
+            self.investigation.note(optimizer, guard.outcome, is_pending=guard.is_pending)
+        if self._time_probe is not None and (alert := self._time_probe.look(optimizer, guard.outcome)) is not None:
             guard.notify(alert)
         self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
 

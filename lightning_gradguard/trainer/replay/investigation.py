@@ -26,7 +26,7 @@ from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
 from lightning_gradguard.policy import Action
-from lightning_gradguard.record import Measurement, Position, Record
+from lightning_gradguard.record import Measurement, Outcome, Position
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, average_over_ranks_, can_replay, compare
@@ -79,10 +79,10 @@ class Investigation:
         self._is_sharded = is_sharded([*module.parameters()])
         self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
 
-    def note(self, optimizer: Optimizer, record: Record | None, *, is_pending: bool = False) -> None:
-        """A step has been decided; where `is_pending`, the record is of the one before."""
+    def note(self, optimizer: Optimizer, outcome: Outcome | None, *, is_pending: bool = False) -> None:
+        """A step has been decided; where `is_pending`, the outcome is of the one before."""
         self._known = None
-        self.diagnosis.note(optimizer, record, is_pending=is_pending)
+        self.diagnosis.note(optimizer, outcome, is_pending=is_pending)
 
     def time_probe(self, action: Action) -> TimeProbe | None:
         """What looks whether gradients vanish in time, which no detector can see; None where nothing can be run again."""

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from lightning_gradguard.forensics.state import State
     from lightning_gradguard.policy import Action
-    from lightning_gradguard.record import Record
+    from lightning_gradguard.record import Outcome
     from lightning_gradguard.trainer.replay.replay import Replay
     from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
@@ -59,28 +59,28 @@ class TimeProbe:
         self._reaches: set[int] = set()
         self._has_recurrence = any(isinstance(part, (nn.RNNBase, nn.RNNCellBase)) for part in module.modules())
 
-    def look(self, optimizer: Optimizer, record: Record | None) -> Alert | None:
+    def look(self, optimizer: Optimizer, outcome: Outcome | None) -> Alert | None:
         """Count a step, and look into it if it is time to. All ranks count alike; a collective where they look.
 
         Args:
             optimizer: whose step it is.
-            record: of the last step that is known.
+            outcome: of the last step that is known.
 
         Returns:
             What fades over time by seven decades at both looks.
         """
-        if not self._has_recurrence or record is None:
+        if not self._has_recurrence or outcome is None:
             return None
         count = self._num_steps[id(optimizer)] = self._num_steps.get(id(optimizer), 0) + 1
         if count not in LOOKS or id(optimizer) in self._reaches:
             return None
-        culprit = None if record.decision.skip else self._agreed(self._find(optimizer, record.position.rank))
+        culprit = None if outcome.skip else self._agreed(self._find(optimizer, outcome.position.rank))
         if culprit is None:
             self._reaches.add(id(optimizer))
             return None
         if count != LOOKS[-1]:
             return None
-        position = record.position
+        position = outcome.position
         where = f"step {position.step}"
         if position.epoch is not None:
             where += f" (epoch {position.epoch}, batch {position.batch_idx})"

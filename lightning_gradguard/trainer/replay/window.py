@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +16,7 @@ _MAX_BATCHES = 64
 """Micro-batches kept at most; a longer window is replayed in part."""
 
 
-@dataclass(frozen=True, eq=False)
-class MicroBatch:
+class MicroBatch(NamedTuple):
     """One call of `training_step`.
 
     Attributes:

@@ -1,0 +1,61 @@
+"""A few elements of each weight, to see by how much a step moves it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+_SAMPLE = 128
+"""Elements of each matrix that are compared from step to step."""
+
+
+class WeightSamples:
+    """Copies of a few elements of each matrix of an optimizer, from before its last step that was applied."""
+
+    def __init__(self, named: Sequence[tuple[str, Tensor]], optimizer: Optimizer) -> None:
+        self._all = _parameters_of(optimizer)
+        mine = set(map(id, self._all))
+        self._parameters = [it for _, it in named if id(it) in mine and it.dim() >= 2 and _is_plain(it)]
+        self._views = [self.pick(parameter) for parameter in self._parameters]
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]
+        self._copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views]
+
+    def is_of(self, optimizer: Optimizer) -> bool:
+        """Whether the optimizer has the same parameters in the same place in memory as then."""
+        now = _parameters_of(optimizer)
+        is_same = len(now) == len(self._all) and all(map(operator.is_, now, self._all))
+        return is_same and [parameter.data_ptr() for parameter in self._parameters] == self._addresses
+
+    @staticmethod
+    def pick(tensor: Tensor) -> Tensor:
+        """Elements spread evenly over the storage of a dense tensor, as a view."""
+        count = min(_SAMPLE, tensor.numel())
+        return tensor.detach().as_strided((count,), (tensor.numel() // count,), tensor.storage_offset())
+
+    def take(self) -> None:
+        """Copy the elements as they are now."""
+        if self._views:
+            torch._foreach_copy_(self._copies, self._views)
+
+    def compare(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The elements then and now, float32; None where the parameter has other storage by now."""
+        for it, view, address, copy in zip(self._parameters, self._views, self._addresses, self._copies, strict=True):
+            if it is parameter:
+                return (copy.float(), view.float()) if it.data_ptr() == address else None
+        return None
+
+
+def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is an ordinary one whose storage has no gaps."""
+    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return 0 < tensor.numel() == span

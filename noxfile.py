@@ -1,15 +1,19 @@
 """Tests with other versions of Python, torch, Lightning, TensorBoard and NumPy; and of the package as it is published.
 
-`nox` runs the matrix, and writes its rows of docs/versions.md. `nox -s smoke` is its short form. A Python that is not on the
-machine is left out, and nox says so. `uv` makes the environments, since it can take the lowest versions that are allowed.
-`nox -s build wheel` makes sdist and wheel in `dist/`, and tries the wheel.
+`nox` runs the matrix, a test or two of each feature in every environment, and writes its rows of docs/versions.md. `nox -s
+smoke` does so with the oldest versions and the newest, and writes nothing. `nox -s suite` runs all tests of what depends on
+versions, for hours. A Python that is not there is left out, and nox says so. `uv` makes the environments, as it can take the
+lowest versions that are allowed. `nox -s build wheel` makes sdist and wheel in `dist/`, and tries the wheel.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import nox
@@ -18,6 +22,11 @@ nox.options.default_venv_backend = "uv"
 nox.options.download_python = "never"
 nox.options.error_on_missing_interpreters = False
 nox.options.sessions = ["matrix"]
+
+if shutil.which("pyenv") and "PYENV_VERSION" not in os.environ:
+    # It shows one version of Python unless it is told to show more.
+    versions = subprocess.run(["pyenv", "versions", "--bare"], capture_output=True, text=True, check=True)  # noqa: S607
+    os.environ["PYENV_VERSION"] = ":".join(reversed(versions.stdout.split()))
 
 OLDEST, NEWEST = "lowest-direct", "highest"
 
@@ -43,17 +52,26 @@ FOR_OLD_TENSORBOARD = "setuptools>=80,<81"
 SUITE = ("trainer", "cli", "sinks", "act", "clippers", "measure", "test_guard.py", "test_guard_skip.py")
 """Below `tests`: what depends most on the versions of Lightning and torch, and runs with either of Lightning's packages."""
 
+SMOKE = (
+    *SUITE,
+    "distributed",
+    "forensics/test_bundle.py",
+    "forensics/test_raw_loop.py",
+    "tensorboard_plugin/test_tab_data.py",
+)
+"""The same, for where the tests are that are marked `smoke`."""
+
 
 @nox.session
 @nox.parametrize("python,package,resolution", ENVIRONMENTS)
 def matrix(session: nox.Session, package: str, resolution: str) -> None:
-    """The suite, and a row of docs/versions.md."""
+    """A test or two of each feature, and a row of docs/versions.md."""
     _install(session, package, resolution)
     report = f"{session.create_tmp()}/report.xml"
     try:
-        _test(session, package, f"--junitxml={report}")
+        _test(session, package, SMOKE, "-m", "smoke", f"--junitxml={report}")
     finally:  # failures are for the table, too
-        session.run("python", "docs/versions_table.py", _name(session), report)
+        session.run("python", "docs/versions_table.py", session.name.removeprefix("matrix(").removesuffix(")"), report)
 
 
 @nox.session
@@ -61,7 +79,15 @@ def matrix(session: nox.Session, package: str, resolution: str) -> None:
 def smoke(session: nox.Session, package: str, resolution: str) -> None:
     """The same with the oldest versions and with the newest, without the row."""
     _install(session, package, resolution)
-    _test(session, package)
+    _test(session, package, SMOKE, "-m", "smoke")
+
+
+@nox.session
+@nox.parametrize("python,package,resolution", ENVIRONMENTS)
+def suite(session: nox.Session, package: str, resolution: str) -> None:
+    """All tests of what depends on versions, but for slow ones."""
+    _install(session, package, resolution)
+    _test(session, package, SUITE)
 
 
 @nox.session
@@ -105,11 +131,7 @@ def _install(session: nox.Session, package: str, resolution: str) -> None:
     session.install("-r", "pyproject.toml", "--extra=test-tools", "--extra=docs", *pins)
 
 
-def _test(session: nox.Session, package: str, *arguments: str) -> None:
+def _test(session: nox.Session, package: str, paths: Sequence[str], *arguments: str) -> None:
     name = {"lightning": "lightning.pytorch", "pytorch-lightning": "pytorch_lightning"}[package]
-    paths = [f"tests/{path}" for path in SUITE]
-    session.run("pytest", *paths, *arguments, *session.posargs, env={"GRADGUARD_TEST_PACKAGE": name})
-
-
-def _name(session: nox.Session) -> str:
-    return session.name.removeprefix("matrix(").removesuffix(")")
+    below = [f"tests/{path}" for path in paths]
+    session.run("pytest", *below, *arguments, *session.posargs, env={"GRADGUARD_TEST_PACKAGE": name})

@@ -85,6 +85,7 @@ def interleave(
     rounds: int,
     warmup: int,
     max_seconds: float | None = None,
+    min_rounds: int = 10,
     device: str = "cpu",
 ) -> Timings:
     """Run all variants once a round, each round in another order.
@@ -93,17 +94,20 @@ def interleave(
         variants: by name.
         rounds: rounds that count, >= 1.
         warmup: rounds before them that don't.
-        max_seconds: no new round begins after so long, but ten are run whatever they take; None: all rounds are run.
+        max_seconds: no new round begins after so long, and a quarter of it may go to the warm-up, of which two rounds are
+            run whatever they take; None: all rounds are run.
+        min_rounds: are run whatever they take.
         device: "cuda" waits for the device at both ends of each timing.
     """
     order, shuffle = list(variants), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in order}
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     with _no_garbage_collection():
-        for round_ in range(warmup + rounds):
-            if round_ == warmup:
-                begin = time.perf_counter()
-            elif round_ > warmup + 10 and max_seconds is not None and time.perf_counter() - begin > max_seconds:
+        begin, num_warm, num_counted = time.perf_counter(), 0, 0
+        while num_counted < rounds:
+            spent = 0.0 if max_seconds is None else (time.perf_counter() - begin) / max_seconds
+            is_warm = num_warm >= warmup or (num_warm >= 2 and spent > 0.25)
+            if num_counted >= min_rounds and spent > 1.0:
                 break
             shuffle(order)
             for name in order:
@@ -113,8 +117,10 @@ def interleave(
                 variants[name].run()
                 wait()
                 took = time.perf_counter() - start
-                if round_ >= warmup:
+                if is_warm:
                     seconds[name].append(took)
+            num_counted += is_warm
+            num_warm += not is_warm
             gc.collect()
     return Timings({name: np.array(values) for name, values in seconds.items()})
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from lightning_gradguard.policy import Action
     from lightning_gradguard.record import Decision, Measurement, Position, Record, Verdict
     from lightning_gradguard.recovery import Rollback
-    from lightning_gradguard.sinks import Sink
+    from lightning_gradguard.sinks import Notify, Sink
 
 __version__ = "0.1.0"
 
@@ -54,6 +54,7 @@ __all__ = [
     "GuardWarning",
     "Measurement",
     "NonFinite",
+    "Notify",
     "Overflow",
     "Position",
     "Record",
@@ -76,7 +77,7 @@ _MODULE_OF = {
     "alert": ["Alert", "Culprit"],
     "record": ["Decision", "Measurement", "Position", "Record", "Verdict"],
     "recovery": ["Rollback"],
-    "sinks": ["Sink"],
+    "sinks": ["Notify", "Sink"],
 }
 _HOME = {name: module for module, names in _MODULE_OF.items() for name in names}
 

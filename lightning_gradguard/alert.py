@@ -9,6 +9,12 @@ from typing import Any
 
 from lightning_gradguard.policy import Action
 
+KINDS = ("nonfinite", "explosion", "vanishing", "overflow", "update_ratio", "rollback", "snapshot", "checkpoint")
+"""Kinds of alerts that are not a user's own detector's."""
+
+KEPT = " It is kept for `gradguard replay "
+"""Begins the last sentence of a message about a step that is written to a file."""
+
 
 @dataclass(frozen=True)
 class ParameterReport:
@@ -93,6 +99,14 @@ class Culprit:
     factors: tuple[str, ...] = ()
     probable_samples: tuple[int, ...] | None = None
     frames: tuple[Frame, ...] = ()
+
+    @property
+    def in_words(self) -> str:
+        """As messages say it."""
+        if self.cause:
+            return f"cause: {self.cause}; {self.message}"
+        source = f" (`{self.source}`)" if self.source else ""
+        return f"culprit: {self.message}{source}"
 
 
 @dataclass(frozen=True)

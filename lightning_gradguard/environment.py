@@ -10,6 +10,7 @@ from torch.amp.grad_scaler import GradScaler
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.measure.scaling import Scaling
 from lightning_gradguard.policy import require_int
 from lightning_gradguard.record import Measurement, Position, Record
 from lightning_gradguard.report.reporter import Archive
@@ -37,6 +38,7 @@ class Environment:
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
         buffers: what the forward pass of a skipped step has changed.
         scaler: what scales the loss in fp16 training.
+        scaling: the same, where an engine has its own instead.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         clips_later: whether somebody else clips after the guard.
         can_defer: whether healthy steps may be judged later, several together; what is found is the same.
@@ -51,6 +53,7 @@ class Environment:
     log_every_n_steps: int
     buffers: Buffers
     scaler: GradScaler | None = None
+    scaling: Scaling | None = None
     listener: Callable[[Record], None] | None = None
     clips_later: bool = False
     can_defer: bool = False

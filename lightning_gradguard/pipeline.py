@@ -49,7 +49,9 @@ class Pipeline:
 
     def __init__(self, settings: Settings, parameters: WatchedParameters, environment: Environment) -> None:
         optimizer, scaler = parameters.optimizer, environment.scaler
-        scaling = LossScaling(scaler, optimizer) if scaler is not None and optimizer is not None else None
+        scaling = environment.scaling
+        if scaler is not None and optimizer is not None:
+            scaling = LossScaling(scaler, optimizer)
         self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
@@ -61,6 +63,7 @@ class Pipeline:
         self._reporter = Reporter(
             settings.sinks,
             scalar_interval=environment.log_every_n_steps,
+            limit=lambda: self._judge.last_limit,
             listener=environment.listener,
             archive=environment.archive,
             clips_later=environment.clips_later,
@@ -89,7 +92,7 @@ class Pipeline:
     @property
     def last(self) -> Record | None:
         """The last step."""
-        return self._reporter.last(self._last_limit)
+        return self._reporter.last
 
     @property
     def stopped_by(self) -> Alert | None:
@@ -134,13 +137,11 @@ class Pipeline:
         action = self._judge.damage_action
         if action is None:
             return None
-        _ = self.last  # so that the reporter knows it
         alert = alert_of(position, raised, action)
         return self._reporter.tell_exception(alert, position, self._parameters.layout, is_alone=is_alone)
 
     def pass_on(self, alert: Alert, position: Position) -> None:
         """Tell of an exception of which another rank has made an alert."""
-        _ = self.last
         self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
     @torch.no_grad()
@@ -166,7 +167,7 @@ class Pipeline:
         pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
         if pending.is_left_to_device and has_last:
             self._pending = pending
-            self._watch_update(is_applied=True)
+            self._watch_update()
             return
         is_wanted = histogram_is_due or self._raised is not None or not has_last or self._reporter.is_due(position)
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
@@ -181,20 +182,19 @@ class Pipeline:
         if can_defer and self._judge.defer(measurement):
             clipped = self._executor.finish_(pending, measurement, _APPLIED.decision)
             self.outcome = Outcome(pending.position, measurement)
-            self._watch_update(is_applied=True)
+            self._watch_update()
             self._reporter.note(DecidedStep(pending.position, measurement, _APPLIED, clipped.coef, clipped.norm))
             return
         judgement = self._judge.judge(measurement, is_repeated=is_repeated)
-        if self._raised is not None:
-            judgement = self._judge.tell_exception(judgement, self._raised.told_by)
-        known = None if self._raised is None else self._raised.culprit
-        culprit = known or self._culprit(pending.position, measurement, judgement)
-        self._raised = None
+        raised, self._raised = self._raised, None
+        if raised is not None:
+            judgement = self._judge.tell_exception(judgement, raised.told_by)
+        culprit = (raised and raised.culprit) or self._culprit(pending.position, measurement, judgement)
         clipped = self._executor.finish_(pending, measurement, judgement.decision)
         has_finding = any(verdict is not None for verdict in judgement.found)
         self.outcome = Outcome(pending.position, measurement, judgement.decision.skip, has_finding)
-        if not pending.is_left_to_device:
-            self._watch_update(is_applied=not judgement.decision.skip)
+        if not pending.is_left_to_device and not judgement.decision.skip:
+            self._watch_update()
         histograms = self._meter.histograms(pending.histogram, pending.present)
         step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
         self._reporter.report(step, replaces_last=is_repeated)
@@ -229,7 +229,6 @@ class Pipeline:
 
     def notify(self, alert: Alert) -> None:
         """Report something that is no finding about gradients; before the first step it waits for that."""
-        _ = self.last  # so that the reporter knows it
         self._reporter.notify(alert)
 
     def state_dict(self) -> dict[str, Any]:
@@ -261,7 +260,6 @@ class Pipeline:
 
     def return_to(self, state: dict[str, Any]) -> None:
         """Judge and clip as at a saved state; counts and alerts go on."""
-        _ = self.last  # so that the reporter knows it
         self._meter.forget()
         self.load_state_dict({**state, "totals": self._reporter.state_dict()})
 
@@ -275,15 +273,10 @@ class Pipeline:
         self._meter.forget()
         return True
 
-    def _last_limit(self) -> float:
-        self._judge.catch_up()
-        return self._judge.last_limit
-
-    def _watch_update(self, *, is_applied: bool) -> None:
+    def _watch_update(self) -> None:
         """Have the update of this step measured, if someone asks for it."""
-        if is_applied:
-            self._meter.start_sample_()
-        if is_applied and self._judge.needs_update():
+        self._meter.start_sample_()
+        if self._judge.needs_update():
             self._meter.start_update_()
 
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:

@@ -23,6 +23,7 @@ def snippets(path):
 PAGES = [path for path in (DOCS.parent / "README.md", *sorted(DOCS.glob("*.md"))) if snippets(path)]
 
 
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_page_has_snippets_that_run(path, tmp_path, monkeypatch):
     """One after another, as a reader would type them; those that need a model of the reader's are compiled."""

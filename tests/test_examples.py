@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_gradguard.sinks.console import in_short
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -100,6 +103,65 @@ def test_cli_reads_the_configuration(tmp_path):
     assert (tmp_path / "logs" / "cli").is_dir()
 
 
+def imported(name, monkeypatch, folder):
+    """An example as a module, run in a folder of the test's."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    monkeypatch.chdir(folder)
+    return importlib.import_module(name)
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_transformer_empty_text_is_named(tmp_path, monkeypatch):
+    """Text 101 is row 5 of batch 6, and its softmax has nothing to sum over."""
+    guard = imported("transformer_finetuning", monkeypatch, tmp_path).main(pretraining_epochs=1)
+    (alert,) = guard.alerts
+    assert (alert.step, guard.num_skipped, alert.culprit.op, alert.culprit.samples) == (6, 1, "_softmax", (5,))
+    assert alert.culprit.module == "blocks.0.attention"
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_gan_alert_names_optimizer_and_loss(tmp_path, monkeypatch):
+    """The generator's gradient vanishes with one loss, and not with the other."""
+    gan = imported("gan", monkeypatch, tmp_path)
+    alert = gan.main(saturating=True, num_steps=60).alerts[0]
+    assert (alert.kind, alert.optimizer, alert.culprit.cause) == ("vanishing", 0, "loss")
+    assert 0 not in [alert.optimizer for alert in gan.main(saturating=False, num_steps=60).alerts]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_diffusion_rows_of_the_first_level_are_named(tmp_path, monkeypatch):
+    """A division by zero at some rows; the cured schedule has none."""
+    diffusion = imported("diffusion", monkeypatch, tmp_path)
+    guard = diffusion.main(num_steps=10)
+    assert {alert.culprit.op for alert in guard.alerts} == {"div"}
+    assert all(alert.culprit.samples for alert in guard.alerts)
+    assert diffusion.main(least_noise=1e-3, num_steps=10).alerts == []
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_hugging_face_trainer_skips_one_step(tmp_path, monkeypatch):
+    """And trains to the end, clipped by the guard alone."""
+    pytest.importorskip("accelerate")
+    guard = imported("hugging_face", monkeypatch, tmp_path).main(num_steps=25)
+    assert (guard.num_steps, guard.totals.num_skipped, guard.totals.num_clipped) == (25, 1, 24)
+    assert [alert.step for alert in guard.alerts] == [20]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_notebook_cells_run_one_after_another(tmp_path, monkeypatch):
+    """And the row that its text names is the one that the alert names."""
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "examples" / "first_alert.ipynb").read_text(encoding="utf-8"))["cells"]
+    names = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            exec("".join(cell["source"]), names)
+    (first, second) = names["guard"].alerts
+    assert (first.batch_idx, second.batch_idx, first.culprit.samples) == (33, 33, (7,))
+    assert any("Row 7 of batch 33 is row 271" in "".join(cell["source"]) for cell in cells)
+
+
 def test_readme_is_read_in_two_minutes():
     """All else has a page in docs/."""
     assert len(README.splitlines()) <= 90
@@ -114,13 +176,13 @@ def test_readme_links_lead_to_files():
 
 @pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 def test_alert_in_readme_and_tutorial_is_what_the_example_says(tmp_path, monkeypatch):
-    """Word for word, but for the folder; and the cure raises none."""
+    """Word for word, as a terminal shows it; and the cure raises none."""
     monkeypatch.syspath_prepend(str(ROOT / "examples"))
     monkeypatch.chdir(tmp_path)
     import first_alert  # noqa: PLC0415
 
     (alert,) = first_alert.main(first_alert.Head()).alerts
-    text = f"{alert.message} {alert.remedy}".replace(f"{tmp_path}/", ".../")
+    text = " ".join(in_short(alert, coloured=False).split())
     for page in (README, (ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8")):
         assert text in " ".join(page.split())
     assert first_alert.main(first_alert.CuredHead()).alerts == []

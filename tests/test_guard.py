@@ -342,6 +342,7 @@ def test_sinks_intervals_off_are_never_due():
     assert not any(record.scalars_due or record.histograms for record in records)
 
 
+@pytest.mark.smoke
 def test_explosion_spike_is_found_and_skipped():
     """A hundred times the usual, after the warm-up; the limit was known before."""
     loop = Loop(explosion="skip")
@@ -398,6 +399,7 @@ def test_explosion_long_healthy_noise_raises_no_alarm(sigma):
     assert not any(record.verdicts for record in Loop().steps(norms))
 
 
+@pytest.mark.smoke
 def test_detector_of_the_users_own_acts_beside_the_three():
     """By its name in the alerts, with its action."""
 

@@ -56,6 +56,7 @@ ALONE = {
     "lightning_fabric": ("trainer.packages",),
     "tensorboard": ("sinks.event_files", "sinks.summaries", "sinks.tab", "sinks.tensorboard", "tensorboard_plugin"),
     "torch.utils.tensorboard": ("sinks.event_files", "sinks.tensorboard"),
+    "apprise": ("sinks.notify",),
     "typer": ("cli",),
     "rich": ("cli",),
 }
@@ -167,6 +168,7 @@ def test_imports_of_the_package_have_no_cycle():
         ("trainer.progress", "import pytorch_lightning"),
         ("trainer.progress", "importlib.import_module('lightning.pytorch')"),
         ("trainer.progress", "from lightning_fabric import Fabric"),
+        ("sinks.console", "import apprise"),
         ("sinks.jsonl", "from tensorboard.compat import proto"),
         ("sinks.tags", "from torch.utils.tensorboard import SummaryWriter"),
         ("tensorboard_plugin.data", "from lightning_gradguard.sinks import Sink"),

@@ -25,6 +25,8 @@ from lightning_gradguard.trainer.history import History
 
 STATES = Path(__file__).parent / "states"
 RELEASES = sorted(path.name for path in STATES.iterdir() if (path / "states.pt").exists())
+RATIOS = {"before_0_1_0": 5.0}
+"""Defaults of `Explosion` that have changed since."""
 SETTINGS = {
     "default": {},
     "norm": {"clip": 1.0, "explosion": "skip"},
@@ -56,6 +58,13 @@ def trained(num_steps=40, **settings):
     return guard, through_checkpoint(guard.state_dict())
 
 
+def with_ratio(ratio, *, explosion="warn", **settings):
+    """Settings under which `Explosion` had another default."""
+    max_norm = 100.0 if isinstance(explosion, Explosion) else None
+    action = "warn" if isinstance(explosion, Explosion) else explosion
+    return {**settings, "explosion": Explosion(action, ratio=ratio, max_norm=max_norm)}
+
+
 def limit_of(guard):
     """The norm that the next step may not exceed."""
     return min(detector.limit() for detector in guard._pipeline._judge._detectors)
@@ -78,7 +87,7 @@ def test_state_of_a_release_loads_and_decides_alike(release, name):
     """Without a warning; the next limit is the one that the release had."""
     saved = torch.load(STATES / release / "states.pt", weights_only=True)[name]
     history = History.from_state(saved["state"])
-    guard, _ = small_guard(**SETTINGS[name])
+    guard, _ = small_guard(**with_ratio(RATIOS.get(release, 6.0), **SETTINGS[name]))
     guard.load_state_dict(history.guards[0])
     assert limit_of(guard) == saved["limit"]
     assert guard.totals.num_skipped == 1

@@ -63,7 +63,20 @@ SECOND = frozenset({
     "deep_sigmoid_text", "fp16_underflow_for_good", "dead_block_later",
 })  # fmt: skip
 
-HALVES = {"tuning": TUNING, "opened": OPENED, "first test": TEST, "second test": SECOND}
+THIRD = frozenset({
+    # healthy
+    "nesterov_conv", "modular_sum", "plain_rnn_text", "distilled", "hinge", "pairs_of_samples", "adadelta_digits",
+    "nadam_text", "sign_descent", "penalty_sets_in", "side_branch_never_used",
+    # explosions
+    "summed_once", "raw_targets", "corrupted_matrix", "range_test_conv", "ascent_autoencoder", "growth_at_a_tiny_rate",
+    "rate_too_high_tanh", "rate_too_high_rnn",
+    # NaN, infinity, fp16
+    "missing_target", "fp16_inputs_too_large",
+    # vanishing
+    "deep_softsign", "gate_closes", "dead_recurrent_input",
+})  # fmt: skip
+
+HALVES = {"tuning": TUNING, "opened": OPENED, "first test": TEST, "second test": SECOND, "third test": THIRD}
 SEEDS = (0, 1, 2)
 FRESH_SEEDS = (3, 4, 5)
 """Of the healthy kinds only, to count false alarms once more."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks._report import table
-from benchmarks.forensics import dropped, layouts, places  # noqa: F401 - register their cases
+from benchmarks.forensics import architectures, dropped, layouts, objectives, places  # noqa: F401 - register their cases
 from benchmarks.forensics.labels import CASES, Case
 from benchmarks.forensics.run import Outcome, judge
 
@@ -56,11 +56,15 @@ def main() -> None:
         if outcomes:
             rows.append(row_of(group, outcomes))
     console.print(
-        table("Culprits", ["cases", "number", "exact", "samples", "wrong samples", "wrong guesses", "false"], rows)
+        table(
+            "Culprits",
+            ["cases", "number", "exact", "samples", "wrong samples", "wrong guesses", "false", "remedies that work"],
+            rows,
+        )
     )
 
 
-PARTS = ("dropped", "layouts", "places")
+PARTS = ("dropped", "layouts", "places", "architectures", "objectives")
 
 
 def tell(console: Console, outcome: Outcome, *, everything: bool) -> None:
@@ -69,6 +73,8 @@ def tell(console: Console, outcome: Outcome, *, everything: bool) -> None:
     culprit = outcome.culprit
     if culprit is not None and not outcome.case.has_open_samples and culprit.samples != outcome.case.samples:
         said.append(f"samples {culprit.samples}, probably {culprit.probable_samples}, truth {outcome.case.samples}")
+    if outcome.remedy not in ("", "works"):
+        said.append(f"the remedy {outcome.remedy}: {culprit.remedy if culprit else None}")
     if said or everything:
         console.print(f"{outcome.case.name}: {'; '.join(said) or 'as labelled'}", markup=False, soft_wrap=True)
         console.print(f"    {culprit.message if culprit else None}", markup=False, soft_wrap=True)
@@ -86,6 +92,7 @@ def row_of(group: str, outcomes: list[Outcome]) -> list[str]:
         str(sum(it.has_wrong_samples for it in outcomes)),
         str(sum(it.has_wrong_guess for it in outcomes)),
         str(sum(len(it.false) for it in outcomes)),
+        f"{sum(it.remedy == 'works' for it in outcomes)} of {sum(bool(it.remedy) for it in outcomes)}",
     ]
 
 

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from benchmarks.forensics.labels import Case
 from lightning_gradguard import GradGuard
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite.trial import Trial
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,14 @@ class Outcome:
         culprit: who was named; None if nobody was.
         wrong: what is not as the label has it, in words.
         false: statements that are not true.
+        remedy: "works", "fails" or "not applied"; "" where there is none.
     """
 
     case: Case
     culprit: Culprit | None
     wrong: tuple[str, ...]
     false: tuple[str, ...]
+    remedy: str = ""
 
     @property
     def has_wrong_samples(self) -> bool:
@@ -55,6 +58,16 @@ class Outcome:
 
 def judge(case: Case) -> Outcome:
     """One step, and what was said of it."""
+    culprit, has_alert = _fit(case)
+    if case.phase == "none":
+        return Outcome(case, culprit, () if not has_alert else ("an alert on a healthy step",), ())
+    if culprit is None:
+        return Outcome(case, None, ("nobody is named" if has_alert else "no alert",), ())
+    return Outcome(case, culprit, tuple(_wrong(case, culprit)), tuple(_false(case, culprit)), _try_remedy(case, culprit))
+
+
+def _fit(case: Case) -> tuple[Culprit | None, bool]:
+    """The culprit of one step, and whether there was an alert at all."""
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)  # noqa: NPY002 - what the cases draw from
@@ -67,12 +80,21 @@ def judge(case: Case) -> Outcome:
         warnings.simplefilter("ignore")
         trainer.fit(module, DataLoader([module.batch()], batch_size=None, collate_fn=lambda batch: batch))
     alerts = [alert for alert in guard.alerts if alert.kind == "nonfinite"]
-    culprit = alerts[0].culprit if alerts else None
-    if case.phase == "none":
-        return Outcome(case, culprit, () if not alerts else ("an alert on a healthy step",), ())
-    if culprit is None:
-        return Outcome(case, None, ("nobody is named" if alerts else "no alert",), ())
-    return Outcome(case, culprit, tuple(_wrong(case, culprit)), tuple(_false(case, culprit)))
+    return alerts[0].culprit if alerts else None, bool(alerts)
+
+
+def _try_remedy(case: Case, culprit: Culprit) -> str:
+    if culprit.phase not in ("forward", "backward") or not culprit.remedy:
+        return ""
+    trial = Trial(culprit)
+    try:
+        with trial:
+            _, has_alert = _fit(case)
+    except Exception as error:  # noqa: BLE001 - of whatever kind, the remedy is no good
+        return f"fails with {error}"
+    if not trial.is_whole:
+        return "not applied"
+    return "fails" if has_alert else "works"
 
 
 def _wrong(case: Case, culprit: Culprit):

@@ -17,6 +17,8 @@ from benchmarks.step import GUARD, HISTOGRAM_EVERY, LOG_EVERY, MAX_NORM, PLAIN, 
 from lightning_gradguard import GradGuard
 
 ROUNDS, WARMUP, NUM_BATCHES = 100, 10, 4
+MIN_ROUNDS = 5
+"""On a device so slow that there is no time for more; the interval beside the ratio then says how little that is."""
 
 
 class Timed(LightningModule):
@@ -82,6 +84,7 @@ def time_steps(training: Training, device: torch.device, *, max_seconds: float, 
             rounds=3 if is_dry else ROUNDS,
             warmup=2 if is_dry else WARMUP,
             max_seconds=max_seconds,
+            min_rounds=MIN_ROUNDS,
             device=device.type,
         )
         for trainer in trainers.values():

@@ -13,8 +13,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lightning_gradguard.alert import Alert
-from lightning_gradguard.cli.explain import KINDS
+from lightning_gradguard.alert import KINDS, Alert
 from lightning_gradguard.cli.terminal import cell, console, fail, nearest, print_json, remark, say
 from lightning_gradguard.files.json_lines import Reader
 

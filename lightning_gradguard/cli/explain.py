@@ -7,9 +7,6 @@ from pathlib import Path
 
 from lightning_gradguard.cli.terminal import fail, nearest
 
-KINDS = ("nonfinite", "explosion", "vanishing", "overflow", "update_ratio", "rollback", "snapshot", "checkpoint")
-"""Kinds of alerts that are not a user's own detector's."""
-
 _FILE = Path(__file__).with_name("explanations.md")
 
 

@@ -7,19 +7,18 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning_gradguard.detectors.base import Deferral, Detector
+from lightning_gradguard.detectors.growth import Growth
 from lightning_gradguard.detectors.parameter_outliers import ParameterOutliers
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
 from lightning_gradguard.statistics.baseline import LogBaseline
 from lightning_gradguard.statistics.baselines import LogBaselines
-from lightning_gradguard.statistics.trend import Trend
 
 _RECENT = 16
 _LATEST = 5
-_LOG_CEILING = math.log(5.0)  # in multiples of `ratio`
+_LOG_CEILING = math.log(4.0)  # in multiples of `ratio`
 _LOG_ABOVE_HIGH = math.log(4.0)
 _LOG_CLIMB = math.log(3.0)
-_LONE_GROWTH = 6.0  # in multiples of `ratio`
 _ROUNDING = 1e-9
 
 
@@ -33,7 +32,7 @@ class Explosion(Detector):
 
     Where gradients are very noisy, `z` deviations can be thousands of times the median, and nothing would be found. So once
     the window is full, the limit is at most four times its second largest norm (or `ratio` times the median, if that is
-    more), and at most five times `ratio` times its median: a spike of 30 times the usual norm is always found.
+    more), and at most four times `ratio` times its median: a spike of 30 times the usual norm is always found.
 
     Why these defaults: over 51 healthy and 36 exploding trainings the rule z > 8 with a ratio > 5 over the last 64
     norms raised no false alarm and found what any history-based rule on the global norm found; z > 6 alone raised two
@@ -43,7 +42,7 @@ class Explosion(Detector):
 
     A norm that grows by a few percent at every step is followed by any median. So a norm that has risen `ratio` times over
     64 steps, without a pause and together with the loss, is a hit as well, an advisory one (see below). So is one that has
-    risen six times `ratio` times, unless the loss falls.
+    risen five times `ratio` times, unless the loss falls.
 
     The same rule, with the median of the whole window alone, watches the norm of each parameter, if it carries at least
     `min_share` of the global norm. It must have left its history against the norm of all others, too: where a whole network
@@ -86,7 +85,7 @@ class Explosion(Detector):
         action: Action | ActionName = "warn",
         *,
         max_norm: float | None = None,
-        ratio: float | None = 5.0,
+        ratio: float | None = 6.0,
         z: float = 8.0,
         window: int = 64,
         warmup_steps: int = 16,
@@ -119,8 +118,7 @@ class Explosion(Detector):
         self._warmup_steps = warmup_steps
         self._adapt_after = adapt_after
         self._baseline = LogBaseline(window=window, recent=_RECENT)
-        self._trend = Trend()
-        self._grows = False
+        self._growth = Growth(ratio, kind=self.name)
         self._limit = self._max_norm
         self._flagged: list[float] = []
         self._parameters = None
@@ -142,7 +140,7 @@ class Explosion(Detector):
             return None
         if norm <= limit and not measurement.overflowed:
             self._flagged.clear()
-            if (growth := self._observe_growth(measurement)) is not None or self._parameters is None:
+            if (growth := self._growth.observe(measurement)) is not None or self._parameters is None:
                 return growth
             return self._parameters.observe(measurement)
         verdict = Verdict(
@@ -162,19 +160,17 @@ class Explosion(Detector):
 
     def learn(self, measurement: Measurement) -> None:
         """Take the norms into the history."""
-        norm = measurement.global_norm
-        self._baseline.add(norm)
-        has_block = self._trend.add(norm, measurement.loss)
-        self._grows = has_block and self._ratio is not None and self._is_growth(self._ratio)
+        self._baseline.add(measurement.global_norm)
+        self._growth.learn(measurement)
         self._set_limit()
         if self._parameters is not None:
             self._parameters.learn(measurement)
 
     def deferral(self) -> Deferral | None:
         """Until a block of the trend is complete or the parameters' limits change, up to what no limit can fall below."""
-        if self._grows:
+        if self._growth.is_due:
             return None
-        num_steps = self._trend.num_left
+        num_steps = self._growth.num_left
         if self._parameters is not None:
             num_steps = min(num_steps, self._parameters.num_left)
         if self._ratio is None:
@@ -197,8 +193,7 @@ class Explosion(Detector):
         self._flagged.clear()
         for measurement in measurements:
             self._baseline.add(measurement.global_norm)
-            if self._trend.add(measurement.global_norm, measurement.loss):
-                self._grows = self._ratio is not None and self._is_growth(self._ratio)
+            self._growth.learn(measurement)
         self._set_limit()
         if self._parameters is not None:
             self._parameters.catch_up(measurements)
@@ -208,7 +203,7 @@ class Explosion(Detector):
         return {
             "baseline": self._baseline.state_dict(),
             "flagged": list(self._flagged),
-            "trend": {**self._trend.state_dict(), "grows": self._grows},
+            "trend": self._growth.state_dict(),
             "parameters": None if self._parameters is None else self._parameters.state_dict(),
         }
 
@@ -216,44 +211,17 @@ class Explosion(Detector):
         """Continue from a saved state."""
         self._baseline.load_state_dict(state["baseline"])
         self._flagged = list(state["flagged"])
-        self._trend.load_state_dict(state["trend"])
-        self._grows = state["trend"]["grows"]
+        self._growth.load_state_dict(state["trend"])
         self._set_limit()
         if self._parameters is not None and state["parameters"] is not None:
             self._parameters.load_state_dict(state["parameters"])
-
-    def _is_growth(self, ratio: float) -> bool:
-        trend = self._trend
-        return trend.grows(by=ratio) or (trend.norm_grows(by=_LONE_GROWTH * ratio) and not trend.loss_has_fallen)
-
-    def _observe_growth(self, measurement: Measurement) -> Verdict | None:
-        if not self._grows or self._ratio is None:
-            return None
-        self._grows = False  # until the next block of steps is complete
-        norm_before, norm = self._trend.norm_ends
-        if (losses := self._trend.loss_ends) is None:
-            loss = "; the loss is not known"
-        else:
-            loss = f", and the loss has gone from {losses[0]:.3g} to {losses[1]:.3g}"
-        return Verdict(
-            kind=self.name,
-            value=norm,
-            limit=(1.0 if self._trend.grows(by=self._ratio) else _LONE_GROWTH) * self._ratio * norm_before,
-            message=(
-                f"the global gradient norm keeps growing, from {norm_before:.3g} to {norm:.3g} over the last 64 steps{loss}"
-            ),
-            remedy="Lower the learning rate, or end its warm-up earlier. Clipping alone only slows it down.",
-            parameters=measurement.largest(),
-            micro_batch=measurement.last_micro_batch,
-            is_advisory=True,
-        )
 
     def _set_limit(self) -> None:
         self._limit = self._max_norm
         if self._ratio is None or len(self._baseline) < self._warmup_steps:
             return
         center = self._baseline.median
-        if loss_falls := self._trend.loss_falls:
+        if loss_falls := self._growth.loss_falls:
             center = max(center, self._baseline.latest(_LATEST))
         log_limit = center + self._baseline.distance(self._ratio, self._z)
         if self._baseline.is_full:
@@ -274,8 +242,7 @@ class Explosion(Detector):
         if len(self._flagged) >= self._adapt_after:
             self._baseline.restart(self._flagged)
             self._flagged.clear()
-            self._trend.restart()
-            self._grows = False
+            self._growth.restart()
             self._set_limit()
             if self._parameters is not None:
                 self._parameters.forget()

@@ -23,6 +23,7 @@ from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damag
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
+from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import RandomState, State, unchanged
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Measurement, Position, Record
@@ -138,9 +139,19 @@ class RawLoop:
         if blame is None:
             return None
         suspects = suspects_of(blame, search.layout, search.rows, None)
-        return culprit_of(
-            blame, suspects, rank=position.rank, reproduced=reproduced, error=error, root=_name_of(self._replay)
-        )
+        root = _name_of(self._replay)
+        culprit = culprit_of(blame, suspects, rank=position.rank, reproduced=reproduced, error=error, root=root)
+        return tried(culprit, functools.partial(self._is_in_order, module)) if is_alone else culprit
+
+    def _is_in_order(self, module: nn.Module, context: AbstractContextManager[object]) -> bool:
+        """Whether no loss and no gradient is damaged in a replay inside a context."""
+        with torch.enable_grad(), torch.compiler.set_stance("force_eager"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with unchanged(module), context:
+                self._random.restore()
+                loss = run_step(self._replay, self._scaler)
+                values = [it.grad for it in self._parameters if it.grad is not None]
+                return all(bool(it.isfinite().all()) for it in ([] if loss is None else [loss]) + values)
 
     def _run(self, module: nn.Module, search: Search, batch: Variables) -> tuple[bool, float | None]:
         """One replay; whether it gave the gradients that are there, and their relative error."""
@@ -167,11 +178,13 @@ class RawLoop:
         return next((it for it in found if it.rank == first), found[0] if found else None)
 
 
-def run_step(replay: Callable[[], Tensor | None], scaler: GradScaler | None) -> None:
-    """Forward, and backward where the function has not run it."""
+def run_step(replay: Callable[[], Tensor | None], scaler: GradScaler | None) -> Tensor | None:
+    """Forward, and backward where the function has not run it; the loss, where it gives one."""
     loss = replay()
-    if isinstance(loss, Tensor):
-        (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    if not isinstance(loss, Tensor):
+        return None
+    (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
 
 
 def _variables_of(function: Any, depth: int = 0) -> Iterator[tuple[str, Any]]:

@@ -77,8 +77,13 @@ class Judge:
         self._looking = [detector for detector in detectors if type(detector).can_defer is not Detector.can_defer]
         self._deferral: Deferral | None = None
         self._deferred: list[Measurement] = []
-        self.last_limit = math.inf
-        """The global norm above which the last step would have been an explosion; once it has been caught up with."""
+        self._last_limit = math.inf
+
+    @property
+    def last_limit(self) -> float:
+        """The global norm above which the last step would have been an explosion."""
+        self.catch_up()
+        return self._last_limit
 
     def skip_threshold(self) -> SkipThreshold | None:
         """What decides whether the next step is skipped, if that is known before it; else None.
@@ -142,11 +147,11 @@ class Judge:
         return True
 
     def catch_up(self) -> None:
-        """Tell the detectors of the steps that were deferred; `last_limit` is known then."""
+        """Tell the detectors of the steps that were deferred."""
         deferred = self._take_deferred()
         if deferred:
             self._tell(deferred[:-1])
-            self.last_limit = self._limit()
+            self._last_limit = self._limit()
             self._tell(deferred[-1:])
 
     def _take_deferred(self) -> list[Measurement]:
@@ -181,7 +186,7 @@ class Judge:
         if not is_repeated:
             self._num_steps += 1
             self._streaks_before = self._streaks
-        limit = self.last_limit = self._limit()
+        limit = self._last_limit = self._limit()
         found = tuple(detector.observe(measurement) for detector in self._detectors)
         decision, self._streaks = decide(
             self._num_steps - 1,

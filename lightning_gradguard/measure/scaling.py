@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler, OptState
 
 
+class Scaling(Protocol):
+    """What a guard has to know of whoever scales the loss in fp16 training.
+
+    Attributes:
+        scales_losses: whether the losses that the guard is told of before a backward pass are scaled.
+    """
+
+    scales_losses: bool
+
+    @property
+    def scale(self) -> Tensor | None:
+        """The present scale, scalar; None before the first loss was scaled. No sync."""
+
+    def unscale_(self) -> None:
+        """Bring the optimizer's gradients to their true size, unless that has been done. In place, no sync."""
+
+
 class LossScaling:
-    """What a guard has to know of a GradScaler.
+    """A GradScaler's.
 
     Args:
         scaler: the one that scales the loss.
         optimizer: the one whose gradients are scaled.
     """
+
+    scales_losses = True
 
     def __init__(self, scaler: GradScaler, optimizer: torch.optim.Optimizer) -> None:
         self._scaler = scaler

@@ -14,7 +14,7 @@ from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.measure.histogram import HistogramMeter
 from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.scaling import Scaling
 from lightning_gradguard.measure.updates import UpdateMeter
 from lightning_gradguard.measure.weights import WeightMeter, learning_rate
 from lightning_gradguard.record import Histograms, Position
@@ -50,7 +50,7 @@ class StepMeter:
         log_interval: every how many steps the weights are measured for the logs, >= 0; 0: never.
     """
 
-    def __init__(self, parameters: WatchedParameters, scaling: LossScaling | None, *, log_interval: int = 0) -> None:
+    def __init__(self, parameters: WatchedParameters, scaling: Scaling | None, *, log_interval: int = 0) -> None:
         self._parameters = parameters
         self._scaling = scaling
         self._updates = UpdateMeter()
@@ -66,7 +66,7 @@ class StepMeter:
 
         Rank-local.
         """
-        scale = self._scaling.scale if self._scaling is not None else None
+        scale = self._scaling.scale if self._scaling is not None and self._scaling.scales_losses else None
         sofar = None
         if self._micro_batches or self._has_rivals:
             with torch.no_grad():

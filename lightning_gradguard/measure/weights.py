@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.measure.gradients import to_device
+from lightning_gradguard.measure.sample import sample, sample_stride
 from lightning_gradguard.measure.shards import Parameter
 
 _SAMPLE_SIZE = 1024
@@ -20,7 +21,7 @@ class WeightMeter:
     """Measures the 2-norm of all weights, and of the last update over it, for the logs only: nothing is judged by it.
 
     The update is estimated from up to 1,024 evenly spaced elements of each tensor, kept from one step to the next; a copy of
-    all weights would take as much memory as they do (`UpdateMeter` makes one where a detector asks for it). No sync.
+    all weights would take as much memory as they do. No sync.
     """
 
     def __init__(self) -> None:
@@ -86,12 +87,4 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def _sample(parameter: Tensor) -> Tensor:
-    """Evenly spaced elements in the order in which they lie in memory; a view, unless the tensor has holes."""
-    strides: tuple[int, ...] = parameter.stride()
-    order = sorted(range(parameter.ndim), key=lambda dim: -strides[dim])
-    flat = parameter.detach().permute(order).reshape(-1)
-    stride = max(flat.numel() // _SAMPLE_SIZE, 1)
-    # A stride that shares a divisor with the length of the rows would look at few of the columns only.
-    while stride > 1 and any(math.gcd(stride, size) > 1 for size in parameter.shape):
-        stride -= 1
-    return flat[::stride]
+    return sample(parameter.detach(), sample_stride(parameter.numel(), parameter.shape, _SAMPLE_SIZE))

@@ -96,7 +96,7 @@ def _done(action: Action, decision: Decision) -> str:
 
 
 def _alert(position: Position, verdict: Verdict, action: Action, culprit: Culprit | None, done: str) -> Alert:
-    named = f"; {_named(culprit)}" if culprit is not None else ""
+    named = f"; {culprit.in_words}" if culprit is not None else ""
     return Alert(
         time=time.time(),
         step=position.step,
@@ -120,13 +120,6 @@ def _remedy(verdict: Verdict, culprit: Culprit | None) -> str:
     """The culprit's own; one who is known to have made NaN has no other than that, as a guess may be wrong."""
     is_known = culprit is not None and (culprit.remedy or not culprit.cause)
     return culprit.remedy if culprit is not None and is_known else verdict.remedy
-
-
-def _named(culprit: Culprit) -> str:
-    if culprit.cause:
-        return f"cause: {culprit.cause}; {culprit.message}"
-    source = f" (`{culprit.source}`)" if culprit.source else ""
-    return f"culprit: {culprit.message}{source}"
 
 
 def _where(position: Position, micro_batch: int) -> str:

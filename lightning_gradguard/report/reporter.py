@@ -65,6 +65,7 @@ class Reporter:
     Args:
         sinks: where records go. One that fails can't hurt.
         scalar_interval: every how many steps scalars are due, >= 0; 0: never.
+        limit: gives the global norm above which the last step would have been an explosion.
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
@@ -76,6 +77,7 @@ class Reporter:
         sinks: Sequence[Sink],
         *,
         scalar_interval: int,
+        limit: Callable[[], float],
         listener: Callable[[Record], None] | None = None,
         archive: Archive | None = None,
         clips_later: bool = False,
@@ -83,6 +85,7 @@ class Reporter:
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
+        self._limit = limit
         self._listener = listener
         self._archive = archive
         self._clips_later = clips_later
@@ -130,16 +133,12 @@ class Reporter:
             self._num_noted = self._num_noted_clipped = 0
         return self._totals
 
-    def last(self, limit: Callable[[], float]) -> Record | None:
-        """The last step.
-
-        Args:
-            limit: gives the global norm above which it would have been an explosion, if it has only been noted.
-        """
+    @property
+    def last(self) -> Record | None:
+        """The last step; its record is made now if it has only been noted."""
         step, self._noted = self._noted, None
         if step is not None:
-            judgement = Judgement(limit(), (), Decision())
-            self._last = self._record(replace(step, judgement=judgement), ())
+            self._last = self._record(replace(step, judgement=Judgement(self._limit(), (), Decision())), ())
         return self._last
 
     def note(self, step: DecidedStep) -> None:
@@ -210,7 +209,7 @@ class Reporter:
         """
         if self._archive is not None and not is_archived:
             (alert,) = self._archive((alert,), is_alone=is_alone)
-        if self._last is None:
+        if self.last is None:
             nothing = np.zeros(len(layout.names))
             measurement = Measurement(layout, nothing, nothing.astype(bool), 0.0, num_micro_batches=0)
             self._last = Record(position, measurement, (), Decision(), None, None, math.inf, (), self.totals)
@@ -219,11 +218,11 @@ class Reporter:
 
     def notify(self, alert: Alert) -> None:
         """Report something that is no finding about gradients; before the first step it waits for that."""
-        if self._last is None:
+        if (last := self.last) is None:
             self._notices.append(alert)
             return
         self._totals = add_alert(self.totals, alert)
-        self._tell(replace(self._last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
+        self._tell(replace(last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, in plain types."""
@@ -231,7 +230,8 @@ class Reporter:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Count on from a saved state."""
-        self._noted, self._num_noted, self._num_noted_clipped = None, 0, 0
+        _ = self.last  # which stays
+        self._num_noted = self._num_noted_clipped = 0
         self._totals = Totals(**state)
 
     def close(self) -> None:

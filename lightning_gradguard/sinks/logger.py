@@ -10,11 +10,16 @@ from typing import Any, Protocol
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.layout import Floats
+from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Record
 from lightning_gradguard.sinks.tags import LoggedNorms, scalars, tag_prefix
 
 _MAX_ALERTS = 1000
 """Each is sent with every new one, so they can't be without end."""
+
+
+_SECONDS_BETWEEN_ALERTS = 60
+"""Of one title, in W&B."""
 
 
 class MetricsLogger(Protocol):
@@ -94,7 +99,9 @@ class CsvSink(LoggerSink):
 
 
 class WandbSink(LoggerSink):
-    """Weights & Biases: also histograms, and the last 1,000 alerts as a table.
+    """Weights & Biases: also histograms, the last 1,000 alerts as a table, and alerts from "skip" on as alerts of W&B.
+
+    W&B sends those on to Slack or by mail where the user has asked it to, one of a kind in a minute.
 
     Args:
         logger: Lightning's WandbLogger.
@@ -122,6 +129,15 @@ class WandbSink(LoggerSink):
         if record.alerts:
             self._rows.extend(_row(alert) for alert in record.alerts)
             self._wandb.log_text(key="gradguard/alerts", columns=list(self._COLUMNS), data=list(self._rows), step=step)
+        for alert in record.alerts:
+            if alert.action.skips:
+                self._tell(alert)
+
+    def _tell(self, alert: Alert) -> None:
+        level = "ERROR" if alert.action >= Action.STOP else "WARN"
+        text = f"{alert.message} {alert.remedy}".rstrip()
+        title = f"GradGuard: {alert.kind}, {alert.action}"
+        self._wandb.experiment.alert(title=title, text=text, level=level, wait_duration=_SECONDS_BETWEEN_ALERTS)
 
     def _draw(self, counts: Floats, edges: Floats) -> Any:
         return self._histogram(np_histogram=(counts, edges))

@@ -116,7 +116,7 @@ class Fit:
     def start(self) -> None:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
-        self._engine.refuse(trainer.optimizers, self._settings, rolls_back=options.snapshots is not None)
+        self._engine.refuse(trainer.optimizers, self._settings)
         self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
         self._incidents = Incidents(
             trainer,
@@ -139,7 +139,7 @@ class Fit:
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
         self._skipped = SkippedGradients(trainer)
-        self._follow_exceptions(self.guards, self._incidents)
+        self._raised = self._incidents.follow_exceptions(self.guards, self._step, self.step)
         if options.snapshots is not None:
             self._recovery = Recovery(
                 options.snapshots, trainer, module, self.guards, armed=options.armed, stop=lambda: request_stop(trainer)
@@ -263,8 +263,9 @@ class Fit:
             log_interval(self._trainer) if own is None else own,
             self._buffers,
             scaler_of(self._trainer),
+            self._engine.scaling,
             # Healthy steps are cheap where nobody wants to be told of each.
-            listener=self._note if self._options.snapshots is not None or self._quarantine is not None else None,
+            listener=self._note if self._listens else None,
             can_defer=True,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,
@@ -274,30 +275,19 @@ class Fit:
     def _watch(self, optimizer: Optimizer) -> WatchedParameters:
         return self._engine.watch(self._module, optimizer, self._settings.only)
 
+    @property
+    def _listens(self) -> bool:
+        return self._options.snapshots is not None or self._quarantine is not None or self._engine.scaling is not None
+
     def _note(self, record: Record) -> None:
         for part in (self._recovery, self._quarantine):
             if part is not None:
                 part.note(record)
-
-    def _follow_exceptions(self, guards: Guards, incidents: Incidents) -> None:
-        cause, find = incidents.exception_cause(), incidents.investigation
-        if cause is None or find is None:
-            return
-        self._raised = RaisedSteps(
-            self._trainer,
-            self._module,
-            guards,
-            cause,
-            self._options.skip_exceptions,
-            running=self._step,
-            step=self.step,
-            hand_in=find.hand_in,
-        )
 
     def _report_refused_save(self, message: str) -> None:
         if not self.guards:
             return
         guard = self.guards[0]
         remedy = "What was saved before stays. Find what damages the weights, and resume from there."
-        position = guard.last.position if guard.last is not None else Position(step=0)
+        position = Position(step=0) if guard.last is None else guard.last.position
         guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))

@@ -15,6 +15,7 @@ from lightning_gradguard.sinks import (
     JsonlSink,
     LoggerSink,
     MlflowSink,
+    Notify,
     Sink,
     TensorBoardSink,
     WandbSink,
@@ -42,6 +43,9 @@ def all_sinks(
     log_dir = trainer.log_dir
     if not trainer.is_global_zero:
         return ()
+    for each in own:
+        if isinstance(each, Notify) and log_dir is not None:
+            each.begin(str(log_dir))
     built_in: list[Sink] = []
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         if log_dir is not None:

@@ -94,6 +94,7 @@ def same(a, b):
     return a == b
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("bad", [4, 5, 0, 1])
 def test_sam_bad_evaluation_leaves_weights_state_and_settings_as_they_were(bad):
     """The first of a step or the second, also in the very first step."""

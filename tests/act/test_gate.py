@@ -38,6 +38,7 @@ KINDS = {
 FACTORS = [1.0, 2.0, math.nan, 1.0, 1e8, 1.0, math.inf, 3.0]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_deferred_steps_decide_as_those_decided_at_once(kind, clip, monkeypatch):
@@ -52,6 +53,7 @@ def test_deferred_steps_decide_as_those_decided_at_once(kind, clip, monkeypatch)
         assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("bad", [0, 1, 3])
 def test_lbfgs_bad_evaluation_undoes_the_whole_step(bad):
     """The closure runs several times; one of them turns out NaN, and the weights go back."""

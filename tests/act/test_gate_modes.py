@@ -138,6 +138,7 @@ def meta_step(optimizer_of, clipper):
     return choice.executor_for(gate, watched), meter.measure(Position(step=0))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("clipper", [None, ClipNorm(1.0), ClipNorm(1.0, norm_type=1.0)])
 def test_deciding_on_meta_reads_nothing(clipper, monkeypatch):
     """A healthy step of a fused optimizer has no sync: skip, clip and copy of the facts are queued."""

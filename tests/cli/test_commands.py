@@ -103,6 +103,7 @@ def test_replay_without_a_module_prints_the_report(call, tmp_path):
         assert text in done.output
 
 
+@pytest.mark.smoke
 def test_replay_with_a_module_names_the_culprit_again(call, tmp_path):
     """Operator, row and line."""
     done = call("replay", saved_bundle(tmp_path), "--module", "my_module:Divides")
@@ -151,6 +152,7 @@ def test_replay_of_another_file_is_refused(call, tmp_path):
     assert (done.exit_code, "can't be read" in done.output) == (2, True)
 
 
+@pytest.mark.smoke
 def test_doctor_tells_healthy_from_sick_by_exit_code(call, tmp_path):
     """0, 1, and 2 where the file can't be read."""
     layer = nn.Linear(2, 2)
@@ -166,6 +168,7 @@ def test_doctor_tells_healthy_from_sick_by_exit_code(call, tmp_path):
     assert "--trust" in objects.output
 
 
+@pytest.mark.smoke
 def test_command_runs_in_a_process_of_its_own(tmp_path):
     """As the entry point calls it."""
     written(tmp_path / "run", ALERT)

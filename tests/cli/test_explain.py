@@ -15,8 +15,9 @@ from typer.testing import CliRunner
 
 import lightning_gradguard.detectors
 from lightning_gradguard import Detector
+from lightning_gradguard.alert import KINDS
 from lightning_gradguard.cli.commands import app
-from lightning_gradguard.cli.explain import KINDS, explanations
+from lightning_gradguard.cli.explain import explanations
 
 FORENSICS = Path(lightning_gradguard.__file__).parent / "forensics"
 
@@ -26,6 +27,7 @@ def call(*arguments):
     return CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1"}).invoke(app, ["explain", *arguments])
 
 
+@pytest.mark.smoke
 def test_every_detector_of_the_package_is_explained():
     """By its name, which is the kind of its alerts."""
     for module in pkgutil.iter_modules(lightning_gradguard.detectors.__path__):

@@ -59,6 +59,7 @@ def run(*arguments: object):
     return CliRunner().invoke(app, ["report", *map(str, arguments)])
 
 
+@pytest.mark.smoke
 def test_report_of_a_damaged_run_has_verdict_settings_and_plots(logs, tmp_path):
     """In one HTML file, with the plots in it."""
     done = run(logs / "damaged", "-o", tmp_path / "r.html")

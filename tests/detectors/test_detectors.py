@@ -83,7 +83,7 @@ def test_explosion_default_warms_up_for_sixteen_steps():
         judge(detector, measurement([1.0]))
         assert detector.limit() == math.inf
     judge(detector, measurement([1.0]))
-    assert detector.limit() == pytest.approx(5.0)
+    assert detector.limit() == pytest.approx(6.0)
 
 
 @examples
@@ -132,8 +132,8 @@ def test_explosion_limit_equals_an_independent_formula(seed):
     logs = np.log(norms[-64:])
     mad = max(np.median(np.abs(logs - np.median(logs))), 0.1)
     center = max(np.median(logs), np.median(logs[-16:]))
-    limit = np.exp(center) * max(5.0, np.exp(8 * 1.4826 * mad))
-    ceiling = min(25.0 * np.exp(np.median(logs)), max(5.0 * np.exp(center), 4.0 * np.sort(norms[-64:])[-2]))
+    limit = np.exp(center) * max(6.0, np.exp(8 * 1.4826 * mad))
+    ceiling = min(24.0 * np.exp(np.median(logs)), max(6.0 * np.exp(center), 4.0 * np.sort(norms[-64:])[-2]))
     assert detector.limit() == pytest.approx(min(limit, ceiling), rel=1e-9)
 
 
@@ -205,7 +205,7 @@ def test_vanishing_dead_module_is_named():
     step = measurement([0.0, 0.0, 1.0, 1.0], loss=1.0)
     assert detector.observe(step) is None
     message = detector.observe(step).message
-    assert "`layers.1` and 1 modules before it has been exactly zero for 2 steps" in message
+    assert "`layers.1` and 1 module before it has been exactly zero for 2 steps" in message
 
 
 def test_vanishing_frozen_module_is_no_hit():

@@ -16,17 +16,24 @@ from typing import Any
 os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.utilities.seed import reset_seed
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from lightning_package import Checkpoint, DDPStrategy, DeepSpeedStrategy, LightningEnvironment, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
-from lightning_gradguard import AGC, AdaGC, ClipNorm, ClipValue, Explosion, GradGuard, GradientError, Guard, UpdateRatio
+from lightning_gradguard import (
+    AGC,
+    AdaGC,
+    ClipNorm,
+    ClipValue,
+    Explosion,
+    GradGuard,
+    GradientError,
+    Guard,
+    Rollback,
+    UpdateRatio,
+)
 from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.trainer.conflicts import ConflictError
 
@@ -50,7 +57,6 @@ class CPUStrategy(DeepSpeedStrategy):
         import deepspeed.comm.torch  # noqa: PLC0415
 
         deepspeed.comm.torch.build_shm_op = lambda: None  # gloo does
-        reset_seed()
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
@@ -176,7 +182,7 @@ class Digests(Checkpoint):
         self._note(trainer)
 
     def _note(self, trainer: Trainer) -> None:
-        inner = trainer.optimizers[0].optimizer
+        inner = getattr(trainer.optimizers[0], "optimizer", trainer.optimizers[0])
         tensors = [*whole_weights(trainer), *getattr(trainer.optimizers[0], "fp32_partitioned_groups_flat", [])]
         tensors += [parameter for group in inner.param_groups for parameter in group["params"]]
         tensors += [state[key] for state in inner.state.values() for key in sorted(state)]
@@ -186,7 +192,7 @@ class Digests(Checkpoint):
 
 def faulty(stage: int, action: str = "skip", *, offload: bool = False, at: int = 2, **settings: Any) -> dict[str, Any]:
     """A NaN loss on rank 1 alone, in batch `at` of six: what was decided, and what each batch has moved."""
-    watch, guard = Digests(), GradGuard(nonfinite=action)
+    watch, guard = Digests(), GradGuard(nonfinite=action, rollback=settings.pop("rollback", None))
     module = Student(spoil=lambda index, rank, loss: loss * math.nan if (index, rank) == (at, 1) else loss)
     engine = strategy(stage, offload=offload)
     error = None
@@ -195,6 +201,7 @@ def faulty(stage: int, action: str = "skip", *, offload: bool = False, at: int =
     except GradientError as raised:
         error = raised
     return {
+        "digests": watch.digests,
         "moved": [before != after for before, after in itertools.pairwise(watch.digests)],
         "num_skipped": guard.num_skipped,
         "alerts": [[alert.kind, alert.action.value, alert.step, alert.micro_batch, alert.rank] for alert in guard.alerts],
@@ -219,6 +226,33 @@ def exploded(stage: int, **settings: Any) -> dict[str, Any]:
     return {
         "moved": [before != after for before, after in itertools.pairwise(watch.digests)],
         "num_skipped": guard.num_skipped,
+        "engine": [engine.model.global_steps, engine.model.skipped_steps],
+    }
+
+
+def rolled_back(stage: int, directory: Path | None = None, **settings: Any) -> dict[str, Any]:
+    """A rollback in batch 4; snapshots after batches 1 and 3, of which the first is confirmed."""
+    how = Rollback(every_n_steps=2, confirm_steps=1, skip_batches=0, lr_factor=0.5, cooldown_steps=1, directory=directory)
+    return faulty(stage, "rollback", at=4, rollback=how, **settings)
+
+
+def fp16(stage: int, *, power: int = 8, offload: bool = False) -> dict[str, Any]:
+    """In batch 6 of eight a loss that only the guard finds too large; the loss scale begins with a power of two."""
+    records: list[Any] = []
+    watch = Digests()
+    guard = GradGuard(explosion=Explosion("skip", max_norm=10.0), vanishing=None, sinks=[records.append])
+    scaling = {"enabled": True, "loss_scale": 0, "initial_scale_power": power, "hysteresis": 1, "loss_scale_window": 1000}
+    engine = strategy(stage, offload=offload, more={"fp16": scaling})
+    module = Student(spoil=lambda index, rank, loss: loss * (40.0 if index == 6 else 1.0))
+    train(module, engine, guard, watch, count=8, precision="16-true")
+    return {
+        "overflows": [record.measurement.is_scaler_overflow for record in records],
+        "skipped": [record.decision.skip for record in records],
+        "norms": [record.measurement.global_norm for record in records],
+        "alerts": [alert.kind for alert in guard.alerts],
+        "moved": [before != after for before, after in itertools.pairwise(watch.digests)],
+        "scales": [record.measurement.loss_scale for record in records],
+        "scale": engine.model.optimizer.loss_scale,
         "engine": [engine.model.global_steps, engine.model.skipped_steps],
     }
 
@@ -354,13 +388,14 @@ def refused() -> dict[str, str]:
     clips = strategy(2, more={"gradient_clipping": 1.0})
     cases = {
         "clip": (clips, GradGuard(clip=1.0)),
-        "rollback": (strategy(2), GradGuard(nonfinite="rollback")),
-        "stage": (strategy(0), GradGuard()),
+        "stage": (strategy(0, more={"bf16": {"enabled": True}}), GradGuard()),
+        "fp16": (strategy(2, more={"fp16": {"enabled": True}}), GradGuard(clip=1.0)),
     }
+    precisions = {"stage": "bf16-true", "fp16": "16-true"}
     found = {}
     for name, (engine, guard) in cases.items():
         try:
-            train(Student(), engine, guard, count=1)
+            train(Student(), engine, guard, count=1, precision=precisions.get(name))
         except ConflictError as error:  # noqa: PERF203
             found[name] = str(error)
     return found
@@ -371,7 +406,8 @@ def play(names: list[str], folder: str) -> dict[str, Any]:
     found = {}
     for name in names:
         try:
-            found[name] = SCENARIOS[name](Path(folder)) if name.startswith("resumed") else SCENARIOS[name]()
+            uses_disk = name.startswith(("resumed", "disk"))
+            found[name] = SCENARIOS[name](Path(folder)) if uses_disk else SCENARIOS[name]()
         except Exception:  # noqa: BLE001, PERF203 - it is the finding, and the others go on
             found[name] = {"error": traceback.format_exc()}
     return found
@@ -395,8 +431,28 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
             "healthy-offload": functools.partial(healthy, offload=True),
             "skip-offload": functools.partial(faulty, offload=True),
             "exploded-offload": functools.partial(exploded, offload=True),
+            "rollback": rolled_back,
+            "rollback-offload": functools.partial(rolled_back, offload=True),
+            "rollback-bf16": functools.partial(rolled_back, precision="bf16-true"),
+            "fp16": fp16,
+            "fp16-offload": functools.partial(fp16, offload=True),
+            "fp16-overflow": functools.partial(fp16, power=20),
         }.items()
         for stage in (1, 2, 3)
+    },
+    **{f"disk-{stage}": lambda folder, stage=stage: rolled_back(stage, folder / f"disk{stage}") for stage in (1, 3)},
+    **{
+        f"{what}-0": functools.partial(work, 0)
+        for what, work in {
+            "healthy": healthy,
+            "skip": faulty,
+            "stop": functools.partial(faulty, action="stop"),
+            "raise": functools.partial(faulty, action="raise"),
+            "clipped": clipped,
+            "accumulated": accumulated,
+            "resumed": resumed,
+            "rollback": rolled_back,
+        }.items()
     },
     "refused": refused,
 }

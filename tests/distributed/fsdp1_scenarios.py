@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import math
 import tempfile
@@ -14,9 +15,7 @@ from typing import Any
 
 import torch
 from fsdp1 import CPUPrecision, CPUStrategy
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning_package import Callback, Checkpoint, LightningEnvironment, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -100,9 +99,10 @@ def train(module: Student, strategy: CPUStrategy, *callbacks: Any, count: int = 
         enable_model_summary=False,
         default_root_dir=tempfile.gettempdir(),
     )
-    trainer.fit(
-        module, DataLoader(batches(count), batch_size=None), ckpt_path=ckpt_path, weights_only=False if ckpt_path else None
-    )
+    how = {} if ckpt_path is None else {"ckpt_path": ckpt_path}
+    if how and "weights_only" in inspect.signature(trainer.fit).parameters:  # from Lightning 2.6 on
+        how["weights_only"] = False
+    trainer.fit(module, DataLoader(batches(count), batch_size=None), **how)
     return trainer
 
 

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
+from lightning_package import DDPStrategy, LightningEnvironment, LightningModule, Trainer
 from torch import Tensor, distributed, nn
 from torch.utils.data import DataLoader
 

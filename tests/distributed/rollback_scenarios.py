@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Checkpoint
+from lightning_package import Checkpoint, LightningEnvironment, Trainer
 from scenarios import Student, _batches, _strategy, _whole
 from torch import Tensor, distributed
 from torch.distributed.tensor import DTensor

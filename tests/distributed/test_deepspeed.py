@@ -14,6 +14,8 @@ if find_spec("deepspeed") is None:
 from deepspeed_scenarios import CLIPPERS, NUM_STEPS, SCENARIOS, Student, play, reference_clipped, reference_norms
 
 STAGES = (1, 2, 3)
+HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
+"""Of the processor; DeepSpeed asks for it."""
 EXPECTED = {"skip": ([True, True, False, True, True, True], None, None), "stop": ([True, True, False], 2, None)}
 EXPECTED["raise"] = ([True, True], 2, 2)
 
@@ -23,7 +25,8 @@ def played(once_on_ranks, tmp_path_factory):
     """Plays all scenarios in one process group, and looks one up."""
 
     def find(name):
-        ranks = once_on_ranks("deepspeed", 2, play, list(SCENARIOS), str(tmp_path_factory.mktemp("deepspeed")))
+        names = [each for each in SCENARIOS if HAS_FP16 or not each.startswith("fp16")]
+        ranks = once_on_ranks("deepspeed", 2, play, names, str(tmp_path_factory.mktemp("deepspeed")))
         for rank, found in enumerate(found[name] for found in ranks):
             assert "error" not in found, f"rank {rank}: {found['error']}"
         return [found[name] for found in ranks]
@@ -36,8 +39,12 @@ def _clipped():
     return reference_clipped()
 
 
-@pytest.mark.parametrize("kind", ["healthy", "healthy-offload"])
-@pytest.mark.parametrize("stage", STAGES)
+HEALTHY = pytest.mark.parametrize(
+    ("stage", "kind"), [(0, "healthy"), *((stage, kind) for stage in STAGES for kind in ("healthy", "healthy-offload"))]
+)
+
+
+@HEALTHY
 def test_deepspeed_norms_are_those_of_one_process_over_twenty_steps(stage, kind, played):
     """Of each parameter, within 1e-6, also where it does not divide by the number of ranks; with its name and whole size."""
     found = played(f"{kind}-{stage}")[0]
@@ -50,8 +57,7 @@ def test_deepspeed_norms_are_those_of_one_process_over_twenty_steps(stage, kind,
     assert float(((norms - expected) / expected).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["healthy", "healthy-offload"])
-@pytest.mark.parametrize("stage", STAGES)
+@HEALTHY
 def test_deepspeed_healthy_training_is_the_one_without_a_guard(stage, kind, played):
     """To the last bit, on each rank, without an alert."""
     for rank in played(f"{kind}-{stage}"):
@@ -70,6 +76,15 @@ def test_deepspeed_nan_loss_on_one_rank_changes_nothing_on_any(stage, kind, play
         assert rank["engine"] == {"skip": [6, 1], "stop": [3, 1], "raise": None}[action]
 
 
+@pytest.mark.parametrize("action", EXPECTED)
+def test_deepspeed_without_zero_nan_loss_changes_nothing(action, played):
+    """Nothing is stepped there, so that DeepSpeed has nothing to count."""
+    for rank in played(f"{action}-0"):
+        assert (rank["moved"], rank["stopped_at"], rank["raised_at"]) == EXPECTED[action]
+        assert rank["alerts"] == [["nonfinite", action, 2, 0, 1]]
+        assert rank["engine"] == {"skip": [6, 0], "stop": [3, 0], "raise": None}[action]
+
+
 @pytest.mark.parametrize("kind", ["exploded", "bf16", "exploded-offload"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_deepspeed_step_that_the_guard_alone_finds_bad_is_skipped_by_deepspeed(stage, kind, played):
@@ -81,7 +96,7 @@ def test_deepspeed_step_that_the_guard_alone_finds_bad_is_skipped_by_deepspeed(s
 
 
 @pytest.mark.parametrize("clipper", CLIPPERS)
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, *STAGES])
 def test_deepspeed_clippers_clip_as_on_whole_gradients(stage, clipper, played):
     """Factor and norm after it, step by step, and the weights that come of it, as in one process."""
     found, expected = played(f"clipped-{stage}")[0][clipper], _clipped()[clipper]
@@ -91,7 +106,7 @@ def test_deepspeed_clippers_clip_as_on_whole_gradients(stage, clipper, played):
     assert float(steps[:, 0].min()) < 1.0
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, *STAGES])
 def test_deepspeed_accumulation_is_one_decision_a_window(stage, played):
     """Though the Trainer calls for each micro-batch; the alert names the one whose loss was NaN."""
     ranks = played(f"accumulated-{stage}")
@@ -100,7 +115,7 @@ def test_deepspeed_accumulation_is_one_decision_a_window(stage, played):
     for rank in ranks:
         assert rank["alerts"] == [["nonfinite", "skip", 1, 1, 1]]
         assert rank["moved"] == [False, True, False, False, False, True]
-        assert rank["engine"] == [3, 1]
+        assert rank["engine"] == [3, 1 if stage else 0]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -128,7 +143,7 @@ def test_deepspeed_gradients_are_never_gathered(stage, played):
         assert 0 < rank["largest"] < 143
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, *STAGES])
 def test_deepspeed_resumed_run_clips_and_trains_as_in_one_go(stage, played):
     """To the last bit."""
     ranks = played(f"resumed-{stage}")
@@ -140,11 +155,58 @@ def test_deepspeed_resumed_run_clips_and_trains_as_in_one_go(stage, played):
     ("what", "message"),
     [
         ("clip", "`gradient_clipping` must be unset where GradGuard clips, got 1.0"),
-        ("rollback", "The action 'rollback' must not be used under DeepSpeed"),
-        ("stage", "must be of stage 1, 2 or 3 for GradGuard, got an optimizer of type AdamW"),
+        ("fp16", "`clip` must be None under DeepSpeed in fp16"),
+        ("stage", "must be of stage 1, 2 or 3 for GradGuard in bf16 and fp16, got an optimizer of type"),
     ],
 )
 def test_deepspeed_refuses_what_it_does_itself_or_hides(what, message, played):
     """With the setting to change."""
+    if what == "fp16" and not HAS_FP16:
+        pytest.skip("needs a processor with fp16")
     for rank in played("refused"):
         assert message in rank[what]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rollback-0",
+        "disk-1",
+        "disk-3",
+        *(f"rollback{kind}-{stage}" for kind in ("", "-offload", "-bf16") for stage in STAGES),
+    ],
+)
+def test_deepspeed_rollback_brings_each_ranks_part_back(name, played):
+    """After batch 4 all weights, those in fp32 too, and the optimizer's state are those after batch 1."""
+    for rank in played(name):
+        assert rank["digests"][5] == rank["digests"][2] != rank["digests"][4]
+        assert [alert[:2] for alert in rank["alerts"]] == [["nonfinite", "rollback"], ["rollback", "rollback"]]
+
+
+@pytest.mark.skipif(not HAS_FP16, reason="needs a processor with fp16")
+@pytest.mark.parametrize("kind", ["fp16", "fp16-offload"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_fp16_skip_of_the_guards_leaves_the_loss_scale(stage, kind, played):
+    """Norms are of true gradients; what DeepSpeed would take for an overflow is none."""
+    ranks = played(f"{kind}-{stage}")
+    for rank in ranks:
+        assert rank["moved"] == [True] * 6 + [False, True]
+        assert rank["alerts"] == ["explosion"]
+        assert (rank["scale"], rank["engine"]) == (2.0**8, [8, 1])
+    expected = torch.tensor(reference_norms()[:3]).norm(dim=1)
+    torch.testing.assert_close(torch.tensor(ranks[0]["norms"][:3]), expected, rtol=0.01, atol=0.0)
+
+
+@pytest.mark.skipif(not HAS_FP16, reason="needs a processor with fp16")
+@pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_fp16_overflow_is_no_alert_and_lowers_the_loss_scale(stage, played):
+    """By half each time, until it fits."""
+    ranks = played(f"fp16-overflow-{stage}")
+    overflows = ranks[0]["overflows"]  # sinks are the first rank's
+    num_overflows = sum(overflows)
+    assert overflows[:2] == [True, True]
+    for rank in ranks:
+        assert rank["scale"] == 2.0 ** (20 - num_overflows)
+        assert rank["moved"] == [not is_overflow for is_overflow in overflows]
+        assert rank["moved"][5]
+        assert (rank["alerts"], rank["engine"]) == ([], [8, num_overflows])

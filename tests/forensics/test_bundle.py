@@ -113,6 +113,7 @@ def test_file_that_is_no_bundle_is_refused(tmp_path):
         Bundle.load(tmp_path / "x.pt")
 
 
+@pytest.mark.smoke
 def test_rerun_names_the_operator_and_the_row():
     """On a fresh module, without a Trainer; the module's buffers are as they were then."""
     torch.manual_seed(0)

@@ -28,6 +28,7 @@ def histograms(*grads, sample_size=None):
     return meter.read(meter.count(gradients), gradients.present, layout)
 
 
+@pytest.mark.smoke
 @examples
 @given(st.lists(st.lists(st.tuples(INSIDE, st.sampled_from([-1, 1])), min_size=1, max_size=20), min_size=1, max_size=4))
 def test_histogram_counts_equal_numpy(rows):

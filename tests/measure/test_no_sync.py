@@ -34,6 +34,7 @@ def meta_parameters(dtypes):
     return parameters
 
 
+@pytest.mark.smoke
 @every_mix
 def test_measure_on_meta_reads_nothing(dtypes):
     """Norms, losses and loss scale of three micro-batches."""

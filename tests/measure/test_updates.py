@@ -11,6 +11,7 @@ import torch
 from builders import measurement, mlp, through_checkpoint
 
 from lightning_gradguard import Guard, UpdateRatio
+from lightning_gradguard.measure.sample import sample, sample_stride
 from lightning_gradguard.measure.updates import UpdateMeter
 
 
@@ -39,6 +40,7 @@ def expected(before, after):
     return float((after - before).norm() / max(float(before.norm()), math.sqrt(len(before) / 3)))
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("settings", [{}, {"momentum": 0.9}, {"fused": True}, {"foreach": True}])
 def test_update_ratio_measured_equals_its_definition(settings):
     """Of the step before; vectors have none."""
@@ -92,6 +94,10 @@ def test_updates_are_measured_early_at_each_turn_and_after_a_finding():
     assert detector.needs_update()
 
 
+CALM = [1e-3] * 10
+"""The first ten steps, for which other limits hold."""
+
+
 def judged(detector, ratios):
     """The steps with a hit."""
     steps = [replace(measurement([1.0, 1.0]), update_ratios=torch.tensor([math.nan, ratio]).numpy()) for ratio in ratios]
@@ -100,15 +106,23 @@ def judged(detector, ratios):
 
 def test_update_ratio_in_a_row_is_a_hit():
     """Three of 0.5, or one of 1.5; a step that was not applied is neither a hit nor a break."""
-    assert judged(UpdateRatio(), [0.5, 0.5, 0.1, 0.5, 0.5, 0.0, 0.5, 0.5, 0.1]) == [6, 7]
-    assert judged(UpdateRatio(), [0.1, 1.5, 0.1]) == [1]
+    assert judged(UpdateRatio(), [*CALM, 0.5, 0.5, 0.1, 0.5, 0.5, 0.0, 0.5, 0.5, 0.1]) == [16, 17]
+    assert judged(UpdateRatio(), [*CALM, 0.1, 1.4, 0.1]) == [11]
+
+
+def test_update_ratio_among_the_first_steps_has_wider_limits():
+    """One of 1.6, or five in a row, as optimizers of Adam's family begin with long steps."""
+    assert judged(UpdateRatio(), [0.9, 1.4, 0.1, 1.6, 0.1]) == [3]
+    assert judged(UpdateRatio(), [0.5] * 7) == [4, 5, 6]
+    assert judged(UpdateRatio(persistence=1), [0.5] * 4) == [2, 3]
 
 
 def test_update_ratio_that_settles_is_no_hit():
     """Adagrad begins with long steps, each shorter than the one before; what stays high, or grows, is found."""
-    assert judged(UpdateRatio(), [0.85, 0.48, 0.39, 0.32, 0.27]) == []
-    assert judged(UpdateRatio(), [0.4, 0.38, 0.35]) == [2]
-    assert judged(UpdateRatio(), [0.31, 0.35, 0.4]) == [2]
+    for before in ([], CALM):
+        assert judged(UpdateRatio(), [*before, 0.85, 0.48, 0.39, 0.32, 0.31, 0.27]) == []
+    assert judged(UpdateRatio(), [*CALM, 0.4, 0.38, 0.35]) == [12]
+    assert judged(UpdateRatio(), [*CALM, 0.31, 0.35, 0.4]) == [12]
 
 
 def test_update_ratio_that_comes_near_is_measured_at_each_step():
@@ -196,3 +210,37 @@ def test_update_meter_takes_every_dtype(dtype):
     meter.start_([weight])
     weight += 0.25
     assert float(meter.read_([weight])) == pytest.approx(0.125)
+
+
+@pytest.mark.parametrize("shape", [(64, 128), (257, 384), (16, 8, 3, 3), (3000, 50)])
+def test_update_meter_of_a_large_matrix_estimates_its_ratio(shape):
+    """From a sample, to a few percent, for a dense update; also where its memory is laid out otherwise."""
+    torch.manual_seed(0)
+    for weight in (torch.randn(shape), torch.randn(shape[::-1]).permute(*reversed(range(len(shape))))):
+        before, meter = weight.clone(), UpdateMeter()
+        parameters = [weight, torch.ones(3)]
+        meter.start_(parameters)
+        weight.add_(torch.randn(shape), alpha=0.1)
+        found = meter.read_(parameters)
+        assert float(found[0]) == pytest.approx(expected(before, weight), rel=0.15)
+        assert found[1].isnan()
+
+
+@pytest.mark.parametrize("numel", [1, 511, 512, 8_192, 100_000])
+def test_sample_is_spread_over_rows_and_columns(numel):
+    """Enough elements, from each column of the matrix that has more columns than that."""
+    stride = sample_stride(numel, (numel // 32, 32), 512)
+    taken = sample(torch.arange(numel), stride)
+    assert min(numel, 512) <= len(taken) <= 2 * 512 + 1
+    assert len(set((taken % 32).tolist())) == min(numel, 32)
+
+
+def test_update_meter_leaves_out_what_holds_no_plain_numbers():
+    """Integers have no update."""
+    parameters = [torch.ones(2, 2, dtype=torch.int64), torch.ones(2, 2)]
+    meter = UpdateMeter()
+    meter.start_(parameters)
+    parameters[1] += 1.0
+    found = meter.read_(parameters)
+    assert found[0].isnan()
+    assert float(found[1]) == pytest.approx(1.0)

@@ -32,7 +32,7 @@ class Metrics:
     run_id = "7"
 
     def __init__(self):
-        self.rows, self.tables, self.artifacts = [], [], {}
+        self.rows, self.tables, self.artifacts, self.sent = [], [], {}, []
 
     @property
     def experiment(self):
@@ -40,6 +40,9 @@ class Metrics:
 
     def log_metrics(self, metrics, step=None):
         self.rows.append((step, metrics))
+
+    def alert(self, **message):
+        self.sent.append(message)
 
     def log_text(self, *arguments, **table):
         if table:
@@ -215,6 +218,7 @@ def test_logger_is_told_of_alerts_by_kind():
     assert [step for step, row in metrics.rows if row.get("gradguard/alerts/nonfinite") == 1.0] == [3]
 
 
+@pytest.mark.smoke
 def test_wandb_gets_histograms_and_a_table_of_alerts():
     """Each histogram as counts and edges; the table grows with each alert."""
     metrics = Metrics()
@@ -228,6 +232,9 @@ def test_wandb_gets_histograms_and_a_table_of_alerts():
     (table,) = metrics.tables
     assert table["columns"][1] == "kind"
     assert table["data"][0][1:3] == ["nonfinite", "skip"]
+    (sent,) = metrics.sent
+    assert (sent["title"], sent["level"]) == ("GradGuard: nonfinite, skip", "WARN")
+    assert sent["text"].startswith("Nonfinite at step 3")
 
 
 def test_mlflow_gets_the_alerts_as_a_file():
@@ -278,6 +285,7 @@ def test_tags_with_several_optimizers_carry_the_index():
     assert tag_prefix(Position(0, optimizer=1, num_optimizers=2)) == "gradguard/1"
 
 
+@pytest.mark.smoke
 @quiet
 def test_tensorboard_file_holds_the_contracts_tags(tmp_path):
     """Scalars with their values, histograms, the alert's text, and the page."""

@@ -98,6 +98,7 @@ def test_run_of_thousand_steps_is_read_back_complete(tab):
     assert tab.ask("/alerts")["total"] == len(alerts)
 
 
+@pytest.mark.smoke
 def test_flow_holds_each_norm(tab):
     """What was measured, by node and step."""
     norms = [[1.0, 2.0, 3.0, 4.0, 5.0 + step] for step in range(12)]
@@ -466,6 +467,7 @@ def test_files_of_the_page_are_served(tab):
     assert tab.get("/plotly.min.js").status_code == 200
 
 
+@pytest.mark.smoke
 def test_plugin_is_found_by_its_data(tab):
     """TensorBoard looks for summaries of the plugin's name."""
     assert not tab.plugin.is_active()

@@ -238,6 +238,20 @@ def test_norms_have_what_one_looks_at_first_on_one_axis(real_page):
     assert limit.endswith("times the norm here")
 
 
+@pytest.mark.parametrize("run", ["damaged", "resumed"])
+def test_norms_each_axis_has_numbers_written_out(real_page, run):
+    """A bare 5 below a 1 would be 0.5; and a narrow range has numbers, too."""
+    page = real_page.open_alone(run=run, view="norms")
+    page.plot()
+    ticks = page.run(
+        "return [...document.querySelectorAll('#panel .plot g[class*=tick] text')]"
+        ".map((text) => [text.parentNode.getAttribute('class'), text.textContent])"
+    )
+    axes = {name: [float(text) for other, text in ticks if other == name] for name, _ in ticks if name != "xtick"}
+    assert axes.keys() == {"ytick", *(f"y{number}tick" for number in range(2, 8))}
+    assert all(len(numbers) > 1 and numbers == sorted(numbers) for numbers in axes.values())
+
+
 def test_runs_are_one_row_each_and_drawn_together(real_page):
     """State, last norm, alerts by kind, the first of them, and the culprit in a word."""
     page = real_page.open_alone(view="runs")

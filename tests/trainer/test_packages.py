@@ -151,10 +151,11 @@ def test_guard_whose_subclass_leaves_no_room_is_made_all_the_same():
     assert run(code) == "True True"
 
 
-def test_tests_of_the_trainer_take_lightning_from_one_place():
-    """So that all of them run with either package."""
-    own = {"lightning_package.py", "test_packages.py", "test_pytorch_lightning.py"}
-    paths = [path for path in Path(__file__).parent.rglob("*.py") if path.name not in own]
+def test_tests_of_the_trainer_and_of_ranks_take_lightning_from_one_place():
+    """And those of several ranks: so that all of them run with either package."""
+    own = {"test_packages.py", "test_pytorch_lightning.py"}
+    folders = [Path(__file__).parent, Path(__file__).parents[1] / "distributed"]
+    paths = [path for folder in folders for path in folder.rglob("*.py") if path.name not in own]
     imports = re.compile(r"^\s*(?:import|from) (?:pytorch_lightning|lightning)\b", re.MULTILINE)
     assert [path.name for path in paths if imports.search(path.read_text(encoding="utf-8"))] == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +18,9 @@ _FIRST = (KILL_AFTER + 1) // SAVE_EVERY * SAVE_EVERY
 
 
 def _run(folder: Path, mode: str) -> dict[str, int]:
-    done = subprocess.run([sys.executable, str(_SCRIPT), str(folder), mode], capture_output=True, text=True, check=False)
+    path = os.pathsep.join([str(_SCRIPT.parents[1]), os.environ.get("PYTHONPATH", "")])  # for what the Trainer's tests share
+    command = [sys.executable, str(_SCRIPT), str(folder), mode]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     codes = json.loads((folder / "codes.json").read_text())
     assert set(codes.values()) == {-signal.SIGKILL if mode == "killed" else 0}, done.stderr

@@ -16,6 +16,7 @@ def _run(root, faults, guard=None, **settings):
     return guard
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("batch", [4, 5, 6, 7])
 @pytest.mark.parametrize("fault", ["nan", "nan_loss"])
 def test_accumulation_alert_names_the_micro_batch(fault, batch, tmp_path):

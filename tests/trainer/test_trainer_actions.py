@@ -70,6 +70,7 @@ def _run(root, guard, fault, *, optimizer="adamw", **settings):
     return module, snapshots
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("fault", ["nan", "inf", "nan_loss", "huge"])
 def test_skip_bad_step_leaves_weights_and_optimizer_state_as_they_were(fault, optimizer, tmp_path):
@@ -94,6 +95,7 @@ def test_skip_bad_step_trains_on_as_if_its_gradients_never_existed(fault, tmp_pa
     assert same(snapshots.optimizers, expected.optimizers)
 
 
+@pytest.mark.smoke
 def test_skip_relative_limit_passes_over_a_spike_after_the_warm_up(tmp_path):
     """With its defaults the detector needs sixteen steps of history, then sees a factor of a million at once."""
     guard = GradGuard(explosion="skip")
@@ -159,6 +161,7 @@ def test_log_goes_to_the_packages_logger(caplog, tmp_path):
     assert len([text for text in caplog.messages if text.startswith(f"Explosion at step {BAD} ")]) == 1
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("fault", "settings"), [("nan", {"nonfinite": "stop"}), ("huge", {"explosion": "stop"})])
 def test_stop_ends_the_fit_with_the_weights_from_before(fault, settings, tmp_path):
     """`fit` returns normally after the bad batch, which was never applied."""
@@ -229,6 +232,7 @@ def test_stop_at_the_step_that_fulfils_min_steps_is_not_called_deferred(tmp_path
     assert guard.num_steps == 12
 
 
+@pytest.mark.smoke
 def test_raise_leaves_fit_with_the_alert_and_the_weights_from_before(tmp_path):
     """A GradientError, which is a RuntimeError, before the bad update."""
     guard, snapshots, module = GradGuard(nonfinite="raise"), Snapshots(), Net({BAD: "nan"})

@@ -79,6 +79,7 @@ def _quiet_cli():
         log.setLevel(level)
 
 
+@pytest.mark.smoke
 def test_cli_reads_a_guard_with_class_path_detectors(tmp_path):
     """Numbers, names, nested detectors and null arrive as configured."""
     with pytest.warns(GradientWarning, match="above max_norm=1000"):

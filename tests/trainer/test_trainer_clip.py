@@ -38,6 +38,7 @@ def _weights(root, *callbacks, optimizer="adamw", **settings):
     return weights_of(module)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_clip_norm_equals_the_trainers_own_to_the_last_bit(optimizer, tmp_path):
     """`clip=0.5` and `gradient_clip_val=0.5` train the same weights."""
@@ -80,6 +81,7 @@ def test_clip_above_every_norm_changes_no_bit(tmp_path):
     assert guard.num_clipped == 0
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("error", [ValueError, MisconfigurationException])
 def test_clip_with_gradient_clip_val_is_refused_with_the_remedy(error, tmp_path):
     """Clipping twice is a mistake, and either exception that a user may expect is raised."""

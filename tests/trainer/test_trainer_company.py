@@ -45,6 +45,7 @@ class PoisonGradients(Callback):
             pl_module.head.weight.grad.fill_(torch.nan)
 
 
+@pytest.mark.smoke
 def test_finetuning_callback_parameters_that_join_later_are_watched(tmp_path):
     """Two parameters in the first epoch, four in the second."""
     seen = []

@@ -24,6 +24,7 @@ def _hooks_of_parameters(module):
     return [(parameter._backward_hooks, parameter._post_accumulate_grad_hooks) for parameter in module.parameters()]
 
 
+@pytest.mark.smoke
 def test_module_after_fit_has_the_attributes_and_hooks_of_one_without_a_guard(tmp_path):
     """Also after incidents, with every part of the guard at work."""
     guarded, plain = Net({5: "nan", 7: "huge"}), Net()
@@ -68,6 +69,7 @@ def test_random_state_after_fit_is_that_of_a_run_without_a_guard(tmp_path):
     assert torch.equal(*states)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda guard: pickle.loads(pickle.dumps(guard))], ids=["copy", "pickle"])
 def test_guard_before_fit_can_be_copied_and_pickled(copied, tmp_path):
     """As strategies that spawn processes do; the copy works as the original."""

@@ -74,6 +74,7 @@ def test_two_optimizers_nan_in_one_of_several_passes_leaves_the_other_alone(tmp_
     assert {alert.optimizer for alert in guard.alerts} == {1}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fault", ["nan", "nan_loss"])
 @pytest.mark.parametrize(("bad", "good", "index"), [("left", "right", 0), ("right", "left", 1)])
 def test_two_optimizers_nan_in_one_loss_skips_only_that_one(bad, good, index, fault, tmp_path):

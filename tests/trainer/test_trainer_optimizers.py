@@ -56,6 +56,7 @@ def frozen(net):
 CHANGES = [new_head, new_optimizer, set_up_anew, reordered, frozen]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("change", CHANGES, ids=[change.__name__ for change in CHANGES])
 def test_change_during_the_fit_is_followed_from_that_step_on(change, tmp_path):
     """The NaN after it is skipped, weights stay finite, and counts go on."""

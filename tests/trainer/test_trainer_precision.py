@@ -61,6 +61,7 @@ def test_fp16_fused_optimizer_can_be_clipped(tmp_path):
     assert guard.last.clipped_norm <= 0.5 + 1e-4
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("model", [Net, Fused])
 def test_fp16_nan_loss_is_skipped_and_alerted(model, tmp_path):
     """A NaN in the loss is no matter of scale."""
@@ -81,6 +82,7 @@ def test_fp16_scale_that_is_too_large_at_first_is_no_alert(tmp_path):
     assert all(value.isfinite().all() for value in weights_of(module).values())
 
 
+@pytest.mark.smoke
 def test_bf16_training_has_no_scaler_and_no_alert(tmp_path):
     """bf16 has float32's range; the weights are those of a run without a guard."""
     guarded, plain, guard = seeded(Net), seeded(Net), GradGuard()

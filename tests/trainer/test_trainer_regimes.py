@@ -63,6 +63,7 @@ def test_fp16_scale_that_collapses_is_an_alarm(tmp_path):
     assert guard.num_steps == guard.num_skipped == 6
 
 
+@pytest.mark.smoke
 def test_lbfgs_bad_evaluation_inside_a_step_leaves_weights_and_state_from_before(tmp_path):
     """The first evaluation was fine and has moved the weights by then."""
 
@@ -163,6 +164,7 @@ def test_weight_averaging_after_a_skipped_step_stays_finite(average, tmp_path):
     assert guard.num_skipped == 3
 
 
+@pytest.mark.smoke
 def test_compiled_submodule_keeps_the_names_that_the_user_gave(tmp_path):
     """Without the `_orig_mod` that compilation adds."""
 
@@ -257,6 +259,7 @@ class Words(LightningModule):
         return torch.optim.SparseAdam(self.parameters(), lr=0.1)
 
 
+@pytest.mark.smoke
 def test_sparse_embedding_is_clipped_and_skipped(tmp_path):
     """Its gradient holds the rows that were looked up."""
     guard, snapshots = GradGuard(clip=1e-3), Snapshots()
@@ -319,6 +322,7 @@ def test_tied_weights_count_once(tmp_path):
     assert guard.last.measurement.names == ("inner.weight",)
 
 
+@pytest.mark.smoke
 def test_inject_in_a_fit_makes_the_guard_skip_that_step(tmp_path):
     """The rehearsal that the injector is made for."""
     module, guard = Net(), GradGuard()

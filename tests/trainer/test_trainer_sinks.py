@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from lightning_package import CSVLogger, TensorBoardLogger
+from message_server import ENOUGH_S, serving
 from toys import Net, fit, make_batches, read_alerts
 
-from lightning_gradguard import Explosion, GradGuard, GradientWarning, SinkWarning
+from lightning_gradguard import Explosion, GradGuard, GradientWarning, Notify, SinkWarning
 
 FIELDS = [
     "time",
@@ -54,6 +55,7 @@ def _bad(root, guard=None, faults=None, **settings):
     return guard
 
 
+@pytest.mark.smoke
 def test_jsonl_has_one_strict_line_an_alert_with_the_fields_of_the_contract(tmp_path):
     """NaN is a string, since JSON has no word for it."""
     guard = _bad(tmp_path, GradGuard(explosion=Explosion("warn", max_norm=1e3)), {3: "nan", 7: "huge"})
@@ -103,6 +105,7 @@ def test_no_logger_still_warns_and_writes_alerts(tmp_path):
     assert len(read_alerts(tmp_path)) == len(guard.alerts) == 1
 
 
+@pytest.mark.smoke
 def test_csv_logger_gets_the_scalars(tmp_path):
     """In Lightning's own metrics file, at Lightning's own steps."""
     logger = CSVLogger(tmp_path, flush_logs_every_n_steps=1)
@@ -173,3 +176,24 @@ def test_healthy_run_without_logger_leaves_no_file(tmp_path):
     """No alert, no folder."""
     fit(tmp_path, Net(), GradGuard())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_notify_names_the_run_by_its_folder(tmp_path):
+    """And the message has arrived when `fit` returns."""
+    pytest.importorskip("apprise")
+    with serving() as server:
+        _bad(tmp_path, GradGuard(sinks=[Notify(server.url)]))
+        message = server.messages.get_nowait()
+        assert server.messages.empty()
+    assert message["title"].startswith(f"GradGuard: nonfinite at step 5, skip ({tmp_path} on ")
+
+
+def test_notify_service_that_hangs_delays_the_end_of_a_fit_by_no_more_than_asked_for(tmp_path):
+    """Nothing else of the training is touched."""
+    pytest.importorskip("apprise")
+    with serving() as server:
+        server.may_answer.clear()
+        with pytest.warns(SinkWarning, match="did not answer in time"):
+            guard = _bad(tmp_path, GradGuard(sinks=[Notify(server.url, max_wait_s=0.1)]))
+        assert server.messages.get(timeout=ENOUGH_S)
+    assert (guard.num_steps, guard.num_skipped) == (12, 1)

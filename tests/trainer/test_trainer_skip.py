@@ -47,6 +47,7 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key].to_dense(), b[key].to_dense()) for key in a)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fault", ["nan", "nan_loss", "inf"])
 def test_skipped_step_leaves_all_buffers_as_they_were(fault, tmp_path):
     """Finite ones as well: the forward pass was in order, the loss was not."""

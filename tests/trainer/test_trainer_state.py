@@ -86,6 +86,7 @@ def _facts(record):
     }
 
 
+@pytest.mark.smoke
 def test_resumed_run_decides_as_one_that_ran_through(tmp_path):
     """Norms, limits, verdicts, patience, cooldowns, totals and weights of the second epoch, bit for bit."""
     through, resumed = [], []
@@ -119,6 +120,7 @@ def test_resumed_run_without_the_state_would_decide_otherwise(tmp_path):
     assert resumed[-1].explosion_limit < float("inf")
 
 
+@pytest.mark.smoke
 def test_checkpoint_is_read_with_weights_only(tmp_path):
     """Plain types, after alerts of every kind too."""
     _fit(tmp_path, Net(FAULTS), _guard())
@@ -256,6 +258,7 @@ def test_two_trainers_share_no_state_through_a_configured_detector(tmp_path):
     assert limits[0] == limits[1]
 
 
+@pytest.mark.smoke
 def test_checkpoint_in_the_middle_of_an_epoch_resumes_exactly(tmp_path):
     """Saved after 18 of 24 batches; the steps after it decide as in the run that went on."""
     through, resumed = [], []

@@ -56,6 +56,7 @@ def _train(root, guard, faults=None, *, count=24, **settings):
     return Events(logger)
 
 
+@pytest.mark.smoke
 def test_tensorboard_has_every_tag_of_the_contract_with_its_kind(tmp_path):
     """Scalars, groups, histograms of norms and of elements, alerts as text, and the page."""
     events = _train(tmp_path, GradGuard(clip=0.5, histogram_every_n_steps=8), {20: "nan"})
@@ -214,6 +215,7 @@ def test_tensorboard_alert_text_has_message_remedy_and_parameters(tmp_path):
     assert "| `body.weight` |" in text
 
 
+@pytest.mark.smoke
 def test_tensorboard_custom_scalars_page_parses_and_selects_our_tags(tmp_path):
     """One page named GradGuard; every pattern of a chart matches a tag that is there."""
     events = _train(tmp_path, GradGuard(clip=0.5))

@@ -44,6 +44,8 @@ class Evidence:
         weight_growths: of the weights.
         is_from_start: whether the weights have been seen before their first step.
         changed: how the gradients differ from those of the replay; None if not known.
+        measured: gradient norm of the step itself; None where it can't be compared with a replay's.
+        norm_under_number: that of the healthy batch, if the step is told that it has the number of its own batch.
         lost_at: the module that the alert says the gradient is lost at; "" if it says none.
     """
 
@@ -58,6 +60,8 @@ class Evidence:
     weight_growths: tuple[WeightGrowth, ...] = ()
     is_from_start: bool = False
     changed: Changed | None = None
+    measured: float | None = None
+    norm_under_number: float | None = None
     lost_at: str = ""
 
     def growth_of(self, name: str | None) -> WeightGrowth | None:

@@ -64,14 +64,28 @@ def _changed(evidence: Evidence) -> Cause | None:
 
 def _data(evidence: Evidence) -> Cause | None:
     """The step's batch gives a large gradient where another gives an ordinary one on the same weights."""
-    before, norm, usual = evidence.healthy_norm, evidence.norm, evidence.usual
+    before, usual = evidence.healthy_norm, evidence.usual
+    # A replay that is not the same step may give more.
+    norm = evidence.norm if evidence.measured is None else min(evidence.norm, evidence.measured)
     if not before or not norm > _BY_DATA * before or (usual is not None and usual.has_had(norm)):
         return None
     rise = evidence.rise_of_weights
     if rise is not None and rise > 1.0 and norm / before < rise:
         return None  # the weights have more to do with it than the batch
     same = f"on the same weights the previous healthy batch gives a norm of {before:.3g}, this one {norm:.3g}"
-    return _sample(evidence, same) or Cause(
+    sample = _sample(evidence, same)
+    if sample is None and (numbered := evidence.norm_under_number) is not None and numbered > _BY_DATA * before:
+        return Cause(
+            "batch",
+            "data",
+            f"{same}; under the number of this one the healthy batch gives {numbered:.3g} as well: it is what the step does "
+            "at this number, and not what is in the batch",
+            "Look at what `training_step` does from this batch on: a loss weight or temperature that changes, a module that "
+            "is switched or written to, a hook.",
+            "batch",
+            test="with the other batches the step is as bad from this number on",
+        )
+    return sample or Cause(
         "batch",
         "data",
         f"{same}{_without_row(evidence)}{_scale_change(evidence.flow, evidence.healthy)}",

@@ -18,6 +18,10 @@ _PART_OF_DECAY = 0.5
 _RELU_DECADES = math.log10(math.sqrt(0.5))
 
 RANDOM_START = "Start from random weights: `torch.nn.init.kaiming_normal_` for ReLU, `xavier_normal_` for tanh."
+TOWARDS_ZERO = (
+    "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, start "
+    "from smaller weights, lower the learning rate."
+)
 
 
 def fading_by_depth(evidence: Evidence) -> Cause | None:
@@ -87,8 +91,7 @@ def _saturated(path: Path, found: Sequence[Layer], lost: float) -> Cause:
         f"{worst.units.saturated:.0%} of the {worst.op} outputs behind {source.name} lie where the slope is below a tenth "
         f"of its best{others}; its inputs have an rms of {worst.input_rms:.3g}. Such functions multiply the gradient by "
         f"10^{-lost:.1f} over all; {_fall(path)}",
-        "Keep what goes into the activation near zero: normalise the inputs, put a normalisation layer in front of it, "
-        "start from smaller weights, lower the learning rate.",
+        TOWARDS_ZERO,
         source.module,
         test="with inputs a tenth as large in front of the activation the gradient is larger",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_gradguard.forensics.flow.evidence import Cause, Evidence
-from lightning_gradguard.forensics.flow.fading import RANDOM_START, fading_by_depth
+from lightning_gradguard.forensics.flow.fading import RANDOM_START, TOWARDS_ZERO, fading_by_depth
 from lightning_gradguard.forensics.flow.flow import Flow, Layer, ancestors_of, source_of
 from lightning_gradguard.forensics.flow.recurrence import Recurrence, recurrences
 
@@ -19,7 +19,7 @@ def vanishing_causes(evidence: Evidence) -> tuple[Cause, ...]:
     """All causes that fit, the surest first; none where the gradient reaches all layers in a size that can be felt."""
     cut_off = _first_without_gradient(evidence.flow)
     if cut_off is not None:
-        found = _zero_weights(evidence, cut_off) or _dead(evidence, cut_off)
+        found = _zero_weights(evidence, cut_off) or _dead(evidence, cut_off) or _flat(evidence, cut_off)
         if found is not None:
             return (found,)
     tiny = _tiny_loss(evidence)
@@ -90,6 +90,23 @@ def _dead(evidence: Evidence, cut_off: Layer) -> Cause | None:
         f"zero passes no gradient on{behind}",
         "Dead ReLU units don't come back by themselves. Take back the step that pushed them down (a lower learning rate, a "
         "warm-up), start biases at zero, or use a leaky ReLU or GELU.",
+        source.module,
+    )
+
+
+def _flat(evidence: Evidence, cut_off: Layer) -> Cause | None:
+    """Activations so far from zero that their slope is none at all."""
+    after = (it for it in _after(evidence.flow, cut_off) if it.units is not None and it.grad_norm)
+    layer = next((it for it in after if it.units is not None and it.units.slope == 0.0 and it.units.saturated == 1.0), None)
+    if layer is None:
+        return None
+    source = source_of(layer)
+    return Cause(
+        "saturation",
+        "forward",
+        f"all {layer.op} outputs behind {source.name} lie where its slope is rounded to zero; its inputs have an rms of "
+        f"{layer.input_rms:.3g}",
+        TOWARDS_ZERO,
         source.module,
     )
 

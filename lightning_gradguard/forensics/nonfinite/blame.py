@@ -144,6 +144,17 @@ def _takes_nan(provenance: Provenance) -> bool:
     return provenance.flaw.has_nan and not provenance.origin and is_first
 
 
+def is_from_outside(provenance: Provenance) -> bool:
+    """Whether all damage that went in came from tensors that no operator of the step has made, as numpy's."""
+    return bool(provenance.parents) and all(
+        parent.origin == "constant" and parent.op in _OUTSIDE for parent in provenance.parents
+    )
+
+
+_OUTSIDE = ("", "lift_fresh", "lift_fresh_copy")
+"""Operators that make a tensor of numbers that others have worked out; "" is none at all."""
+
+
 def _descends(provenance: Provenance, source: Provenance) -> bool:
     return any(ancestor is source for ancestor in _ancestry([provenance]))
 
@@ -196,6 +207,9 @@ def _turned(reached: Sequence[Provenance], batch: Batch) -> Provenance:
         return turned
     made = [provenance for provenance in reached if provenance.op and provenance.origin in ("", "constant")]
     own = [provenance for provenance in made if not provenance.origin]
+    taken = next((provenance for provenance in own if is_from_outside(provenance)), None)
+    if taken is not None and not taken.flaw.is_negative:  # which would be a mask
+        return taken
     # Infinity that never became NaN: where it was no longer one element among many.
     reduced = next((provenance for provenance in own if provenance.shrinks), None)
     return reduced or (own or made or list(reached))[0]

@@ -26,6 +26,7 @@ from lightning_gradguard.forensics.nonfinite.source_location import (
     SourceLocation,
     current_frames,
     current_line,
+    current_location,
 )
 from lightning_gradguard.forensics.tensors import Flaw, Range, describe, flaw_of, plain, range_of, tensors_in
 
@@ -239,7 +240,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self.rows.samples_beside(damaged, ~values.isfinite(), inputs)
 
     def _here(self) -> SourceLocation:
-        return SourceLocation(self.modules.current, current_line(), () if self.rows is None else current_frames())
+        return current_location(self.modules.current, is_detailed=self.rows is not None)
 
     def _is_backward(self, call: _Call) -> bool:
         """Whether it is the engine that runs an operator, and not a recomputed forward pass."""

@@ -23,8 +23,8 @@ class Fix:
         advice: what it does, as the beginning of a sentence.
         before: code that fails.
         after: the same, changed.
-        within: a function of `torch.nn.functional` that runs the operator; where the failing line calls it, this fix is told
-            and no other.
+        within: a function of `torch.nn.functional` that runs the operator; where it is what the failing line calls, this fix
+            is told and no other.
     """
 
     advice: str
@@ -77,9 +77,15 @@ class KnownFailure:
             provenance: the damaged result, for its type and its operands.
             source: the failing line.
         """
-        own = [fix for fix in self.fixes if fix.within and _calls(source, fix.within)]
-        chosen = own or [fix for fix in self.fixes if not fix.within]
+        via = provenance.location.via
+        own = [fix for fix in self.fixes if fix.within and (fix.within == via or _calls(source, fix.within))]
+        chosen = own or [fix for fix in self.fixes if not fix.within and _is_of_line(fix, via, key)]
         return " ".join(f"{fix.advice}: `{code(fix.after, key, provenance)}`." for fix in chosen)
+
+
+def _is_of_line(fix: Fix, via: str, key: str) -> bool:
+    """Whether a fix changes what the line says: of what torch runs inside a function of its own a user can't change it."""
+    return not via or f"{via}(" in fix.before or key.startswith(via)
 
 
 def _calls(source: str, function: str) -> bool:

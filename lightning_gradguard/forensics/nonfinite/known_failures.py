@@ -200,9 +200,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "summed over nothing but -Inf",
         (Fix("Mask with a large finite number", "torch.{op}(x.masked_fill(m, -torch.inf), dim)",
              "torch.{op}(x.masked_fill(m, {mask}), dim)"),
-         Fix("Or open the mask where it covers all, as for `key_padding_mask`",
+         Fix("Or open the mask where it covers all",
              "torch.{op}(x.masked_fill(m, -torch.inf), dim)",
-             "torch.{op}(x.masked_fill(m & ~m.all(dim, keepdim=True), -torch.inf), dim)")),
+             "torch.{op}(x.masked_fill(m & ~m.all(dim, keepdim=True), -torch.inf), dim)"),
+         Fix("Open the mask where it covers all, as for `key_padding_mask`", "attention(x, x, x, key_padding_mask=m)[0]",
+             "attention(x, x, x, key_padding_mask=m & ~m.all(-1, keepdim=True))[0]", "multi_head_attention_forward")),
     ),
     KnownFailure(
         "no target left", _NLL, (when.forward, when.fresh, when.no_target),
@@ -292,8 +294,7 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     ),
     KnownFailure(
         "difference of infinities", _ops("sub add"),
-        (when.forward, when.is_nan, when.infinite("self"), when.infinite("other")),
-        "took the difference of two infinities",
+        (when.forward, when.is_nan, when.infinite("self"), when.infinite("other")), "took the difference of two infinities",
     ),
     KnownFailure(
         "product beyond the largest number", _ops("mul"),

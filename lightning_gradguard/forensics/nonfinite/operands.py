@@ -20,6 +20,8 @@ _INSIDE = {
 }
 """Arguments inside a node that are 0 where what it has saved is, for when it does not give that out."""
 _STEEP = {"SqrtBackward0": "sqrt", "PowBackward0": "pow", "AcosBackward0": "acos", "AcoshBackward0": "acosh"}
+_NUM_EXACT = 1000
+"""Below this, a number that is no integer is not written as one."""
 _SPECTRA = ("S", "eigenvalues")
 
 
@@ -69,11 +71,15 @@ class Operand:
 def number(value: float) -> str:
     """As a message writes it.
 
-    >>> number(-0.0), number(65504.0), number(3.4e38)
-    ('0', '65504', '3.4e+38')
+    >>> number(-0.0), number(65504.0), number(3.4e38), number(1.0000012)
+    ('0', '65504', '3.4e+38', '1.0000012')
     """
     is_short = value == value // 1 and abs(value) < 1e6
-    return f"{value + 0.0:.0f}" if is_short else f"{value:.4g}"
+    if is_short:
+        return f"{value + 0.0:.0f}"
+    text = f"{value:.4g}"
+    # What is said to be outside of a domain must not look like its border.
+    return f"{value:.8g}" if float(text) == float(text) // 1 and abs(value) < _NUM_EXACT else text
 
 
 def operands_of(named: Iterable[tuple[str, Any]], result: Tensor) -> tuple[Operand, ...]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite import conditions as when
-from lightning_gradguard.forensics.nonfinite.blame import Blame
+from lightning_gradguard.forensics.nonfinite.blame import Blame, is_from_outside
 from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
 from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
@@ -23,6 +23,10 @@ _WEIGHTS_REMEDY = (
     "It was damaged before this step: an earlier update, a checkpoint, or its initialisation. Go back to the last "
     "checkpoint where it is finite."
 )
+_STATE_REMEDY = (
+    "It was damaged before this step, by an earlier one that has written to it, or from the start. Set it anew where it is "
+    "not finite."
+)
 
 
 _OTHERS: tuple[KnownFailure, ...] = (
@@ -34,6 +38,12 @@ _OTHERS: tuple[KnownFailure, ...] = (
     ),
     KnownFailure(
         "number in the code", frozenset(), (when.written_down,), "works with NaN or Inf that is written in the code"
+    ),
+    KnownFailure(
+        "tensor from outside",
+        frozenset(),
+        (is_from_outside,),
+        "was given a tensor from before the step, or from outside of torch, that holds {what}",
     ),
     KnownFailure("out of the finite", frozenset(), (when.fresh,), "gave {what} for finite inputs"),
     KnownFailure("out of infinity", frozenset(), (when.is_nan, when.without_nan), "made NaN of Inf"),
@@ -76,9 +86,8 @@ def culprit_of(
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
     if blame.phase == "weights":
         what = "NaN" if provenance.flaw.has_nan else "Inf"
-        return replace(
-            found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=_WEIGHTS_REMEDY
-        )
+        remedy = _STATE_REMEDY if blame.is_state else _WEIGHTS_REMEDY
+        return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=remedy)
     failure, cause = explained(provenance)
     op = provenance.op if provenance.is_hook else provenance.node or provenance.op
     line = provenance.location.line

@@ -57,9 +57,15 @@ def reshaped(call: Call) -> list[Label]:
     return [unknown(call.outputs[0])]
 
 
+def is_in_place(func: Any) -> bool:
+    """Whether an operator is the variant in place of another, by its name: older versions of torch have no tag for it."""
+    name: str = func.overloadpacket.__name__
+    return name.endswith("_") and not name.endswith("__")
+
+
 def _functional(call: Call) -> Any:
     """The operator that gives back what its variant in place would write."""
-    if torch.Tag.inplace in call.func.tags:
+    if is_in_place(call.func):
         return getattr(getattr(torch.ops.aten, call.name), call.func._overloadname)
     return call.func
 

@@ -14,7 +14,16 @@ from lightning_gradguard.forensics.nonfinite.row_labels import (
     reduced,
     unknown,
 )
-from lightning_gradguard.forensics.nonfinite.row_moves import added, copied, moved, none, picked, reshaped, scattered
+from lightning_gradguard.forensics.nonfinite.row_moves import (
+    added,
+    copied,
+    is_in_place,
+    moved,
+    none,
+    picked,
+    reshaped,
+    scattered,
+)
 
 
 def labels_of(call: Call) -> list[Label]:
@@ -39,8 +48,6 @@ def _fitted(label: Label, output: Tensor) -> Label:
 def _kind_of(call: Call) -> Callable[[Call], list[Label]]:
     if call.func.is_view:
         return moved(("self",))
-    if torch.Tag.reduction in call.func.tags:
-        return _gathered
     if _is_pointwise(call.func):
         return _elementwise
     return lambda call: [unknown_of(call)]
@@ -48,7 +55,7 @@ def _kind_of(call: Call) -> Callable[[Call], list[Label]]:
 
 def _is_pointwise(func: Any) -> bool:
     packet = func.overloadpacket
-    if torch.Tag.inplace in func.tags:
+    if is_in_place(func):
         packet = getattr(torch.ops.aten, packet.__name__.rstrip("_"), packet)
     return any(torch.Tag.pointwise in getattr(packet, name).tags for name in packet.overloads())
 
@@ -202,7 +209,9 @@ _RULES: dict[str, Callable[[Call], list[Label]]] = {
                     "binary_cross_entropy_backward soft_margin_loss_backward"),
     **_named(_along, "_softmax _log_softmax _safe_softmax _softmax_backward_data _log_softmax_backward_data cumsum cumprod "
                      "_logcumsumexp logcumsumexp cummax cummin"),
-    **_named(_gathered, "var_mean std_mean norm linalg_vector_norm logsumexp nansum"),
+    # Not by `torch.Tag.reduction`, which older versions of torch don't have.
+    **_named(_gathered, "sum nansum mean prod any all max min amax amin aminmax argmax argmin count_nonzero norm "
+                        "linalg_vector_norm logsumexp std var std_mean var_mean"),
     **_named(_product, "mm bmm addmm baddbmm mv dot addmv _cdist_forward"),
     **_named(_layer_norm, "native_layer_norm native_layer_norm_backward _fused_rms_norm"),
     **_named(_batch_norm, "native_batch_norm _native_batch_norm_legit native_batch_norm_backward cudnn_batch_norm "

@@ -44,11 +44,19 @@ class Line:
 
 @dataclass(frozen=True)
 class SourceLocation:
-    """A module's path, a line where one is known, and the calls that led there, innermost first, where these are noted."""
+    """Where something happens.
+
+    Attributes:
+        module: its path.
+        line: where one is known.
+        frames: the calls that led there, innermost first, where these are noted.
+        via: the function of torch's that the line calls, if that is what runs the operator; noted with the frames.
+    """
 
     module: str = ""
     line: Line | None = None
     frames: tuple[Frame, ...] = ()
+    via: str = ""
 
 
 _known: dict[CodeType, bool] = {}
@@ -101,6 +109,31 @@ def current_frames() -> tuple[Frame, ...]:
         frame = frame.f_back
     return tuple([*own, *libraries.values()][:MAX_FRAMES])
 
+
+def current_location(module: str, *, is_detailed: bool) -> SourceLocation:
+    """Where the code is that runs.
+
+    Args:
+        module: the one that runs.
+        is_detailed: whether to look at the whole stack, which takes longer.
+    """
+    if not is_detailed:
+        return SourceLocation(module, current_line())
+    return SourceLocation(module, current_line(), current_frames(), current_torch_function())
+
+
+def current_torch_function() -> str:
+    """The function of torch's, of those made of several operators, that other code has called; "" where it is none."""
+    name = ""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and _is_foreign(frame.f_code) and frame.f_code.co_name != _ENGINE:
+        if frame.f_code.co_filename.startswith(_COMPOSED):
+            name = frame.f_code.co_name
+        frame = frame.f_back
+    return name
+
+
+_COMPOSED = tuple(f"{Path(torch.__file__).parent}/{part}" for part in ("nn/functional.py", "distributions/", "nn/utils/"))
 
 MAX_FRAMES = 5
 _RAW_LOOP = "run_step"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_gradguard.forensics.nonfinite.blame import Blame
+import torch
+
+from lightning_gradguard.forensics.nonfinite.blame import Blame, is_from_outside
 from lightning_gradguard.forensics.nonfinite.layout import Layout
 from lightning_gradguard.forensics.nonfinite.proof import Proof
+from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.rows import Rows
 
 
@@ -35,6 +38,10 @@ def suspects_of(blame: Blame, layout: Layout, rows: Rows | None, proof: Proof | 
     followed = None if rows is None else blame.provenance.samples
     if followed == () and _is_beside(blame):
         followed = blame.met
+    if is_from_outside(blame.provenance):
+        return _of_place(followed or blame.met, layout, proof)
+    if layout.size == 1 and blame.phase == "forward" and _gathers(blame.provenance):
+        followed = ()  # it may be that there is one sample only, and not which one it is
     if rows is not None and followed:
         # Nothing is gained by taking out most of a batch.
         few = followed if 2 * len(followed) <= max(layout.size, 2) else None
@@ -55,6 +62,19 @@ def _proved(guess: tuple[int, ...] | None, proof: Proof) -> Suspects:
     if found is not None:
         return Suspects(found) if proof.holds(found) else Suspects(probable=found)
     return Suspects(probable=guess if proof.is_exhausted else None)
+
+
+def _of_place(met: tuple[int, ...] | None, layout: Layout, proof: Proof | None) -> Suspects:
+    """What has met the values of samples may have to do with these, or with their places only."""
+    if proof is None or not layout.can_exchange:
+        return Suspects(probable=met)
+    return Suspects(met if met and proof.holds(met) else None)
+
+
+def _gathers(provenance: Provenance) -> bool:
+    """Whether it is a mean, a deviation or the like."""
+    packet = getattr(torch.ops.aten, provenance.op, None)
+    return packet is not None and any(torch.Tag.reduction in getattr(packet, it).tags for it in packet.overloads())
 
 
 def _is_beside(blame: Blame) -> bool:

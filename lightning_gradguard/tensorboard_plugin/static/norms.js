@@ -12,6 +12,8 @@ const PANEL_PX = [46, 76];
 const MAIN_PX = 190;
 const LEGEND_PX = 44;
 
+const inSteps = (number) => `${count(number)} ${number === 1 ? "step" : "steps"}`;
+
 const real = (values) => values.filter((value) => typeof value === "number");
 
 // These are measured at the steps that are due; a step that is logged for its alert is no gap in them.
@@ -51,8 +53,9 @@ export class NormsView {
     const panels = PANELS.filter(([, curves]) => curves.some(([, field]) => real(data[field]).length > 0));
     const marks = new Marks(data.marks, plain);
     const room = heightBelow(this.plot, 420) - LEGEND_PX - 40 - marks.height;
-    // The panels leave the norm its room, and become lower where there is little.
-    const panel = Math.min(Math.max((room - MAIN_PX) / Math.max(panels.length, 1) - GAP_PX, PANEL_PX[0]), PANEL_PX[1]);
+    // The panels leave the norm its room, become lower where there is little, and higher on a large screen.
+    const highest = Math.max(PANEL_PX[1], room / 12);
+    const panel = Math.min(Math.max((room - MAIN_PX) / Math.max(panels.length, 1) - GAP_PX, PANEL_PX[0]), highest);
     const below = panels.length * (panel + GAP_PX);
     const main = Math.max(room - below, MAIN_PX);
     const inner = marks.height + main + below;
@@ -85,8 +88,8 @@ export class NormsView {
       yaxis9: marks.axis((below + main) / inner, 1),
     });
     const clipped = data.num_clipped === null
-      ? `${count(data.num_skipped)} steps skipped so far; what is clipped after the guard is not known here.`
-      : `${count(data.num_clipped)} steps clipped, ${count(data.num_skipped)} skipped so far.`;
+      ? `${inSteps(data.num_skipped)} skipped so far; what is clipped after the guard is not known here.`
+      : `${inSteps(data.num_clipped)} clipped, ${count(data.num_skipped)} skipped so far.`;
     const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${count(data.num_steps)} logged steps are drawn, all extremes among them.` : "";
     fill(
       this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",

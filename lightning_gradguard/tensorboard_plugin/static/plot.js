@@ -16,11 +16,21 @@ export function axis(more = {}) {
 
 export const STEP_AXIS = { title: { text: "step", font: { size: 11 }, standoff: 4 }, tickformat: ",d" };
 
-// A logarithmic axis. Over several decades it says each of them once; over less, the digits between are of use.
+// A logarithmic axis. Over several decades it says each of them once; over less, the numbers between are of use, written out
+// (of a bare 5 nobody knows the decade), and over much less there are no round ones but in even steps.
 export function logAxis(series, numTicks = 6) {
   const values = series.flat().filter((value) => typeof value === "number" && value > 0);
-  const span = Math.log10(values.reduce((a, b) => Math.max(a, b), 0)) - Math.log10(values.reduce((a, b) => Math.min(a, b), Infinity));
-  return { type: "log", exponentformat: "power", dtick: span > 1.5 ? Math.ceil(span / numTicks) : "D2" };
+  const [least, most] = [values.reduce((a, b) => Math.min(a, b), Infinity), values.reduce((a, b) => Math.max(a, b), 0)];
+  const span = Math.log10(most) - Math.log10(least);
+  const power = { type: "log", exponentformat: "power" };
+  if (!(span <= 1.5)) return { ...power, dtick: Math.ceil(span / numTicks) || 1 };
+  return { ...power, tickformat: "~g", dtick: span > 0.7 ? "D2" : `L${roundStep((most - least || most) / Math.min(numTicks, 4))}` };
+}
+
+// The next larger of 1, 2 or 5 times a power of ten.
+function roundStep(step) {
+  const power = 10 ** Math.floor(Math.log10(step));
+  return [1, 2, 5, 10].find((factor) => factor * power >= step) * power;
 }
 
 export function layout(more = {}) {

@@ -18,6 +18,7 @@ from lightning_gradguard.trainer.history import RollbackProgress
 from lightning_gradguard.trainer.recovery.run_state import RunState
 from lightning_gradguard.trainer.recovery.skipping_batches import skip_batches
 from lightning_gradguard.trainer.recovery.snapshot_storage import InMemory, OnDisk, SnapshotStorage
+from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -224,7 +225,9 @@ class Recovery:
     def _lower_learning_rates(self) -> None:
         if self._lowered or not self.progress.cooldown_left or self._settings.lr_factor == 1.0:
             return
-        self._lowered = [LoweredRates(optimizer, self._settings.lr_factor) for optimizer in self._trainer.optimizers]
+        masters = engine_of(self._trainer).master_weights
+        optimizers = self._trainer.optimizers if masters is None else [masters.optimizer]
+        self._lowered = [LoweredRates(optimizer, self._settings.lr_factor) for optimizer in optimizers]
 
     def _cool_down(self) -> None:
         if self.progress.cooldown_left:

@@ -39,6 +39,7 @@ class RunState:
         self._trainer = trainer
         self._module = module
         self._guards = guards
+        self._engine = engine_of(trainer)
 
     def take(self, reuse: Any = None) -> dict[str, Any]:
         """A copy in CPU memory. Rank-local; waits for the device where a guard has yet to learn of a step.
@@ -50,6 +51,7 @@ class RunState:
             "tensors": copy_to_host(self._tensors(), reuse["tensors"] if reuse else None),
             "guards": [guard.state_dict() for guard in self._guards],
             "precision": copy.deepcopy(self._trainer.precision_plugin.state_dict()),
+            "engine": {} if (masters := self._engine.master_weights) is None else masters.state(),
             "epoch": self._trainer.current_epoch,
             "metrics": [_state_of(metric) for metric in self._metrics()],
             "groups": [_settings_of(optimizer) for optimizer in self._trainer.optimizers],
@@ -71,6 +73,8 @@ class RunState:
         for guard, saved in zip(self._guards, state["guards"], strict=False):  # an optimizer may have come since
             guard.return_to(saved)
         self._trainer.precision_plugin.load_state_dict(copy.deepcopy(state["precision"]))
+        if (masters := self._engine.master_weights) is not None:
+            masters.load_state(state["engine"])
         self._put_back_metrics(state)
         if with_clock:
             for optimizer, settings in zip(self._trainer.optimizers, state["groups"], strict=True):
@@ -86,27 +90,46 @@ class RunState:
         guess = 0
         for optimizer, state in zip(self._trainer.optimizers, tensors["optimizers"], strict=True):
             if not num_bytes(state):
-                guess += 2 * num_bytes(_parameters_of(optimizer))
+                guess += 2 * num_bytes(self._stepped(optimizer))
         return num_bytes(tensors) + guess
 
     def parameters(self) -> list[tuple[str, Tensor]]:
         """What this rank holds of the module's parameters, by name."""
-        found = engine_of(self._trainer).named_parameters(self._module)
+        found = self._engine.named_parameters(self._module)
         return [(name, it.weight() if isinstance(it, FlatShard) else it) for name, it in found]
 
     def weights(self) -> Sequence[tuple[str, Tensor]]:
         """Parameters, and the optimizers' state, by name."""
         named = self.parameters()
         for number, optimizer in enumerate(self._trainer.optimizers):
-            for index, state in enumerate(_states_of(optimizer)):
+            for index, state in enumerate(self._states_of(optimizer)):
                 named.extend((f"optimizer {number}: {key} of parameter {index}", value) for key, value in _tensors_in(state))
         return named
 
     def _tensors(self) -> dict[str, Any]:
+        masters = self._engine.master_weights
         return {
-            "modules": [_tensors_of(module) for module in self._modules()],
-            "optimizers": [_states_of(optimizer) for optimizer in self._trainer.optimizers],
+            "modules": [self._tensors_of(module) for module in self._modules()],
+            "masters": [] if masters is None else list(masters.tensors),
+            "optimizers": [self._states_of(optimizer) for optimizer in self._trainer.optimizers],
         }
+
+    def _tensors_of(self, module: nn.Module) -> dict[str, Tensor]:
+        masters = self._engine.master_weights
+        parameters = dict(module.named_parameters())
+        own = {name: it for name, it in parameters.items() if masters is None or not masters.covers(it)}
+        return {**own, **dict(module.named_buffers())}
+
+    def _stepped(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+        """What an optimizer steps, by which its state goes."""
+        masters = self._engine.master_weights
+        if masters is not None:
+            return list(masters.tensors)
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def _states_of(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+        # Not `state[parameter]`: the dictionary makes an entry for whatever it is asked for.
+        return [optimizer.state.get(parameter) for parameter in self._stepped(optimizer)]
 
     def _modules(self) -> list[nn.Module]:
         callbacks = (value for callback in callbacks_of(self._trainer) for value in vars(callback).values())
@@ -116,19 +139,22 @@ class RunState:
     def _put_back_tensors(self, saved: dict[str, Any]) -> None:
         # A callback may have made its averaged module since; it is left as it is.
         for module, tensors in zip(self._modules(), saved["modules"], strict=False):
-            live = _tensors_of(module)
+            live = self._tensors_of(module)
             for name, tensor in put_back(tensors, live).items():
                 if tensor is not live.get(name):  # a buffer that has been assigned since, or can't be written to
                     path, _, leaf = name.rpartition(".")
                     setattr(module.get_submodule(path), leaf, tensor)
         for optimizer, states in zip(self._trainer.optimizers, saved["optimizers"], strict=True):
-            now = _states_of(optimizer)
+            now = self._states_of(optimizer)
             optimizer.state.clear()
             # A group added since has no saved state, and begins afresh.
-            for parameter, before, present in zip(_parameters_of(optimizer), states, now, strict=False):
+            for parameter, before, present in zip(self._stepped(optimizer), states, now, strict=False):
                 if before:
                     optimizer.state[parameter] = put_back(before, present)
             optimizer.zero_grad(set_to_none=True)
+        if (masters := self._engine.master_weights) is not None:
+            put_back(saved["masters"], list(masters.tensors))
+            masters.spread()
 
     def _metrics(self) -> list[Metric]:
         # The epoch's means are private; nothing else than the Trainer can reach them.
@@ -172,19 +198,6 @@ def set_random_states(states: dict[str, Any]) -> None:
     torch.set_rng_state(states["torch"])
     if states["cuda"] is not None:
         torch.cuda.set_rng_state(states["cuda"])
-
-
-def _tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
-
-
-def _parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _states_of(optimizer: torch.optim.Optimizer) -> list[Any]:
-    # Not `state[parameter]`: the dictionary makes an entry for whatever it is asked for.
-    return [optimizer.state.get(parameter) for parameter in _parameters_of(optimizer)]
 
 
 def _settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import distributed
 
-from lightning_gradguard.alert import Alert
+from lightning_gradguard.alert import KEPT, Alert
 from lightning_gradguard.errors import SinkWarning
 from lightning_gradguard.forensics.bundle import SUFFIX, Bundle, as_plain, versions
 from lightning_gradguard.measure.distributed import is_sharded
@@ -86,7 +86,7 @@ class Bundles:
         if not self._has_told:
             self._has_told = True
             rank_zero_info(f"GradGuard: {path} holds batches of your data. `max_bundle_mib=None` writes no such files.")
-        told = replace(alert, message=f"{alert.message} It is kept for `gradguard replay {shlex.quote(path)}`.")
+        told = replace(alert, message=f"{alert.message}{KEPT}{shlex.quote(path)}`.")
         return tuple(told if it is alert else it for it in alerts)
 
     def _written(self, alert: Alert) -> str | None:

@@ -138,6 +138,7 @@ class Diagnosis:
             weight_growths=self.weight_growths(optimizer),
             is_from_start=self._is_from_start or (self._num_noted == 0 and position.step == position.log_step == 0),
             changed=changed,
+            measured=None if changed is None else measurement.global_norm,
             lost_at=lost_at(measurement),
         )
         if kind == "explosion":
@@ -168,6 +169,10 @@ class Diagnosis:
         if healthy is not None and healthy.is_untouched:
             other = replay([healthy] * len(batches))
             evidence = replace(evidence, healthy=other.flow, healthy_norm=other.norm)
+            if evidence.norm > other.norm:
+                # What the step does from a certain number on is not to be laid on its batch.
+                numbered = replay([healthy._replace(batch_idx=it.batch_idx) for it in batches])
+                evidence = replace(evidence, norm_under_number=numbered.norm)
         found = top_row(evidence.flow)
         if found is None:
             return evidence

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
+from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed, can_replay
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
@@ -123,7 +124,13 @@ class ExceptionCause:
         # What one rank replays alone must not take long, since others wait.
         proof = Proof(is_bad, search.layout.size, runs) if self._is_alone else None
         suspects = suspects_of(search.blame, search.layout, search.rows, proof)
-        return culprit_of(search.blame, suspects, rank=self._trainer.global_rank, reproduced=True)
+        culprit = culprit_of(search.blame, suspects, rank=self._trainer.global_rank, reproduced=True)
+
+        def is_in_order(context: AbstractContextManager[object]) -> bool:
+            with context:
+                return run().is_finite()
+
+        return tried(culprit, is_in_order) if self._is_alone else culprit
 
 
 def _changed(search: Search, batch: MicroBatch, rows: Sequence[int]) -> Callable[[Any], Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,14 +14,17 @@ from lightning_gradguard.detectors import NonFinite, Vanishing
 from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.settings import Settings
+from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.options import Options
 from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.progress import fetches_batches
+from lightning_gradguard.trainer.raised import RaisedSteps
 from lightning_gradguard.trainer.replay.bundles import Bundles
 from lightning_gradguard.trainer.replay.exceptions import ExceptionCause
 from lightning_gradguard.trainer.replay.investigation import Investigation
 from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import Window
+from lightning_gradguard.trainer.running_step import RunningStep
 from lightning_gradguard.trainer.strategies.base import Engine
 
 if TYPE_CHECKING:
@@ -113,10 +117,33 @@ class Incidents:
         if self.investigation is not None:
             self.investigation.clear()
 
-    def exception_cause(self) -> ExceptionCause | None:
-        """What finds out whether NaN or Inf is the reason of an exception; None where nobody can or wants to know."""
-        found = self.investigation
-        if found is None or not self._looks_for_damage or not self._knows_batches:
+    def follow_exceptions(
+        self, guards: Guards, running: RunningStep, step: Callable[[Optimizer], None]
+    ) -> RaisedSteps | None:
+        """Have batches followed that end in an exception; None where nobody can or wants to know whether NaN or Inf is why.
+
+        Args:
+            guards: of the optimizers.
+            running: where the Trainer is.
+            step: decides about an optimizer's step.
+        """
+        find = self.investigation
+        if find is None or (cause := self._exception_cause(find)) is None:
+            return None
+        return RaisedSteps(
+            self._trainer,
+            self._module,
+            guards,
+            cause,
+            self._options.skip_exceptions,
+            running=running,
+            step=step,
+            hand_in=find.hand_in,
+        )
+
+    def _exception_cause(self, found: Investigation) -> ExceptionCause | None:
+        """What finds out whether NaN or Inf is the reason of an exception."""
+        if not self._looks_for_damage or not self._knows_batches:
             return None
         is_alone = self._trainer.world_size == 1
         # Elsewhere no rank can run a forward pass without the others.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
+from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
 from lightning_gradguard.forensics.tensors import plain
 from lightning_gradguard.measure.distributed import Ranks, is_sharded
@@ -192,7 +193,20 @@ class Investigation:
             proof = self._proof(optimizer, held, search, seconds, prepare)
         suspects = suspects_of(blame, search.layout, search.rows, proof)
         looked.culprit = culprit_of(blame, suspects, rank=position.rank, reproduced=reproduced, error=error)
+        if is_alone:
+            looked.culprit = tried(looked.culprit, self._is_in_order(optimizer, held, prepare))
         return looked
+
+    def _is_in_order(
+        self, optimizer: Optimizer, held: int | None, prepare: Prepare
+    ) -> Callable[[AbstractContextManager[object]], bool]:
+        """Replays the step inside a context."""
+
+        def run(context: AbstractContextManager[object]) -> bool:
+            with context:
+                return self._replay.run(optimizer, step=held, prepare=prepare).is_finite()
+
+        return run
 
     def _follow_rows(self, optimizer: Optimizer, held: int | None, search: _Search, prepare: Prepare) -> _Search:
         """Once more, looking at which sample each value belongs to; the search before if this finds something else."""

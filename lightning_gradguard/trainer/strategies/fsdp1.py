@@ -15,6 +15,7 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.measure.parameters import WatchedParameters, is_cut_up
 from lightning_gradguard.measure.shards import FlatShard, Parameter
+from lightning_gradguard.record import Record
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.trainer.conflicts import ConflictError
 
@@ -33,6 +34,8 @@ class FSDP1:
     """
 
     no_replay: str | None = "a backward pass through FSDP1's wrappers changes the gradients of the step"
+    scaling = None
+    master_weights = None
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -43,7 +46,7 @@ class FSDP1:
         # Private, and found nowhere else.
         return self._trainer.strategy._state_dict_type == "sharded"  # type: ignore[attr-defined,no-any-return]
 
-    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings, *, rolls_back: bool) -> None:  # noqa: ARG002 - of the protocol
+    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:  # noqa: ARG002 - of the protocol
         """LBFGS does not know what other ranks hold."""
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
             raise ConflictError(
@@ -67,6 +70,9 @@ class FSDP1:
     def watch(self, module: nn.Module, optimizer: Optimizer, only: NameFilter) -> WatchedParameters:
         """Those of the optimizer, which has the pieces or, without `use_orig_params`, the flat parameters."""
         return WatchedParameters(self.named_parameters(module), optimizer, only)
+
+    def note(self, record: Record) -> None:
+        """Nothing follows from it."""
 
     def is_step(self) -> bool:
         """The Trainer calls only where it steps."""

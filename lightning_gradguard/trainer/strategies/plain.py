@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.shards import Parameter
+from lightning_gradguard.record import Record
 from lightning_gradguard.settings import Settings
 
 
@@ -17,9 +18,11 @@ class Plain:
     """Gradients are where torch leaves them."""
 
     no_replay: str | None = None
+    scaling = None
+    master_weights = None
     saves_folders = False
 
-    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings, *, rolls_back: bool) -> None:
+    def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
         """Everything goes."""
 
     def named_parameters(self, module: nn.Module) -> Iterable[tuple[str, Parameter]]:
@@ -30,6 +33,9 @@ class Plain:
         """Those of the optimizer."""
         named = module.named_parameters
         return WatchedParameters(named(), optimizer, only, look_again=named)
+
+    def note(self, record: Record) -> None:
+        """Nothing follows from it."""
 
     def is_step(self) -> bool:
         """The Trainer calls only where it steps."""

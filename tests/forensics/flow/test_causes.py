@@ -188,6 +188,28 @@ def test_gradient_that_underflows_is_no_cut():
     assert "cut" not in names(vanishing_causes(Evidence(99, Flow(tuple(layers)), 1.0)))
 
 
+@pytest.mark.parametrize(("slope", "expected"), [(0.0, "saturation"), (0.2, "cut")])
+def test_gradient_that_a_flat_activation_takes_is_no_cut(slope, expected):
+    """Where all outputs of a tanh are 1 to the last bit."""
+    layers = chain(0.0, 1.0, 1.0, 1.0)
+    layers[1].op, layers[1].role, layers[1].units = "tanh", "activation", Units(slope, 1.0, float(slope == 0.0), 0.0)
+    (cause,) = vanishing_causes(Evidence(99, Flow(tuple(layers)), 1.0))
+    assert cause.name == expected
+
+
+def test_what_the_step_does_at_its_number_is_not_laid_on_the_batch():
+    """The healthy batch gives as much under that number."""
+    (cause,) = explosion_causes(step(healthy_norm=1.0, norm_under_number=90.0))
+    assert "under the number of this one the healthy batch gives 90 as well" in cause.message
+    (cause,) = explosion_causes(step(healthy_norm=1.0, norm_under_number=1.0))
+    assert "number" not in cause.message
+
+
+def test_replay_that_gives_more_than_the_step_did_does_not_make_the_batch_the_cause():
+    """A step that writes to its own weights writes to them again."""
+    assert explosion_causes(step(healthy_norm=90.0, norm=1e5, measured=95.0)) == ()
+
+
 def test_gradient_that_arrives_has_no_cause():
     """Nor is there one where nothing has any gradient at all."""
     assert vanishing_causes(Evidence(99, Flow(tuple(chain(0.5, 0.7, 1.0))), 1.0)) == ()

@@ -197,6 +197,9 @@ LOSSES = [
     *(Example("softmax of a masked row", {"x": ROW, "m": ONE_MASKED, "dim": 1}, {"x": ROW, "m": NONE_MASKED, "dim": 1},
               "summed over nothing but -Inf", op=op, fixes=(0, 1))
       for op in ("softmax", "log_softmax", "logsumexp")),
+    Example("softmax of a masked row", {"x": [ROW, ROW], "m": ONE_MASKED}, {"x": [ROW, ROW], "m": CROSS},
+            "summed over nothing but -Inf", op="softmax", fixes=(2,),
+            setup="torch.manual_seed(0); attention = torch.nn.MultiheadAttention(2, 1, batch_first=True)"),
     Example("no target left", {"x": ROW, "t": [-100, -100]}, {"x": ROW, "t": [1, -100]}, "all of them are `ignore_index`",
             tolerance=1e-6),
     Example("target of probability 0", {"x": ROW, "m": CROSS, "t": [1, 0]}, {"x": ROW, "m": CROSS, "t": [0, 1]},

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard.forensics.nonfinite.layout import check_sample_dim, iterators_in, layout_of
 from lightning_gradguard.forensics.nonfinite.operators import Operator
+from lightning_gradguard.forensics.nonfinite.row_rules import _RULES, _along, _gathered
 from lightning_gradguard.forensics.nonfinite.rows import Rows
 
 B, T, D = 4, 3, 6
@@ -312,3 +313,24 @@ def test_batch_that_refers_to_itself_is_read_all_the_same():
 
     assert layout_of(Loop()).size == 4
     assert layout_of(Lazy()).size == 0
+
+
+@pytest.mark.skipif(not hasattr(torch.Tag, "reduction"), reason="this version of torch has no such tag")
+def test_every_reduction_of_torch_has_a_rule_by_name():
+    """Older versions of torch have no tag that tells; this one's says which there are."""
+    tagged = {
+        name.removeprefix("aten::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::") and _is_reduction(name.removeprefix("aten::"))
+    }
+    assert "sum" in tagged
+    assert tagged <= {name for name, rule in _RULES.items() if rule in (_gathered, _along)} | {"linalg__powsum"}
+
+
+def _is_reduction(name):
+    packet, _, overload = name.partition(".")
+    try:
+        operator = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    except (AttributeError, RuntimeError):  # of a backend that is not here
+        return False
+    return torch.Tag.reduction in operator.tags

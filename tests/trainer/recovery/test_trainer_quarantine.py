@@ -80,6 +80,7 @@ def test_bad_batch_is_listed_with_its_samples(settings, tmp_path):
     assert "process_dataloader" not in vars(trainer.strategy)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("settings", [{}, {"batch_size": None}, {"num_workers": 1}, {"batch_size": 1}])
 def test_samples_of_a_bad_batch_are_kept_out_of_later_epochs(settings, tmp_path):
     """As many batches of the same size are trained on as before."""

@@ -43,6 +43,7 @@ def rolling(*, looks_into: bool = True, **settings) -> GradGuard:
     return GradGuard(nonfinite="rollback", rollback=rollback, **forensics)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_rollback_brings_weights_and_optimizer_state_back_bit_for_bit(optimizer, tmp_path):
     """A NaN at batch 10 leads back to the snapshot after batch 7, which two healthy steps have confirmed."""
@@ -394,6 +395,7 @@ def test_memory_for_snapshots_is_said_before_training(tmp_path, caplog, summary)
     assert f"GradGuard keeps 3 snapshots in CPU memory, {size / 1e6:.1f} MB a rank" in caplog.text
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("directory", ["snapshots", "deep/er"])
 def test_rollback_from_disk_is_the_one_from_memory(directory, tmp_path):
     """Weights and optimizer state, bit for bit; and what is left on the disk are whole files."""
@@ -408,6 +410,7 @@ def test_rollback_from_disk_is_the_one_from_memory(directory, tmp_path):
     assert Rollback(directory=tmp_path / directory).latest().name == "step-000000008.ckpt"
 
 
+@pytest.mark.smoke
 def test_run_resumed_from_its_latest_snapshot_is_the_one_never_stopped(tmp_path):
     """Dropout too: random states are in the snapshot."""
     whole, resumed = Whole(), Whole()

@@ -22,6 +22,7 @@ def is_finite(path) -> bool:
     return all(bool(tensor.isfinite().all()) for tensor in [*saved["state_dict"].values(), *states])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("top_k", [1, -1])
 def test_checkpoint_of_damaged_weights_is_refused_and_the_last_good_one_stays(top_k, tmp_path):
     """A guard that lets a NaN through; the callback's own counts stay at the good file too."""

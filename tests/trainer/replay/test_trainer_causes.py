@@ -55,6 +55,20 @@ def test_large_batch_is_named_whatever_the_optimizer(tmp_path, make, rate):
     (alert,) = trained(tmp_path, Regression(make, rate, large=35), GradGuard(vanishing=None))
     assert (alert.step, alert.culprit.cause, alert.culprit.phase) == (35, "batch", "data")
     assert "writes to the weights" not in alert.remedy
+    assert "it is what the step does at this number, and not what is in the batch" in alert.message
+
+
+def test_large_batch_is_told_from_what_the_step_does_at_its_number(tmp_path):
+    """Here it is the data, under any number."""
+    module = Regression(torch.optim.SGD, 1e-4)
+    batches = make_batches(40)
+    batches.batches[35][1].mul_(300.0)
+    guard = GradGuard(vanishing=None)
+    with pytest.warns(GradientWarning):
+        fit(tmp_path, module, guard, batches=batches)
+    (alert,) = guard.alerts
+    assert alert.culprit.cause == "batch"
+    assert "at this number" not in alert.message
 
 
 class Recurrent(LightningModule):

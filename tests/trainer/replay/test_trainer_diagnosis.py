@@ -43,6 +43,7 @@ def trained(tmp_path, module, guard, count=40, **settings):
     return guard.alerts
 
 
+@pytest.mark.smoke
 def test_vanishing_alert_says_why_and_shows_the_factors(tmp_path):
     """In message, remedy, culprit, `alerts.jsonl` and TensorBoard's text."""
     torch.manual_seed(0)
@@ -61,6 +62,7 @@ def test_vanishing_alert_says_why_and_shows_the_factors(tmp_path):
     assert b"| module | function | output rms |" in events.read_bytes()
 
 
+@pytest.mark.smoke
 def test_explosion_alert_names_the_sample(tmp_path):
     """Compared with the batch before on the same weights."""
     torch.manual_seed(0)
@@ -127,6 +129,7 @@ def test_bundle_that_cannot_be_written_is_one_warning(tmp_path):
     assert guard.num_skipped == 4
 
 
+@pytest.mark.smoke
 def test_bundle_of_a_step_replays_to_the_same_losses(tmp_path):
     """On another module, from the weights in it."""
     torch.manual_seed(0)

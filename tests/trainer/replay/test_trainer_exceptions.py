@@ -136,6 +136,7 @@ def _train(root, end, guard, *callbacks, data=None, **settings):
     return trainer
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("end", BY_TORCH.values(), ids=list(BY_TORCH))
 def test_exception_of_torch_is_passed_over_as_a_skipped_step(end, tmp_path):
     """An alert with the row, nothing applied, one step skipped, and the fit goes to its end."""

@@ -19,6 +19,7 @@ from lightning_gradguard.environment import Environment
 from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
+from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.measure.step import StepMeter
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Measurement, Outcome, Position, Record, Totals
@@ -97,6 +98,11 @@ class Pipeline:
     def stopped_by(self) -> Alert | None:
         """What asked for the end of training; None: nothing has."""
         return self._reporter.stopped_by
+
+    def hand_over_taken(self) -> list[tuple[Parameter, Tensor]]:
+        """The gradients that skipping the last step has taken away; asked for once."""
+        taken, self._gate.taken = self._gate.taken, []
+        return taken
 
     @property
     def num_steps(self) -> int:

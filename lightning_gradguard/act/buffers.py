@@ -32,7 +32,8 @@ class _Slot:
     @property
     def now(self) -> Tensor | None:
         """The tensor that hangs there now."""
-        return self.holder.get(self.name)
+        # What holds those of a `ScriptModule` has no `get`.
+        return self.holder[self.name] if self.name in self.holder else None  # noqa: SIM401
 
 
 class Buffers:

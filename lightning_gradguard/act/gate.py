@@ -18,14 +18,21 @@ from lightning_gradguard.measure.step import MeasuredStep
 from lightning_gradguard.record import Measurement
 
 
-def skip_(parameters: Iterable[Parameter]) -> None:
+def skip_(parameters: Iterable[Parameter]) -> list[tuple[Parameter, Tensor]]:
     """Take the gradients away, so that the optimizer passes the parameters over.
 
     Every torch optimizer leaves a parameter without a gradient alone: its value, its state, its step counter and its
     weight decay. Gradients of zero would still move momentum and decay the weights. In place, no sync, rank-local.
+
+    Returns:
+        The parameters that had one, and those gradients.
     """
+    taken: list[tuple[Parameter, Tensor]] = []
     for parameter in parameters:
-        parameter.grad = None
+        if (grad := parameter.grad) is not None:
+            taken.append((parameter, grad))
+            parameter.grad = None
+    return taken
 
 
 _KNOWN = ("torch.", "lightning.", "lightning_fabric.", "pytorch_lightning.", "deepspeed.")
@@ -69,6 +76,8 @@ class Gate:
             and parameters.only.keeps_all
         )
         self.kernel = FusedKernel(optimizer) if optimizer and can_fuse else None
+        self.taken: list[tuple[Parameter, Tensor]] = []
+        """The gradients of the last step, where they were taken away; the next one forgets them."""
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -82,12 +91,13 @@ class Gate:
 
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
+        self.taken = []
         if self.kernel is not None:
             self.kernel.clear()
 
     def skip_(self) -> None:
         """Keep the step from being applied. No sync."""
-        skip_(self.parameters)
+        self.taken = skip_(self.parameters)
         self.buffers.restore_()
 
     def clip_(self, step: MeasuredStep, measurement: Measurement, *, is_entry: bool = True) -> Clipped:

@@ -34,6 +34,7 @@ from lightning_gradguard.trainer.recovery.saving import SaveGate
 from lightning_gradguard.trainer.replay.incidents import Incidents
 from lightning_gradguard.trainer.running_step import RunningStep
 from lightning_gradguard.trainer.sinks import all_sinks
+from lightning_gradguard.trainer.skipped_gradients import SkippedGradients
 from lightning_gradguard.trainer.strategies import engine_of
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ class Fit:
         self._quarantine: Quarantine | None = None
         self._scaled_clipping: ScaledClipping | None = None
         self._raised: RaisedSteps | None = None
+        self._skipped: SkippedGradients | None = None
         self._is_finished = False
         self.guards: Guards | None = None
         """One for each optimizer; None until training starts."""
@@ -136,6 +138,7 @@ class Fit:
         self._save_gate = SaveGate(trainer, module, self._report_refused_save)
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
+        self._skipped = SkippedGradients(trainer)
         self._raised = self._incidents.follow_exceptions(self.guards, self._step, self.step)
         if options.snapshots is not None:
             self._recovery = Recovery(
@@ -151,6 +154,8 @@ class Fit:
         if self.guards is None or self._incidents is None:
             return
         self.guards.follow()
+        if self._skipped is not None:
+            self._skipped.forget()
         if self._step.begins:
             self._buffers.remember()
         self._step.begin_batch(batch_idx)
@@ -182,6 +187,8 @@ class Fit:
             self._last_guard = guard
             if self._incidents is not None:
                 self._incidents.look_back(optimizer, guard)
+            if self._skipped is not None:
+                self._skipped.show(guard.hand_over_taken())
         if guard.stopped_by is not None:
             request_stop(self._trainer)
         guard.leave()
@@ -229,7 +236,7 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        for part in (self._quarantine, self._scaled_clipping, self._raised, self.guards):
+        for part in (self._quarantine, self._scaled_clipping, self._raised, self._skipped, self.guards):
             if part is not None:
                 part.detach()
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import nn
-from toys import FEATURES, Net, fit, make_batches, same
+from toys import FEATURES, Net, Snapshots, fit, make_batches, make_trainer, same
 
 from lightning_gradguard import GradGuard, GradientWarning
 
@@ -140,3 +141,68 @@ def test_warned_step_is_applied_with_all_that_it_has_done(tmp_path):
     with pytest.warns(GradientWarning, match="The step is applied"):
         fit(tmp_path, net, GradGuard(nonfinite="warn"), batches=make_batches(6))
     assert net.after[5]["norm.num_batches_tracked"] == 6
+
+
+class _Reading(Net):
+    """Hooks of its own read gradients without asking whether there are any."""
+
+    def __init__(self, hook, *args):
+        super().__init__(*args)
+        setattr(self, hook, getattr(self, f"_{hook}"))
+        self.seen = []
+
+    def _read(self):
+        self.seen.append([float(parameter.grad.norm()) for parameter in self.parameters()])
+
+    def _on_before_optimizer_step(self, optimizer):
+        self._read()
+
+    def _on_train_batch_end(self, outputs, batch, batch_idx):
+        self._read()
+
+    def _configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self._read()
+
+    def _optimizer_step(self, epoch, batch_idx, optimizer, closure):
+        optimizer.step(closure=closure)
+        self._read()
+
+
+_HOOKS = ["on_before_optimizer_step", "on_train_batch_end", "configure_gradient_clipping", "optimizer_step"]
+
+
+@pytest.mark.parametrize("hook", _HOOKS)
+def test_hooks_that_read_gradients_find_those_of_a_skipped_step(hook, tmp_path):
+    """As without a guard; the optimizer does not, and neither does the next batch."""
+    guard, kept = GradGuard(), Snapshots()
+    trainer = make_trainer(tmp_path, guard, kept, accumulate_grad_batches=2)
+    module = _Reading(hook, {3: "nan"})
+    trainer.fit(module, make_batches(8))
+    assert guard.num_skipped == 1
+    assert same(kept.weights[3], kept.weights[1])
+    assert same(kept.optimizers[3], kept.optimizers[1])
+    assert not same(kept.weights[5], kept.weights[3])
+    damaged = [any(map(math.isnan, norms)) for norms in module.seen]
+    assert damaged == ([False] * 3 + [True] + [False] * 4 if hook == "on_train_batch_end" else [False, True, False, False])
+    assert not {"_after_closure", "optimizer_step"} & set(vars(trainer.precision_plugin))
+
+
+def test_gradients_of_a_skipped_step_are_not_added_to(tmp_path):
+    """Where a module zeroes gradients by itself and is not due to: what follows begins at nothing."""
+    module, guard = Net({1: "nan"}), GradGuard()
+    module.optimizer_zero_grad = lambda epoch, batch_idx, optimizer: None
+    make_trainer(tmp_path, guard).fit(module, make_batches(4))
+    assert guard.num_skipped == 1
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_buffers_of_a_script_module_are_put_back(tmp_path):
+    """Its collections are of a kind of their own."""
+    module, guard = Net({2: "nan"}), GradGuard()
+    module.body = torch.jit.script(torch.nn.Sequential(module.body, torch.nn.BatchNorm1d(8)))
+    statistics = []
+    module.on_train_batch_end = lambda outputs, batch, batch_idx: statistics.append(module.body[1].running_mean.clone())
+    make_trainer(tmp_path, guard).fit(module, make_batches(4))
+    assert guard.num_skipped == 1
+    assert torch.equal(statistics[2], statistics[1])
+    assert not torch.equal(statistics[3], statistics[2])

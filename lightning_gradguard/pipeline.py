@@ -253,11 +253,6 @@ class Pipeline:
         self._meter.load_state_dict(state["updates"])
         self._gate.load_state_dict(state["clipper"])
 
-    def go_on_from(self, other: Pipeline) -> None:
-        """Take over counts, alerts and baselines of that of an optimizer that has been replaced."""
-        self.load_state_dict(other.state_dict())
-        self.alerts.extend(other.alerts)
-
     def return_to(self, state: dict[str, Any]) -> None:
         """Judge and clip as at a saved state; counts and alerts go on."""
         self._meter.forget()
@@ -285,7 +280,6 @@ class Pipeline:
         kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
         if self._investigate is None or not kinds:
             return None
-        action = judgement.decision.action
-        ends_run = action is not None and action >= Action.STOP
+        ends_run = (judgement.decision.action or Action.LOG) >= Action.STOP
         kind = kinds[0] if measurement.is_finite else "nonfinite"
         return self._investigate(position, measurement, kind, ends_run=ends_run)

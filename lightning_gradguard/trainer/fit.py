@@ -151,11 +151,10 @@ class Fit:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
-        if self.guards is None or self._incidents is None:
+        if self.guards is None or self._incidents is None or self._skipped is None:
             return
         self.guards.follow()
-        if self._skipped is not None:
-            self._skipped.forget()
+        self._skipped.forget()
         if self._step.begins:
             self._buffers.remember()
         self._step.begin_batch(batch_idx)

@@ -105,7 +105,8 @@ class Guards(Sequence[Pipeline]):
         gone = [guard for guard in before if guard not in self._guards]
         for place, guard in zip(before, self._guards, strict=False):
             if place in gone and guard not in before:
-                guard.go_on_from(place)
+                guard.load_state_dict(place.state_dict())  # counts and baselines go on
+                guard.alerts.extend(place.alerts)
                 gone.remove(place)
             if guard is not place:
                 place.detach()

@@ -12,6 +12,7 @@ from lightning_gradguard.forensics.flow.path import Path, deepest_path
 from lightning_gradguard.forensics.flow.weight_history import WeightGrowth
 
 _SATURATED = 0.5
+_TOLD = 0.5  # decades
 _DECADES = 2.0
 _SHRUNK = 0.7
 _PART_OF_DECAY = 0.5
@@ -71,6 +72,12 @@ def _fall(path: Path) -> str:
     return f"from {last.name} to {first.name} its norm falls from {last.grad_norm:.2g} to {first.grad_norm:.2g}"
 
 
+def _rest(path: Path, told: float) -> str:
+    """What else is on the path, where it is enough to be missed: the figures of a sentence should multiply to its end."""
+    rest = path.decades - told
+    return f", and 10^{rest:.1f} by all else" if abs(rest) >= _TOLD else ""
+
+
 def _place(evidence: Evidence, path: Path) -> str:
     """Where the alert says that the gradient is lost, if that is on the path; else where it begins to be a thousandth."""
     if any(layer.module == evidence.lost_at for layer in path.layers):
@@ -107,8 +114,9 @@ def _activation(evidence: Evidence, path: Path, by_units: Sequence[tuple[Layer, 
     return Cause(
         "activation",
         "backward",
-        f"each of {len(raw)} {what} multiplies the gradient by about {10 ** median_high([it for _, it in raw]):.2g}{slope}: "
-        f"10^{units:.1f} over all, against 10^{weights:.1f} by the weights between them; {_fall(path)}",
+        f"each of {len(raw)} {what} multiplies the gradient by about {10 ** (units / len(raw)):.2g}{slope}: "
+        f"10^{units:.1f} over all, against 10^{weights:.1f} by the weights between them{_rest(path, units + weights)}; "
+        f"{_fall(path)}",
         "Use ReLU, GELU or SiLU instead, residual connections, or normalisation before the activation.",
         _place(evidence, path),
         test="with ReLU in its place the gradient is larger",
@@ -121,7 +129,7 @@ def _weak_weights(evidence: Evidence, path: Path, by_weights: Sequence[tuple[Lay
     gain = median_high([layer.gain for layer in layers if layer.gain is not None] or [math.nan])
     small = (
         f"the weights are too small: each of {len(raw)} layers multiplies the gradient by about "
-        f"{10 ** median_high(raw):.2g}, 10^{sum(raw):.1f} over all; {_fall(path)}. "
+        f"{10 ** (sum(raw) / len(raw)):.2g}, 10^{sum(raw):.1f} over all{_rest(path, sum(raw))}; {_fall(path)}. "
         f"The standard deviation of the weights is {gain:.2g} / sqrt(inputs), "
         "where 1 (tanh) to 1.41 (ReLU) keeps a signal's size"
     )

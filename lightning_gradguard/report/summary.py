@@ -64,4 +64,6 @@ def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
             "GradGuard: no optimizer step was seen. In manual optimization step with `self.optimizers().step()`; Lightning "
             "does not tell of steps on `optimizer.optimizer`."
         )
-    return counts if stopped_by is None else f"{counts}\nTraining was stopped at step {stopped_by.step:,}: {stopped_by.kind}."
+    if stopped_by is None:
+        return counts
+    return f"{counts}\nTraining was stopped at step {stopped_by.step:,}: {stopped_by.kind}."

@@ -13,6 +13,8 @@ import pytest
 import torch
 from resume_script import CLIPPERS, KILL_AFTER, NUM_BATCHES, SAVE_EVERY
 
+pytestmark = pytest.mark.slow  # three processes, each with a fork for each clipper
+
 _SCRIPT = Path(__file__).parent / "resume_script.py"
 _FIRST = (KILL_AFTER + 1) // SAVE_EVERY * SAVE_EVERY
 

@@ -200,6 +200,7 @@ class Guard:
         """
         self._pipeline.decide(position)
         self._pipeline.leave()
+        self._pipeline.hand_over_taken()  # nobody asks for them here
         record = self._pipeline.last
         assert record is not None
         return record

@@ -78,6 +78,7 @@ class Pipeline:
         self.outcome: Outcome | None = None
         """What the last step came to, as far as the host knows."""
         self._raised: Raised | None = None
+        self._knows_stop = False  # since the last step at the latest
 
     @property
     def totals(self) -> Totals:
@@ -173,8 +174,9 @@ class Pipeline:
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
 
     def leave(self) -> None:
-        """Take an optimizer that is not torch's out of a bad step that it is inside of; an exception does it."""
+        """Take an optimizer that is not torch's out of a bad step that it is inside of, by an exception."""
         self._executor.leave()
+        self._knows_stop = self.stopped_by is not None
 
     def _conclude(self, pending: PendingStep, *, is_repeated: bool = False, can_defer: bool = False) -> None:
         """Judge a measured step, carry out what is decided, and tell."""
@@ -243,10 +245,8 @@ class Pipeline:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Whatever is damaged, or configured otherwise than in the run that saved it, starts afresh, with a warning.
-        """
+        """Continue from a saved state; what is damaged, or configured otherwise by now, starts afresh, with a warning."""
+        self._pending = None
         state = mended_guard_state(state, self._detectors, self._gate.clipper, self._parameters.layout)
         self._reporter.load_state_dict(state["totals"])
         self._judge.load_state_dict(state["judge"])
@@ -260,9 +260,8 @@ class Pipeline:
 
     def _ended_late(self) -> bool:
         """Learn of the step before. If it ends the training, the present one comes too late, and is not applied."""
-        was_running = self.stopped_by is None
         self.flush()
-        if not was_running or self.stopped_by is None:
+        if self._knows_stop or self.stopped_by is None:
             return False
         self._gate.skip_()
         self._meter.forget()

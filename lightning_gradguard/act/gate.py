@@ -1,4 +1,4 @@
-"""The only place that changes gradients: clips them, or keeps a step from being applied."""
+"""Lets steps through, clipped, or keeps them from being applied."""
 
 from __future__ import annotations
 

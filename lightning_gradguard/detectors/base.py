@@ -15,7 +15,7 @@ class Deferral(NamedTuple):
     """How far a detector can wait with its judgement.
 
     Attributes:
-        num_steps: how many of the coming steps may be judged later, >= 1.
+        num_steps: how many of the coming steps may be judged later; with less than 1 the next is judged at once.
         max_norm: up to which global norm they may.
     """
 

@@ -147,7 +147,9 @@ class Vanishing(Detector):
     def catch_up(self, measurements: Sequence[Measurement]) -> None:
         """Count the symptoms; where no step has any, at once."""
         layout = measurements[0].layout
-        is_plain = not self._lasting and not self._may_note and all(it.layout is layout for it in measurements)
+        # A module that has never lived may have begun to, also after the note about it.
+        is_told = self._has_lived is None or bool(self._has_lived[layout.weights.any(measurements[0].has_grad)].all())
+        is_plain = is_told and not self._lasting and all(it.layout is layout for it in measurements)
         if is_plain and self._have_no_symptom(measurements):
             self._num_seen += len(measurements)
             return

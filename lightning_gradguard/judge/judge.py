@@ -128,12 +128,12 @@ class Judge:
         """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
         if not self._can_defer:
             return False
-        if self._deferral is None or len(self._deferred) == self._deferral.num_steps:
+        if self._deferral is None or len(self._deferred) >= self._deferral.num_steps:
             self._tell(self._take_deferred())
             self._deferral = self._how_far()
         deferral = self._deferral
         if (
-            not deferral.num_steps
+            deferral.num_steps < 1
             or not measurement.global_norm <= deferral.max_norm
             or measurement.damage is not None
             or measurement.overflowed

@@ -164,7 +164,8 @@ class Reporter:
         """
         self._noted = None
         if replaces_last:
-            self._totals = without_last_step(self.totals)
+            coef = None if self._last is None else self._last.clip_coef
+            self._totals = without_last_step(self.totals, was_clipped=coef is not None and coef < 1.0)
         judgement = step.judgement
         found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
         found = tuple(self._with_hint(alert) for alert in found)
@@ -222,7 +223,8 @@ class Reporter:
             self._notices.append(alert)
             return
         self._totals = add_alert(self.totals, alert)
-        self._tell(replace(last, alerts=(alert,), totals=self.totals, scalars_due=False, histograms=None))
+        notice = replace(last, verdicts=(), decision=Decision(), alerts=(alert,), scalars_due=False, histograms=None)
+        self._tell(replace(notice, totals=self.totals))
 
     def state_dict(self) -> dict[str, Any]:
         """The counts, in plain types."""

@@ -28,9 +28,9 @@ def count(
     )
 
 
-def without_last_step(totals: Totals) -> Totals:
+def without_last_step(totals: Totals, *, was_clipped: bool) -> Totals:
     """The counts without the last step, which is going to be decided a second time."""
-    return replace(totals, num_steps=totals.num_steps - 1)
+    return replace(totals, num_steps=totals.num_steps - 1, num_clipped=totals.num_clipped - was_clipped)
 
 
 def add_alert(totals: Totals, alert: Alert) -> Totals:
@@ -64,6 +64,4 @@ def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
             "GradGuard: no optimizer step was seen. In manual optimization step with `self.optimizers().step()`; Lightning "
             "does not tell of steps on `optimizer.optimizer`."
         )
-    if stopped_by is None:
-        return counts
-    return f"{counts}\nTraining was stopped at step {stopped_by.step:,}: {stopped_by.kind}."
+    return counts if stopped_by is None else f"{counts}\nTraining was stopped: {stopped_by.message}"

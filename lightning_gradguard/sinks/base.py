@@ -22,7 +22,11 @@ class Sink(Protocol):
     """
 
     def write(self, record: Record) -> None:
-        """Called after every step; look at `record.scalars_due`, `.histograms` and `.alerts` for what is wanted."""
+        """Called after every step; look at `record.scalars_due`, `.histograms` and `.alerts` for what is wanted.
+
+        Alerts that are no findings about gradients, as of a rollback, come with another record of the last step, without
+        verdicts; a step of LBFGS that turns bad at a later evaluation comes twice.
+        """
 
     def close(self) -> None:
         """Called at the end of training, however it ends; a later `write` may follow and has to work."""

@@ -223,7 +223,7 @@ class Fit:
         self._is_finished = True
         self.guards.close()
         if self._recovery is not None:
-            self._recovery.close()
+            self._recovery.detach()
         rank_zero_info(summarize(self.totals, self.stopped_by))
 
     def take_down(self, *, in_exception: bool = False) -> None:
@@ -235,7 +235,7 @@ class Fit:
         """
         if self._save_gate is not None:
             self._save_gate.detach(after_exception=in_exception)
-        for part in (self._quarantine, self._scaled_clipping, self._raised, self._skipped, self.guards):
+        for part in (self._recovery, self._quarantine, self._scaled_clipping, self._raised, self._skipped, self.guards):
             if part is not None:
                 part.detach()
 

@@ -50,6 +50,7 @@ class Guards(Sequence[Pipeline]):
         self._guards: list[Pipeline] = []
         self._retired: list[Pipeline] = []
         self._seen: list[Optimizer] = []
+        self._stopped_by: Alert | None = None
         for index, optimizer in enumerate(self._to_watch()):
             guard = self._make(optimizer)
             if index < len(history.guards):
@@ -105,8 +106,10 @@ class Guards(Sequence[Pipeline]):
         gone = [guard for guard in before if guard not in self._guards]
         for place, guard in zip(before, self._guards, strict=False):
             if place in gone and guard not in before:
-                guard.load_state_dict(place.state_dict())  # counts and baselines go on
+                # Counts and baselines go on; what the last step did to other parameters says nothing.
+                guard.load_state_dict({**place.state_dict(), "updates": {"ratios": None}})
                 guard.alerts.extend(place.alerts)
+                self._stopped_by = self._stopped_by or place.stopped_by
                 gone.remove(place)
             if guard is not place:
                 place.detach()
@@ -121,7 +124,7 @@ class Guards(Sequence[Pipeline]):
     @property
     def stopped_by(self) -> Alert | None:
         """What ended the training; None if nothing did."""
-        return next((guard.stopped_by for guard in self._all if guard.stopped_by is not None), None)
+        return next((guard.stopped_by for guard in self._all if guard.stopped_by is not None), self._stopped_by)
 
     @property
     def totals(self) -> list[Totals]:

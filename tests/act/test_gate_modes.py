@@ -200,3 +200,25 @@ def test_guarded_step_takes_at_most_four_launches_more_than_torchs_own_clipping(
     with Launches() as torchs_own:
         nn.utils.clip_grad_norm_(model.parameters(), 0.1, foreach=True)
     assert len(before.names + guarded.names) <= len(torchs_own.names) + 4, (before.names, guarded.names, torchs_own.names)
+
+
+def test_stop_that_a_save_was_first_to_learn_of_keeps_the_next_step_from_being_applied(monkeypatch):
+    """As without the save: the device has skipped the bad step, and the host asks the next one to be skipped, too."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    ends = []
+    for saves in (False, True):
+        torch.manual_seed(0)
+        model = nn.Linear(8, 1)
+        guard = Guard(model.named_parameters(), AdamW(model.parameters(), lr=1e-2, fused=True), nonfinite="stop")
+        for step in range(8):
+            loss = model(torch.full((4, 8), math.nan if step == 5 else 1.0)).square().mean()
+            guard.before_backward(loss)
+            loss.backward()
+            guard.step()
+            guard._parameters.optimizer.step()
+            guard._parameters.optimizer.zero_grad()
+            if saves:
+                guard.state_dict()
+            if step == 6:
+                ends.append(model.weight.detach().clone())
+    assert torch.equal(*ends)

@@ -43,6 +43,11 @@ def _unused(norms, step, random):
     return norms
 
 
+def _branch(norms, step, random):
+    norms[2] *= 100 <= step < 106 + random.integers(3)
+    return norms
+
+
 def _fades(norms, step, random):
     return norms * np.repeat(10.0 ** np.arange(-5.0, 1.0), 2) if step >= 100 else norms
 
@@ -67,6 +72,7 @@ CHANGES = {
     "growth": _growth,
     "dies": _dies,
     "unused": _unused,
+    "branch": _branch,
     "fades": _fades,
     "unfreezes": _unfreezes,
     "damage": _damage,

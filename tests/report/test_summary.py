@@ -31,5 +31,4 @@ def test_summary_without_a_step_says_why():
 def test_summary_of_a_stopped_run_ends_with_the_reason():
     """On a line of its own."""
     (alert,) = records()[3].alerts
-    last = f"Training was stopped at step {alert.step:,}: {alert.kind}."
-    assert summarize([Totals(num_steps=1)], alert).splitlines()[1] == last
+    assert summarize([Totals(num_steps=1)], alert).splitlines()[1] == f"Training was stopped: {alert.message}"

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
 from lightning_gradguard.report.alerting import notice
+from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.history import RollbackProgress
 from lightning_gradguard.trainer.recovery.run_state import RunState
 from lightning_gradguard.trainer.recovery.skipping_batches import skip_batches
@@ -50,7 +50,7 @@ class Recovery:
         rollback: Rollback,
         trainer: Trainer,
         module: LightningModule,
-        guards: Sequence[Pipeline],
+        guards: Guards,
         *,
         armed: Sequence[str],
         stop: Callable[[], None],
@@ -114,6 +114,9 @@ class Recovery:
         self._num_steps += 1
         self._cool_down()
         if is_due:
+            # A step that the device has decided since belongs to the state that is left, too.
+            self._guards.flush()
+            self._has_stepped = self._is_due = self._is_doubtful = False
             self._go_back()
             return
         self._steps_since += 1
@@ -125,7 +128,7 @@ class Recovery:
         if self._steps_since >= self._interval and self._ring.has_room:
             self._take()
 
-    def close(self) -> None:
+    def detach(self) -> None:
         """Leave the optimizers as they were found."""
         for lowered in self._lowered:
             lowered.close()
@@ -233,7 +236,7 @@ class Recovery:
         if self.progress.cooldown_left:
             self.progress.cooldown_left -= 1
             if not self.progress.cooldown_left:
-                self.close()
+                self.detach()
 
     def _report_failure(self, error: Exception | None) -> None:
         reason = "on another rank" if error is None else f"{type(error).__name__}: {error}"

@@ -1,4 +1,4 @@
-"""The gradients of one optimizer's parameters: read, measured and changed in place. What is measured of `.grad` is read here.
+"""The gradients of one optimizer's parameters: read, measured and changed in place.
 
 Nothing here waits for the device; it all runs on `device="meta"` too, which proves that.
 """

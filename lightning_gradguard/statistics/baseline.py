@@ -13,7 +13,39 @@ from typing import Any
 MAD_TO_SIGMA = 1.4826
 
 
-class LogBaseline:
+class _OrderedWindow:
+    """The last values, in the order in which they came, and by size."""
+
+    def __init__(self, window: int | None) -> None:
+        self._values: deque[float] = deque(maxlen=window)
+        self._ordered: list[float] = []
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there are as many values as the window holds."""
+        return len(self._values) == self._values.maxlen
+
+    def _take_in(self, value: float) -> None:
+        if self.is_full:
+            del self._ordered[bisect_left(self._ordered, self._values[0])]
+        self._values.append(value)
+        insort(self._ordered, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The values, as plain floats."""
+        return {"values": list(self._values)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a saved state; the last `window` values count."""
+        self._values.clear()
+        self._values.extend(state["values"])
+        self._ordered = sorted(self._values)
+
+
+class LogBaseline(_OrderedWindow):
     """Median and spread of the logarithms of the last values of a positive quantity.
 
     Gradient norms vary by factors, not by differences, so the logarithm is the natural scale: the statistics follow
@@ -36,23 +68,15 @@ class LogBaseline:
     """
 
     def __init__(self, *, window: int, recent: int, min_mad: float = 0.1) -> None:
-        self._values: deque[float] = deque(maxlen=window)
-        self._ordered: list[float] = []
+        super().__init__(window)
         self._recent = recent
         self._min_mad = min_mad
-
-    def __len__(self) -> int:
-        return len(self._values)
 
     def add(self, value: float) -> None:
         """Take in one value; what has no finite logarithm (NaN, infinities, 0, negative) is left out."""
         if not 0.0 < value < math.inf:
             return
-        if len(self._values) == self._values.maxlen:
-            del self._ordered[bisect_left(self._ordered, self._values[0])]
-        log = math.log(value)
-        self._values.append(log)
-        insort(self._ordered, log)
+        self._take_in(math.log(value))
 
     def restart(self, values: Iterable[float]) -> None:
         """Start again from these values."""
@@ -69,11 +93,6 @@ class LogBaseline:
         the values fall. Needs at least one value.
         """
         return max(_middle(self._ordered), self.latest(self._recent))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether there are as many values as the window holds."""
-        return len(self._values) == self._values.maxlen
 
     @property
     def whole_median(self) -> float:
@@ -114,18 +133,8 @@ class LogBaseline:
             return at_least
         return max(at_least, z * self.sigma)
 
-    def state_dict(self) -> dict[str, Any]:
-        """The values, as plain floats."""
-        return {"values": list(self._values)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; the last `window` values count."""
-        self._values.clear()
-        self._values.extend(state["values"])
-        self._ordered = sorted(self._values)
-
-
-class QuantileBaseline:
+class QuantileBaseline(_OrderedWindow):
     """Percentiles of the last values of a positive quantity.
 
     Args:
@@ -138,20 +147,13 @@ class QuantileBaseline:
     2.0
     """
 
-    def __init__(self, window: int | None) -> None:
-        self._values: deque[float] = deque(maxlen=window)
-        self._ordered: list[float] = []
-
-    def __len__(self) -> int:
-        return len(self._values)
-
     def percentile(self, percent: float, *, including: float) -> float:
         """The value below which `percent` % of the values lie, `including` being one of them, the newest.
 
         Between two values it is interpolated linearly, as numpy does by default. Changes nothing.
         """
         ordered = self._ordered.copy()
-        if len(self._values) == self._values.maxlen:
+        if self.is_full:
             del ordered[bisect_left(ordered, self._values[0])]
         insort(ordered, including)
         position = (len(ordered) - 1) * percent / 100.0
@@ -161,22 +163,8 @@ class QuantileBaseline:
 
     def add(self, value: float) -> None:
         """Take in one value; NaN, infinities, 0 and what is negative are left out."""
-        if not 0.0 < value < math.inf:
-            return
-        if len(self._values) == self._values.maxlen:
-            del self._ordered[bisect_left(self._ordered, self._values[0])]
-        self._values.append(value)
-        insort(self._ordered, value)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The values, as plain floats."""
-        return {"values": list(self._values)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state; the last `window` values count."""
-        self._values.clear()
-        self._values.extend(state["values"])
-        self._ordered = sorted(self._values)
+        if 0.0 < value < math.inf:
+            self._take_in(value)
 
 
 class ExponentialBaseline:

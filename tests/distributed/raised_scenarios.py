@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import raisers
 import torch
 from lightning_package import DDPStrategy, LightningEnvironment, LightningModule, Trainer
 from torch import Tensor, distributed, nn
@@ -101,6 +102,13 @@ def all_raise(root: str) -> dict[str, Any]:
         "own": fit(root, bad=True, module=Raising(own=True)),
         "healthy": fit(root, bad=False),
     }
+
+
+def every_kind(root: str) -> dict[str, Any]:
+    """The same on each rank: each kind of step that does not bear NaN."""
+    rank_messages.SECONDS_TO_RAISE = 20.0
+    ends = {**raisers.BY_TORCH, **raisers.BY_OTHERS}
+    return {name: fit(f"{root}/{name}", bad=True, module=raisers.Raising(end)) for name, end in ends.items()}
 
 
 def alone(rank: int, bad_rank: int, port: int, folder: str, settings: dict[str, Any]) -> None:

@@ -7,7 +7,8 @@ import sys
 import time
 
 import pytest
-from raised_scenarios import BAD_BATCH, NUM_BATCHES, ROW, all_raise, alone
+from raised_scenarios import BAD_BATCH, NUM_BATCHES, ROW, all_raise, alone, every_kind
+from raisers import BY_OTHERS, BY_TORCH
 from ranks import _free_port, on_ranks
 from torch import multiprocessing
 
@@ -43,6 +44,30 @@ def test_exception_on_all_ranks_is_passed_over_together(name, steps, together):
         assert rank["buffers_are_finite"]
     assert first["weights"] == second["weights"]
     assert first["alerts"] == second["alerts"]
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """What came of each kind."""
+    return on_ranks(2, every_kind, str(tmp_path_factory.mktemp("kinds")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*BY_TORCH, *BY_OTHERS])
+def test_every_kind_of_exception_on_all_ranks_has_one_end(name, kinds):
+    """Torch's are passed over together; those of others end both, with the alert."""
+    first, second = (rank[name] for rank in kinds)
+    assert first["alerts"] == second["alerts"]
+    assert first["weights"] == second["weights"]
+    for rank in (first, second):
+        (alert,) = rank["alerts"]
+        assert alert[:3] == ["nonfinite", BAD_BATCH, BAD_BATCH]
+        assert rank["rows"] == [[ROW]]
+        if name in BY_TORCH:
+            assert (rank["error"], rank["steps"], rank["skipped"]) == (None, NUM_BATCHES, 1)
+        else:
+            assert "The exception passes on." in alert[5]
+            assert rank["error"] in ("AssertionError", "ValueError", "RuntimeError")
 
 
 def test_exception_of_others_on_all_ranks_passes_on_with_one_alert(together):

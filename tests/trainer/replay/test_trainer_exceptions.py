@@ -6,9 +6,8 @@ import sys
 
 import pytest
 import torch
-from lightning_package import EarlyStopping, LightningModule, MisconfigurationException
-from torch import distributions, nn
-from torch.nn import functional
+from lightning_package import EarlyStopping, MisconfigurationException
+from raisers import BY_OTHERS, BY_TORCH, Raising, inverse, normal
 from toys import Batches, Snapshots, make_trainer, same
 
 from lightning_gradguard import GradGuard
@@ -16,110 +15,6 @@ from lightning_gradguard import GradGuard
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 BAD, ROW = 3, 2
-
-
-class Raising(LightningModule):
-    """A linear layer whose outputs go through something that does not bear NaN."""
-
-    def __init__(self, end):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Linear(6, 4)
-        self.table = nn.Embedding(8, 4)
-        self.end = end
-
-    def training_step(self, batch, batch_idx):
-        h = self.layer(batch)
-        return self.end(self, batch, h) + 0.01 * h.square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.Adam(self.parameters(), lr=0.01)
-
-
-def _normal(module, x, h):
-    return -distributions.Normal(h, 1.0).log_prob(torch.zeros_like(h)).mean()
-
-
-def _categorical(module, x, h):
-    return -distributions.Categorical(logits=h).log_prob(torch.zeros(len(h))).mean()
-
-
-def _multivariate(module, x, h):
-    return -distributions.MultivariateNormal(h, torch.eye(4)).log_prob(torch.zeros_like(h)).mean()
-
-
-def _negative_binomial(module, x, h):
-    return -distributions.NegativeBinomial(torch.ones(4), logits=h).log_prob(torch.ones_like(h)).mean()
-
-
-def _multinomial(module, x, h):
-    chosen = torch.multinomial(h.softmax(1), 1)
-    return functional.cross_entropy(h, chosen.squeeze(1))
-
-
-def _cross_entropy(module, x, h):
-    return functional.binary_cross_entropy(h.sigmoid(), torch.zeros_like(h))
-
-
-def _gram(h):
-    return h @ h.T + torch.eye(len(h))
-
-
-def _cholesky(module, x, h):
-    return torch.linalg.cholesky(_gram(h)).mean()
-
-
-def _eigh(module, x, h):
-    return torch.linalg.eigh(_gram(h)).eigenvalues.mean()
-
-
-def _svd(module, x, h):
-    return torch.linalg.svd(_gram(h), full_matrices=False).S.mean()
-
-
-def _inverse(module, x, h):
-    return torch.linalg.inv(_gram(h)).mean()
-
-
-def _embedding(module, x, h):
-    return module.table((x[:, 0].abs() % 8).long()).mean()
-
-
-def _ctc(module, x, h):
-    lengths = (3 + 0 * x[:, 0]).long()
-    probabilities = h.log_softmax(1).expand(5, *h.shape)
-    return functional.ctc_loss(probabilities, torch.ones(len(h), 2, dtype=torch.long), lengths, torch.full((len(h),), 2))
-
-
-BY_TORCH = {
-    it.__name__[1:]: it
-    for it in (
-        *(_normal, _categorical, _multivariate, _negative_binomial, _multinomial, _cross_entropy),
-        *(_cholesky, _eigh, _svd, _inverse, _embedding, _ctc),
-    )
-}
-
-
-def _asserted(module, x, h):
-    loss = h.square().mean()
-    assert torch.isfinite(loss)
-    return loss
-
-
-def _refused(module, x, h):
-    if bool(h.isnan().any()):
-        raise ValueError("NaN in the input")
-    return h.square().mean()
-
-
-def _read(module, x, h):
-    loss = h.square().mean()
-    if loss.item() != loss.item():
-        raise RuntimeError("loss is nan")
-    return loss
-
-
-BY_OTHERS = {it.__name__[1:]: it for it in (_asserted, _refused, _read)}
 
 
 def _batches(*bad, count=6):
@@ -146,7 +41,7 @@ def test_exception_of_torch_is_passed_over_as_a_skipped_step(end, tmp_path):
     assert (alert.kind, alert.step, alert.batch_idx) == ("nonfinite", BAD, BAD)
     # Where samples meet in a matrix, which is whose is a guess.
     assert (alert.culprit.samples or alert.culprit.probable_samples) == (ROW,)
-    assert "NaN or Inf is the reason of `" in alert.message or end is _inverse  # which gives NaN without an error
+    assert "NaN or Inf is the reason of `" in alert.message or end is inverse  # which gives NaN without an error
     assert "The step is skipped." in alert.message
     assert same(kept.weights[BAD], kept.weights[BAD - 1])
     assert same(kept.optimizers[BAD], kept.optimizers[BAD - 1])
@@ -183,7 +78,7 @@ def test_exception_passes_on_where_the_action_does_not_skip(settings, tmp_path):
     """The alert comes all the same; the exception is the one that was raised."""
     guard = GradGuard(**settings)
     with pytest.raises(ValueError, match="to satisfy the constraint"):
-        _train(tmp_path, _normal, guard)
+        _train(tmp_path, normal, guard)
     assert guard.alerts[0].culprit.samples == (ROW,)
     assert "The exception passes on." in guard.alerts[0].message
 
@@ -193,7 +88,7 @@ def test_exception_is_untouched_where_nobody_looks(settings, tmp_path):
     """Without the detector, or without replays, nothing can be said."""
     guard = GradGuard(**settings)
     with pytest.raises(ValueError, match="to satisfy the constraint") as caught:
-        _train(tmp_path, _normal, guard)
+        _train(tmp_path, normal, guard)
     assert guard.alerts == []
     assert not getattr(caught.value, "__notes__", [])
 
@@ -223,7 +118,7 @@ def test_exception_with_another_reason_is_untouched(end, tmp_path):
 def test_exception_in_a_micro_batch_spoils_its_step_once(tmp_path):
     """Two of a step's four micro-batches raise: one step is skipped, and the next is applied."""
     guard, kept = GradGuard(), Snapshots()
-    trainer = _train(tmp_path, _normal, guard, kept, data=_batches(1, 3, count=8), accumulate_grad_batches=4)
+    trainer = _train(tmp_path, normal, guard, kept, data=_batches(1, 3, count=8), accumulate_grad_batches=4)
     assert (trainer.global_step, guard.num_steps, guard.num_skipped) == (2, 2, 1)
     assert [(alert.batch_idx, alert.micro_batch) for alert in guard.alerts] == [(1, 1)]
     assert same(kept.weights[3], kept.weights[-1])
@@ -233,14 +128,14 @@ def test_exception_in_a_micro_batch_spoils_its_step_once(tmp_path):
 def test_exceptions_in_a_row_stop_the_training(tmp_path):
     """`stop_after` counts them as it counts skipped steps."""
     guard = GradGuard()
-    trainer = _train(tmp_path, _normal, guard, data=_batches(*range(10), count=10))
+    trainer = _train(tmp_path, normal, guard, data=_batches(*range(10), count=10))
     assert guard.stopped_by is not None
     assert trainer.global_step == 5
 
 
 def test_fit_leaves_the_loops_their_own_methods(tmp_path):
     """Nothing of the guard stays on the Trainer."""
-    trainer = _train(tmp_path, _normal, GradGuard())
+    trainer = _train(tmp_path, normal, GradGuard())
     loop = trainer.fit_loop.epoch_loop
     assert "run" not in vars(loop.automatic_optimization)
     assert "run" not in vars(loop.manual_optimization)
@@ -273,7 +168,7 @@ def test_exception_under_manual_optimization_is_passed_over_before_any_step_only
     """What has been applied can't be taken back."""
     guard = GradGuard()
     trainer = make_trainer(tmp_path, guard)
-    module = Manual(_normal, steps_first=steps_first)
+    module = Manual(normal, steps_first=steps_first)
     if steps_first:
         with pytest.raises(ValueError, match="to satisfy the constraint"):
             trainer.fit(module, _batches(BAD))
@@ -287,7 +182,7 @@ def test_loss_without_a_graph_is_the_trainers_own_error(tmp_path):
     """Nothing is said of it."""
     guard = GradGuard(skip_exceptions="all")
     trainer = make_trainer(tmp_path, guard)
-    module = Raising(_normal)
+    module = Raising(normal)
     module.training_step = lambda batch, batch_idx: torch.ones(())
     with pytest.raises(RuntimeError, match="does not require grad"):
         trainer.fit(module, _batches())
@@ -389,7 +284,7 @@ def test_exception_of_the_loader_is_untouched(tmp_path):
     """It is no training step's."""
     guard = GradGuard(skip_exceptions="all")
     with pytest.raises(OSError, match="no such file"):
-        _train(tmp_path, _normal, guard, data=_Broken(_batches().batches))
+        _train(tmp_path, normal, guard, data=_Broken(_batches().batches))
     assert (guard.num_steps, guard.alerts) == (BAD, [])
 
 
@@ -410,7 +305,7 @@ def test_exception_of_a_loaders_worker_is_untouched(tmp_path):
     guard = GradGuard(skip_exceptions="all")
     loader = torch.utils.data.DataLoader(_Worker(), num_workers=1)
     with pytest.raises(ValueError, match="Caught ValueError in DataLoader worker process 0"):
-        _train(tmp_path, _normal, guard, data=loader)
+        _train(tmp_path, normal, guard, data=loader)
     assert guard.alerts == []
 
 
@@ -438,7 +333,7 @@ def test_early_stopping_of_a_loss_that_is_nan_is_not_held_up(tmp_path):
 def test_loss_of_a_wrong_kind_is_the_trainers_own_affair(value, match, tmp_path):
     """None passes over the batch, as without a guard; the others are Lightning's or torch's own errors."""
     guard = GradGuard(skip_exceptions="all")
-    module = Raising(_normal)
+    module = Raising(normal)
     given = value * module.layer.weight.sum() if isinstance(value, torch.Tensor) else value
     module.training_step = lambda batch, batch_idx: given
     trainer = make_trainer(tmp_path, guard)

@@ -150,7 +150,7 @@ class Explosion(Detector):
             message=self._describe(norm, limit),
             remedy=(
                 "Look at this batch for outliers and wrong labels. If the norm keeps growing, lower the learning rate, "
-                "warm it up for longer, or clip with `clip=`."
+                "warm it up for longer, or clip lower (`clip=`)."
             ),
             parameters=measurement.largest(),
             micro_batch=measurement.last_micro_batch,

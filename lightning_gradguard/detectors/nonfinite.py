@@ -78,7 +78,8 @@ def _describe_gradients(measurement: Measurement) -> str:
     # With several micro-batches the last loss may be a healthy one's.
     is_known = measurement.loss is not None and measurement.num_micro_batches == 1
     loss = f"; the loss is {measurement.loss:g}" if is_known else ""
-    return f"the gradient of `{worst.name}` has {found} elements{more}{loss}"
+    noun = "element" if worst.num_nan + worst.num_inf == 1 else "elements"
+    return f"the gradient of `{worst.name}` has {found} {noun}{more}{loss}"
 
 
 def _describe_loss(damage: Damage) -> str:

@@ -37,8 +37,8 @@ def test_nonfinite_default_is_to_skip_and_stop_after_five():
 @pytest.mark.parametrize(
     ("norms", "text"),
     [
-        ([1.0, math.nan], r"`layers\.1\.weight` has 1 NaN elements"),
-        ([math.inf, 1.0], r"`layers\.0\.weight` has 1 infinite elements"),
+        ([1.0, math.nan], r"`layers\.1\.weight` has 1 NaN element$"),
+        ([math.inf, 1.0], r"`layers\.0\.weight` has 1 infinite element$"),
         ([math.nan, math.inf, 1.0], "and 1 more of 3 gradients are damaged"),
     ],
 )

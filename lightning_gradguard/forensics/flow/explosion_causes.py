@@ -90,7 +90,7 @@ def _data(evidence: Evidence) -> Cause | None:
         "data",
         f"{same}{_without_row(evidence)}{_scale_change(evidence.flow, evidence.healthy)}",
         "Look at how this batch was made: a missing normalisation, another source or unit, a changed distribution, a loss "
-        'that is scaled differently from here on. Clip with `clip=`, or skip with `explosion="skip"`, until it is found.',
+        'that is scaled differently from here on. Clipping (`clip=`) and `explosion="skip"` bound the harm until then.',
         "batch",
         test="without this batch the run goes on as before",
     )

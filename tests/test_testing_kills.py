@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import signal
+from multiprocessing import Pipe
 
 import pytest
 import torch
@@ -93,3 +94,16 @@ def test_report_shows_the_first_differences_and_counts_the_others():
     """A large module has thousands."""
     report = KillReport(1.0, (Outcome(0.5, tuple(f"w{number}" for number in range(9))),))
     assert str(report).splitlines()[-1] == "killed after 0.50 s: 4 more differences"
+
+
+def _asks_about_ctrl_c(folder):
+    return {"hears": signal.getsignal(signal.SIGINT) is signal.default_int_handler}
+
+
+def test_training_hears_ctrl_c_where_a_background_job_would_not(tmp_path, request):
+    """Such a job ignores it, and so does what it starts."""
+    request.addfinalizer(lambda before=signal.signal(signal.SIGINT, signal.SIG_IGN): signal.signal(signal.SIGINT, before))
+    here, there = Pipe(duplex=False)
+    kills._run(_asks_about_ctrl_c, tmp_path, there)
+    assert here.recv() == "begun"
+    assert torch.load(tmp_path / kills._RESULT, weights_only=True) == {"hears": True}

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -179,6 +180,9 @@ class _Runs:
 
 
 def _run(train: Train, folder: Path, parent: Connection) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell's background jobs ignore Ctrl-C, and hand that down.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     parent.send("begun")
     parent.close()
     torch.save(train(folder), folder / _RESULT)

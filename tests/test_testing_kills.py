@@ -102,7 +102,8 @@ def _asks_about_ctrl_c(folder):
 
 def test_training_hears_ctrl_c_where_a_background_job_would_not(tmp_path, request):
     """Such a job ignores it, and so does what it starts."""
-    request.addfinalizer(lambda before=signal.signal(signal.SIGINT, signal.SIG_IGN): signal.signal(signal.SIGINT, before))
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     here, there = Pipe(duplex=False)
     kills._run(_asks_about_ctrl_c, tmp_path, there)
     assert here.recv() == "begun"

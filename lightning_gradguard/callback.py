@@ -24,7 +24,7 @@ from lightning_gradguard.trainer.callback_order import callbacks_of, move_behind
 from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guards
 from lightning_gradguard.trainer.fit import Fit
 from lightning_gradguard.trainer.history import History
-from lightning_gradguard.trainer.options import Options, armed_among
+from lightning_gradguard.trainer.options import Options, rollback_detectors_among
 from lightning_gradguard.trainer.packages import Callback
 from lightning_gradguard.trainer.recovery.snapshot_storage import random_states_in
 
@@ -126,7 +126,7 @@ class GradGuard(Callback):
             skip_exceptions=skip_exceptions,
             rollback=rollback,
             quarantine=quarantine,
-            armed=armed_among(self._settings.detectors),
+            rollback_detectors=rollback_detectors_among(self._settings.detectors),
         )
         self._history = History()
         self._fit: Fit | None = None

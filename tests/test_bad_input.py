@@ -106,7 +106,7 @@ CASES = {
     "action-none": (lambda: Explosion(None), "action", "one of", "None", "pass None"),
     "action-list": (lambda: Explosion(["skip"]), "action", "one of", "['skip']", "pass None"),
     "nonfinite": (lambda: guard(nonfinite="wran"), "nonfinite", "one of", "'wran'", "pass None"),
-    "rollback-unarmed": (
+    "rollback-without-detector": (
         lambda: GradGuard(rollback=Rollback()),
         "rollback",
         "a detector whose",

@@ -92,16 +92,16 @@ class Judge:
         finiteness. Then the device can skip by itself.
         """
         self.catch_up()
-        armed = [
+        skipping = [
             detector
             for detector, streak in zip(self._detectors, self._streaks, strict=True)
             if detector.policy.act(streak.hits + 1).skips
         ]
-        if not all(isinstance(detector, NonFinite) or detector.is_gated for detector in armed):
+        if not all(isinstance(detector, NonFinite) or detector.is_gated for detector in skipping):
             return None
         return SkipThreshold(
-            max_norm=min((detector.limit() for detector in armed), default=math.inf),
-            must_be_finite=any(isinstance(detector, NonFinite) for detector in armed),
+            max_norm=min((detector.limit() for detector in skipping), default=math.inf),
+            must_be_finite=any(isinstance(detector, NonFinite) for detector in skipping),
         )
 
     @property

@@ -142,7 +142,12 @@ class Fit:
         self._raised = self._incidents.follow_exceptions(self.guards, self._step, self.step)
         if options.snapshots is not None:
             self._recovery = Recovery(
-                options.snapshots, trainer, module, self.guards, armed=options.armed, stop=lambda: request_stop(trainer)
+                options.snapshots,
+                trainer,
+                module,
+                self.guards,
+                rollback_detectors=options.rollback_detectors,
+                stop=lambda: request_stop(trainer),
             )
             self._recovery.progress = replace(history.rollbacks)
             rank_zero_info(self._recovery.start())

@@ -32,7 +32,7 @@ class Options:
     skip_exceptions: SkipExceptions
     rollback: Rollback | None
     quarantine: Literal["list", "skip"] | None
-    armed: tuple[str, ...]
+    rollback_detectors: tuple[str, ...]
     """Names of the detectors whose action is "rollback"."""
 
     def __post_init__(self) -> None:
@@ -52,7 +52,7 @@ class Options:
                 f"`skip_exceptions` must be 'torch', 'all' or None, got {self.skip_exceptions!r}. None passes over no batch "
                 "that ends in an exception."
             )
-        if self.rollback is not None and not self.armed:
+        if self.rollback is not None and not self.rollback_detectors:
             raise ValueError(
                 "`rollback` must go with a detector whose action is 'rollback', got none. For example "
                 "`nonfinite='rollback', explosion='rollback'`."
@@ -65,9 +65,9 @@ class Options:
     @property
     def snapshots(self) -> Rollback | None:
         """When states are kept; None where no detector would go back to one."""
-        return self.rollback or (Rollback() if self.armed else None)
+        return self.rollback or (Rollback() if self.rollback_detectors else None)
 
 
-def armed_among(detectors: Iterable[Detector]) -> tuple[str, ...]:
+def rollback_detectors_among(detectors: Iterable[Detector]) -> tuple[str, ...]:
     """Names of those whose action is "rollback"."""
     return tuple(detector.name for detector in detectors if detector.policy.action is Action.ROLLBACK)

@@ -51,7 +51,7 @@ class RaisedSteps:
         passes_over: which exceptions are passed over: "torch": those that torch raises; "all"; None: none.
         running: where the Trainer is.
         step: decides about an optimizer's step.
-        hand_in: told who is to blame for the step.
+        set_culprit: told who is to blame for the step.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class RaisedSteps:
         *,
         running: RunningStep,
         step: Callable[[Optimizer], None],
-        hand_in: Callable[[Culprit], None],
+        set_culprit: Callable[[Culprit], None],
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -73,7 +73,7 @@ class RaisedSteps:
         self._passes_over = passes_over
         self._running = running
         self._step = step
-        self._hand_in = hand_in
+        self._set_culprit = set_culprit
         ranks = Ranks.current()
         self._others = RankMessages(ranks) if ranks.size > 1 else None
         self._num_runs = 0
@@ -203,7 +203,7 @@ class RaisedSteps:
     def _pass_over(self, error: Exception, guard: Pipeline, raised: Raised) -> bool:
         guard.note_exception(raised)
         if raised.culprit is not None:
-            self._hand_in(raised.culprit)
+            self._set_culprit(raised.culprit)
         if self._accumulates:
             return True
         optimizer = self._trainer.optimizers[0]

@@ -107,7 +107,7 @@ class WeightHistory:
         self._start: list[Tensor] = []
         self._applied: deque[_Applied] = deque(maxlen=2 * INTERVAL)
         self._decayed: dict[int, list[float | None]] = {}
-        self._unsettled: list[tuple[Optimizer, list[Any]]] = []
+        self._open_decays: list[tuple[Optimizer, list[Any]]] = []
         self._optimizers: dict[int, Optimizer] = {}
         self._samples: dict[int, WeightSamples] = {}
         self._num_steps = 0
@@ -125,11 +125,11 @@ class WeightHistory:
         is_due = self._num_steps % INTERVAL == 0
         if is_due:
             self._look()
-            self._settle_decays()
+            self._close_decays()
         if is_applied:
             rates = [_detached(group["lr"]) for group in optimizer.param_groups]
             self._applied.append(_Applied(self._num_steps, optimizer, rates, measurement))
-            self._unsettled.append((optimizer, rates))
+            self._open_decays.append((optimizer, rates))
             samples = self._samples.get(id(optimizer))
             if samples is None or (is_due and not samples.is_of(optimizer)):
                 samples = self._samples[id(optimizer)] = WeightSamples(self._named, optimizer)
@@ -139,7 +139,7 @@ class WeightHistory:
     @torch.no_grad()
     def weight_growths(self, optimizer: Optimizer) -> tuple[WeightGrowth, ...]:
         """How each weight of an optimizer has moved; a few syncs."""
-        self._settle_decays()
+        self._close_decays()
         now = [float(norm) for norm in _norms([parameter for _, parameter in self._named])]
         look = self._looks[0] if self._looks else None
         before = [float(norm) for norm in look.norms] if look is not None else [None] * len(now)
@@ -193,9 +193,9 @@ class WeightHistory:
         self._looks.append(_Look(self._num_steps, norms, momenta, frozenset(self._optimizers)))
         self._start = self._start or norms
 
-    def _settle_decays(self) -> None:
+    def _close_decays(self) -> None:
         """Multiply up what weight decay alone has done in the steps since the last time."""
-        steps, self._unsettled = self._unsettled, []
+        steps, self._open_decays = self._open_decays, []
         for optimizer, rates in steps:
             sofar = self._decayed.setdefault(id(optimizer), [1.0] * len(rates))
             for index, (group, rate) in enumerate(zip(optimizer.param_groups, rates, strict=False)):

@@ -14,11 +14,11 @@ from torch import Tensor, autograd, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard.forensics.nonfinite.drops import Drops
-from lightning_gradguard.forensics.nonfinite.ledger import Ledger
 from lightning_gradguard.forensics.nonfinite.numbers import HALVES
 from lightning_gradguard.forensics.nonfinite.operands import operands_of, saved_by
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.provenance import Origin, Provenance
+from lightning_gradguard.forensics.nonfinite.provenance_table import ProvenanceTable
 from lightning_gradguard.forensics.nonfinite.rows import Rows
 from lightning_gradguard.forensics.nonfinite.samples import Batch
 from lightning_gradguard.forensics.nonfinite.source_location import (
@@ -91,7 +91,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.rows = rows
         self.modules = ModuleStack(root)
         self._weights = {tuple(parameter.shape) for parameter in root.parameters()}
-        self._ledger = Ledger()
+        self._provenances = ProvenanceTable()
         self._locations: dict[int, SourceLocation] = {}
         self._operators: dict[Any, Operator] = {}
         self._before: deque[_Step] = deque(maxlen=_NUM_BEFORE)
@@ -111,7 +111,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def label(self, named: Iterable[tuple[str, Tensor]], origin: Origin) -> None:
         """Say what tensors are that come from outside; those that are in order need no label."""
         for name, tensor in named:
-            if (flaw := flaw_of(tensor)) is None or tensor in self._ledger:
+            if (flaw := flaw_of(tensor)) is None or tensor in self._provenances:
                 continue
             rows = self.batch.rows_of(tensor) if origin == "data" else None
             samples = self._samples_at(tensor) if origin == "data" else None
@@ -119,13 +119,13 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             is_sentinel = flaw.is_negative and origin in ("data", "state")
             provenance = Provenance(-1, flaw, origin, name, rows=rows, is_sentinel=is_sentinel, dtype=tensor.dtype)
             provenance.samples = samples
-            self._ledger.put(tensor, provenance)
+            self._provenances.put(tensor, provenance)
 
     def provenance_of(self, tensor: Tensor) -> Provenance | None:
         """How a tensor got its damage; None if it has none."""
         if (flaw := flaw_of(tensor)) is None:
             return None
-        return self._ledger.get(tensor) or Provenance(self._order, flaw, "constant", is_sentinel=True)
+        return self._provenances.get(tensor) or Provenance(self._order, flaw, "constant", is_sentinel=True)
 
     def run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an operator, and look at what comes out."""
@@ -139,7 +139,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         overwritten = {id(tensor): tensor.clone() for tensor in operator.overwrites(args)}
         call = _Call(operator, args, kwargs, torch._C._current_autograd_node(), torch.is_grad_enabled(), overwritten)
         # What is written in place has to be looked at before; afterwards it is the result.
-        earlier = {id(tensor): self._ledger.damage_of(tensor) for tensor in operator.writes(args)}
+        earlier = {id(tensor): self._provenances.damage_of(tensor) for tensor in operator.writes(args)}
         result = func(*args, **kwargs)
         if self.rows is not None:
             is_backward = call.node is not None and not call.has_grad_mode
@@ -165,18 +165,18 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if span.flaw is None:
                 is_finite = True
                 self._before.append(_Step(name, self.modules.current, tensor.dtype, tensor.shape, span))
-                self._ledger.clear(tensor)
+                self._provenances.clear(tensor)
             elif call.operator.is_empty:
                 location = self._here()
-                self._ledger.put(
+                self._provenances.put(
                     tensor, Provenance(self._order, span.flaw, "garbage", name, location=location, is_sentinel=True)
                 )
             else:
                 if inherited is None:
                     inputs = [*tensors_in([*call.operator.reads(call.args, call.kwargs)])]
                     inherited = inputs, self._parents(inputs, earlier)
-                self._ledger.put(tensor, self._provenance(call, tensor, span.flaw, *inherited))
-        if is_finite and inherited is None and self._ledger and call.node is None:
+                self._provenances.put(tensor, self._provenance(call, tensor, span.flaw, *inherited))
+        if is_finite and inherited is None and self._provenances and call.node is None:
             self._note_drop(call, earlier)
 
     def _provenance(
@@ -232,7 +232,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _samples_beside(self, inputs: list[Tensor]) -> tuple[int, ...] | None:
         """The samples that damaged inputs meet, if these are made of none themselves."""
-        damaged = next((it for it in inputs if self._ledger.damage_of(it) is not None), None)
+        damaged = next((it for it in inputs if self._provenances.damage_of(it) is not None), None)
         values = None if damaged is None else plain(damaged)
         if self.rows is None or damaged is None or values is None or values.shape != damaged.shape:
             return None
@@ -251,7 +251,9 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found: dict[int, Provenance] = {}
         for tensor in inputs:
             provenance = (
-                earlier[id(tensor)] if id(tensor) in earlier else self._ledger.damage_of(tensor) or self._unknown(tensor)
+                earlier[id(tensor)]
+                if id(tensor) in earlier
+                else self._provenances.damage_of(tensor) or self._unknown(tensor)
             )
             if provenance is not None:
                 found[id(provenance)] = provenance
@@ -259,16 +261,16 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _unknown(self, tensor: Tensor) -> Provenance | None:
         """Of a tensor that was never seen before, if it holds damage: a constant from somewhere."""
-        if tensor in self._ledger or (flaw := flaw_of(tensor)) is None:
+        if tensor in self._provenances or (flaw := flaw_of(tensor)) is None:
             return None
         location = self._here()
         provenance = Provenance(self._order, flaw, "constant", location=location, is_sentinel=True)
-        self._ledger.put(tensor, provenance)
+        self._provenances.put(tensor, provenance)
         return provenance
 
     def _note_drop(self, call: _Call, earlier: dict[int, Provenance | None]) -> None:
         inputs = ((tensor, earlier.get(id(tensor))) for tensor in tensors_in([*call.operator.reads(call.args, call.kwargs)]))
-        self.drops.note(self._order, call.operator.name, inputs, self._ledger, self._here)
+        self.drops.note(self._order, call.operator.name, inputs, self._provenances, self._here)
 
     def _note_loss(self, tensor: Tensor) -> None:
         """Autograd begins at a loss by making a one of its shape."""

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from lightning_gradguard.forensics.nonfinite.ledger import Ledger
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.nonfinite.provenance_table import ProvenanceTable
 from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
 from lightning_gradguard.forensics.tensors import flaw_of
 
@@ -44,7 +44,7 @@ class Drops(list[Drop]):
         order: int,
         op: str,
         inputs: Iterable[tuple[Tensor, Provenance | None]],
-        ledger: Ledger,
+        provenances: ProvenanceTable,
         here: Callable[[], SourceLocation],
     ) -> None:
         """An operator gave finite values; masks of minus infinity are made for that.
@@ -53,11 +53,11 @@ class Drops(list[Drop]):
             order: its number.
             op: its name.
             inputs: what went in, with its damage where it has been written over since.
-            ledger: what is known of the rest.
+            provenances: what is known of the rest.
             here: gives the place.
         """
         for tensor, earlier in inputs:
-            provenance = earlier or ledger.get(tensor)
+            provenance = earlier or provenances.get(tensor)
             if provenance is None or (provenance.is_sentinel and not provenance.flaw.has_nan):
                 continue
             is_partial = earlier is None and flaw_of(tensor) is None

@@ -56,7 +56,7 @@ class DamageUntilRaise(Damage):  # type: ignore[no-untyped-call]
         for values in _locals_of(error):
             if found := self._damaged(_tensors_among(values)):
                 return found[-1]
-        return self._ledger.latest
+        return self._provenances.latest
 
     def _damaged(self, tensors: Iterator[Tensor]) -> tuple[Provenance, ...]:
         found = (self.provenance_of(tensor) for tensor in tensors)

@@ -41,7 +41,7 @@ class Recovery:
         trainer: whose run.
         module: what it trains.
         guards: one for each optimizer.
-        armed: names of the detectors whose action is "rollback"; what they find puts a snapshot in doubt.
+        rollback_detectors: names of the detectors whose action is "rollback"; what they find puts a snapshot in doubt.
         stop: ends the training.
     """
 
@@ -52,13 +52,13 @@ class Recovery:
         module: LightningModule,
         guards: Guards,
         *,
-        armed: Sequence[str],
+        rollback_detectors: Sequence[str],
         stop: Callable[[], None],
     ) -> None:
         self._settings = rollback
         self._trainer = trainer
         self._guards = guards  # not copied: an optimizer may be replaced
-        self._doubtful = {*armed, *_DAMAGING}
+        self._doubtful = {*rollback_detectors, *_DAMAGING}
         self._stop = stop
         self._state = RunState(trainer, module, guards)
         self._storage: SnapshotStorage[Any] = (

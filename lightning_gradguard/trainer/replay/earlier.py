@@ -18,7 +18,7 @@ class EarlierCulprits:
         if culprit is not None:
             self._found[optimizer, kind] = (step, culprit)
 
-    def settle(self, optimizer: int, kind: str, culprit: Culprit | None) -> Culprit | None:
+    def final(self, optimizer: int, kind: str, culprit: Culprit | None) -> Culprit | None:
         """The culprit of the alert that ends a run.
 
         Where the last step's replay has found nothing, it is the one before it, and says so; where it has found another,

@@ -138,7 +138,7 @@ class Incidents:
             self._options.skip_exceptions,
             running=running,
             step=step,
-            hand_in=find.hand_in,
+            set_culprit=find.set_culprit,
         )
 
     def _exception_cause(self, found: Investigation) -> ExceptionCause | None:

@@ -91,7 +91,7 @@ class Investigation:
             return None
         return TimeProbe(self._module, self._window, self._replay, action)
 
-    def hand_in(self, culprit: Culprit) -> None:
+    def set_culprit(self, culprit: Culprit) -> None:
         """Say who is to blame for the next step that is asked about."""
         self._known = culprit
 
@@ -114,7 +114,7 @@ class Investigation:
         self.num_done += 1
         culprit = self._find(position, measurement, kind)
         if ends_run:
-            return self._earlier.settle(position.optimizer, kind, culprit)
+            return self._earlier.final(position.optimizer, kind, culprit)
         self._earlier.note(position.optimizer, kind, position.step, culprit)
         return culprit
 

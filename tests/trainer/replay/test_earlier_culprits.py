@@ -8,38 +8,38 @@ from lightning_gradguard.trainer.replay.earlier import EarlierCulprits
 BIRTH = Culprit("forward", "net", op="div", line=3, message="`div` divided 0 by 0", samples=(2,), reproduced=True)
 
 
-def settled(culprit, earlier=BIRTH, kind="nonfinite"):
+def final_of(culprit, earlier=BIRTH, kind="nonfinite"):
     """After an earlier one at step 7."""
     found = EarlierCulprits()
     found.note(0, "nonfinite", 7, earlier)
-    return found.settle(0, kind, culprit)
+    return found.final(0, kind, culprit)
 
 
 def test_same_culprit_stays_as_it_is():
     """Rows differ from step to step."""
     again = Culprit("forward", "net", op="div", line=3, message="`div` divided 0 by 0", samples=(5,))
-    assert settled(again) is again
+    assert final_of(again) is again
 
 
 def test_other_culprit_is_named_beside_the_earlier_one():
     """The weights are NaN by now, since the first step was applied."""
     later = Culprit("weights", "net.weight", message="`net.weight` holds NaN")
-    assert settled(later).message == "`net.weight` holds NaN (at step 7 it was: `div` divided 0 by 0)"
+    assert final_of(later).message == "`net.weight` holds NaN (at step 7 it was: `div` divided 0 by 0)"
 
 
 def test_earlier_culprit_stands_in_where_a_replay_shows_nothing():
     """And says so; its rows are not those of this batch."""
-    found = settled(None)
+    found = final_of(None)
     assert found.message == "the replay of this step shows nothing; at step 7 it was: `div` divided 0 by 0"
     assert (found.op, found.samples, found.reproduced) == ("div", None, False)
 
 
 def test_culprits_of_other_kinds_and_optimizers_are_no_concern():
     """Nor is there always an earlier one."""
-    assert settled(None, kind="explosion") is None
-    assert settled(None, earlier=None) is None
+    assert final_of(None, kind="explosion") is None
+    assert final_of(None, earlier=None) is None
 
 
 def test_two_leaves_of_the_data_do_not_contradict():
     """Another batch may be bad in another leaf."""
-    assert settled(Culprit("data", "batch[1]"), Culprit("data", "batch[0]")).message == ""
+    assert final_of(Culprit("data", "batch[1]"), Culprit("data", "batch[0]")).message == ""

@@ -10,7 +10,7 @@ from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.tensors import flaw_of, plain
 
 
-class Ledger:
+class ProvenanceTable:
     """Keeps descriptions, and weak references to storages: no tensor lives longer for being listed."""
 
     def __init__(self) -> None:

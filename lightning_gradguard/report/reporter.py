@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,8 +24,7 @@ MAX_ALERTS = 1000
 """Alerts of an optimizer that are held in memory, the last ones; files hold all of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class DecidedStep:
+class DecidedStep(NamedTuple):
     """All that is to be told of a step.
 
     Attributes:
@@ -138,7 +137,7 @@ class Reporter:
         """The last step; its record is made now if it has only been noted."""
         step, self._noted = self._noted, None
         if step is not None:
-            self._last = self._record(replace(step, judgement=Judgement(self._limit(), (), Decision())), ())
+            self._last = self._record(step._replace(judgement=Judgement(self._limit(), (), Decision())), ())
         return self._last
 
     def note(self, step: DecidedStep) -> None:

@@ -76,14 +76,15 @@ class Guards(Sequence[Pipeline]):
     def __getitem__(self, index: int | slice) -> Pipeline | Sequence[Pipeline]:
         return self._guards[index]
 
-    def index_of(self, optimizer: Optimizer) -> int:
-        """Number of an optimizer; a new one is taken in first."""
-        for _ in range(2):
-            for index, known in enumerate(self._optimizers):
-                if known is optimizer:
-                    return index
-            self.follow(optimizer)
-        raise AssertionError("an optimizer that was taken in is known")
+    def index_of(self, optimizer: Optimizer) -> int | None:
+        """Number of an optimizer; a new one is taken in first. None for what stands in where there is none."""
+        for index, known in enumerate(self._optimizers):
+            if known is optimizer:
+                return index
+        if is_no_optimizer(optimizer):
+            return None
+        self.follow(optimizer)
+        return next(index for index, known in enumerate(self._optimizers) if known is optimizer)
 
     def follow(self, stepping: Optimizer | None = None) -> None:
         """Look whether the Trainer has other optimizers by now. A fraction of a microsecond where it has not.

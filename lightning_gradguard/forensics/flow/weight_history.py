@@ -112,7 +112,6 @@ class WeightHistory:
         self._samples: dict[int, WeightSamples] = {}
         self._num_steps = 0
 
-    @torch.no_grad()
     def note(self, optimizer: Optimizer, measurement: Measurement | None = None, *, is_applied: bool = True) -> None:
         """A step has been decided, and is about to be applied or skipped. No sync.
 
@@ -182,6 +181,7 @@ class WeightHistory:
         grad_norm = None if applied is None or applied.measurement is None else applied.measurement.by_name.get(name)
         return None if not grad_norm else decay / grad_norm
 
+    @torch.no_grad()
     def _look(self) -> None:
         parameters = [parameter for _, parameter in self._named]
         norms = _norms(parameters)

@@ -108,7 +108,7 @@ class Pipeline:
     @property
     def num_steps(self) -> int:
         """Steps so far, one included whose outcome the host has yet to learn."""
-        return self._reporter.num_steps + self.is_pending
+        return self._reporter.num_steps + (self._pending is not None)
 
     @property
     def is_pending(self) -> bool:

@@ -22,7 +22,6 @@ from lightning_gradguard.measure.gradients import Gradients, to_device, total
 from lightning_gradguard.measure.inspection import inspect
 from lightning_gradguard.record import Damage, Measurement
 
-
 _ONE_LOSS = torch.Size([1, 1])
 
 

@@ -94,6 +94,8 @@ class Reporter:
         self._noted: DecidedStep | None = None
         self._num_noted = 0
         self._num_noted_clipped = 0
+        self.num_steps = 0
+        """Steps so far."""
         self._last: Record | None = None
         self.alerts: list[Alert] = []
         """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
@@ -113,11 +115,6 @@ class Reporter:
     def has_last(self) -> bool:
         """Whether there has been a step."""
         return self._last is not None
-
-    @property
-    def num_steps(self) -> int:
-        """Steps so far."""
-        return self._totals.num_steps + self._num_noted
 
     @property
     def totals(self) -> Totals:
@@ -144,6 +141,7 @@ class Reporter:
         """Count a step that nobody wants to be told of: it was applied, and nothing was found."""
         self._noted = step
         self._num_noted += 1
+        self.num_steps += 1
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
@@ -171,6 +169,7 @@ class Reporter:
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self._totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
+        self.num_steps = self._totals.num_steps
         record = self._last = self._record(step, alerts)
         if self._listener is not None:
             self._listener(record)
@@ -234,6 +233,7 @@ class Reporter:
         _ = self.last  # which stays
         self._num_noted = self._num_noted_clipped = 0
         self._totals = Totals(**state)
+        self.num_steps = self._totals.num_steps
 
     def close(self) -> None:
         """Let the sinks write out what they hold. They can be used on."""

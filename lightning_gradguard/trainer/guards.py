@@ -135,8 +135,7 @@ class Guards(Sequence[Pipeline]):
     @property
     def num_steps(self) -> int:
         """Decisions so far, those included of which the host has yet to learn."""
-        guards = self._all
-        return guards[0].num_steps if len(guards) == 1 else sum([guard.num_steps for guard in guards])
+        return sum([guard.num_steps for guard in self._all])
 
     def flush(self) -> None:
         """Learn of the last steps.

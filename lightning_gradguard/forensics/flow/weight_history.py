@@ -126,7 +126,9 @@ class WeightHistory:
             self._look()
             self._close_decays()
         if is_applied:
-            rates = [_detached(group["lr"]) for group in optimizer.param_groups]
+            rates = [group["lr"] for group in optimizer.param_groups]
+            if any(isinstance(rate, Tensor) for rate in rates):  # it is changed in place
+                rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
             self._applied.append(_Applied(self._num_steps, optimizer, rates, measurement))
             self._open_decays.append((optimizer, rates))
             samples = self._samples.get(id(optimizer))
@@ -253,10 +255,6 @@ class WeightHistory:
         rounding = 2.0 * torch.finfo(parameter.dtype).eps * size
         most = _SLACK * float(update.norm()) + decay + rounding
         return moved / size, max(moved - most, 0.0) / size
-
-
-def _detached(rate: Any) -> Any:
-    return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
 
 
 def _grad_norm(measurement: Measurement | None, name: str) -> float | None:

@@ -97,7 +97,8 @@ class FactorClipper(Clipper):
             if coef is not None:
                 self.learn(norm)
                 if coef < 1.0:
-                    gradients.scale_(torch.scalar_tensor(coef))  # a third of the time that a float takes
+                    # A third of the time that a float takes.
+                    gradients.scale_(torch.scalar_tensor(coef, dtype=torch.float32))
                 return Clipped(coef, norm * coef)
         factor, clipped = self.factor(gradients, global_norm)
         if clipped.coef < 1.0:

@@ -16,6 +16,7 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.gate import Gate
 from lightning_gradguard.act.on_device import OnDevice
 from lightning_gradguard.act.queued import Queued
+from lightning_gradguard.clippers import FactorClipper
 from lightning_gradguard.judge.judge import SkipThreshold
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.step import StepMeter
@@ -27,9 +28,20 @@ FUSED = {
     "adamw": lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
     "adagrad": lambda parameters: Adagrad(parameters, lr=1e-3, fused=True),
 }
+
+
+class OwnClip(FactorClipper):
+    """One of the user's, which minds a norm that is not finite."""
+
+    def coefficient(self, gradients, global_norm):
+        """To 0.5."""
+        return 0.5 / global_norm.clamp(min=0.5)
+
+
 SETTINGS = {
     "defaults": dict,
     "clip": lambda: {"clip": 0.5},
+    "own clip": lambda: {"clip": OwnClip()},
     "skip": lambda: {"clip": 1.0, "explosion": "skip"},
     "patience": lambda: {"explosion": Explosion("skip", patience=2)},
     "max_norm": lambda: {"explosion": Explosion("skip", max_norm=50.0), "nonfinite": "warn"},
@@ -100,6 +112,22 @@ def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
     record = guard.step()
     assert record.measurement.overflowed
     torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
+
+
+def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one(monkeypatch):
+    """Those of the parameters are known by then."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = AdamW(parameters, fused=True)
+    guard = Guard([("p", parameters[0]), ("q", parameters[1])], optimizer, explosion=None)
+    for parameter in parameters:
+        parameter.grad = torch.full((1,), 3e38)
+    guard.step()
+    optimizer.step()
+    guard.flush()
+    assert guard.last.measurement.overflowed
+    assert guard.last.measurement.nonfinite == ()
+    assert guard.last.measurement.global_norm == pytest.approx(3e38 * math.sqrt(2.0))
 
 
 class Always(Detector):

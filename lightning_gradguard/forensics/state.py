@@ -206,7 +206,7 @@ class RandomState:
     def restore(self) -> None:
         """Put them back."""
         torch.set_rng_state(self._torch)
-        if self._cuda:
+        if self._cuda:  # pragma: no cover - needs a GPU
             torch.cuda.set_rng_state_all(self._cuda)
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002

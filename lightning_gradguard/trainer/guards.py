@@ -83,7 +83,7 @@ class Guards(Sequence[Pipeline]):
                 if known is optimizer:
                     return index
             self.follow(optimizer)
-        raise AssertionError("an optimizer that was taken in is known")
+        raise AssertionError("an optimizer that was taken in is known")  # pragma: no cover - an invariant
 
     def follow(self, stepping: Optimizer | None = None) -> None:
         """Look whether the Trainer has other optimizers by now. A fraction of a microsecond where it has not.

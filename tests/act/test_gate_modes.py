@@ -124,7 +124,9 @@ def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one
         parameter.grad = torch.full((1,), 3e38)
     guard.step()
     optimizer.step()
+    assert guard.is_pending
     guard.flush()
+    assert not guard.is_pending
     assert guard.last.measurement.overflowed
     assert guard.last.measurement.nonfinite == ()
     assert guard.last.measurement.global_norm == pytest.approx(3e38 * math.sqrt(2.0))

@@ -343,3 +343,18 @@ def test_loss_of_a_wrong_kind_is_the_trainers_own_affair(value, match, tmp_path)
         with pytest.raises((RuntimeError, MisconfigurationException), match=match):
             trainer.fit(module, _batches(BAD))
     assert guard.alerts == []
+
+
+def test_exception_of_a_step_that_has_used_up_its_batch_is_untouched(tmp_path):
+    """It can't be run again."""
+
+    class Consumes(Raising):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(next(batch), batch_idx)
+
+    guard = GradGuard()
+    batches = Batches([iter([batch]) for batch in _batches(BAD).batches])
+    with pytest.raises(ValueError, match="to satisfy the constraint") as caught:
+        make_trainer(tmp_path, guard).fit(Consumes(normal), batches)
+    assert guard.alerts == []
+    assert not getattr(caught.value, "__notes__", [])

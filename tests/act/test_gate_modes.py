@@ -119,11 +119,12 @@ def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one
     monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
     parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
     optimizer = AdamW(parameters, fused=True)
-    guard = Guard([("p", parameters[0]), ("q", parameters[1])], optimizer, explosion=None)
-    for parameter in parameters:
-        parameter.grad = torch.full((1,), 3e38)
-    guard.step()
-    optimizer.step()
+    guard = Guard([("p", parameters[0]), ("q", parameters[1])], optimizer, nonfinite="warn", explosion=None)
+    for value in (1.0, 3e38):  # the first step is decided at once
+        for parameter in parameters:
+            parameter.grad = torch.full((1,), value)
+        guard.step()
+        optimizer.step()
     assert guard.is_pending
     guard.flush()
     assert not guard.is_pending

@@ -154,8 +154,8 @@ def test_deferred_steps_lead_to_the_same_verdicts_limits_and_state(kind, seed):
         lambda: Explosion("stop", max_norm=30.0, ratio=None),
         lambda: Explosion(min_share=None, adapt_after=3),
         lambda: Explosion(window=4, warmup_steps=2),
-        lambda: UpdateRatio(),
-        lambda: OwnLimit(),
+        UpdateRatio,
+        OwnLimit,
     ],
     ids=["absolute", "norm alone", "short", "update ratio", "own"],
 )

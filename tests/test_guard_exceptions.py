@@ -105,6 +105,23 @@ def test_exception_whose_replay_can_not_be_begun_is_untouched():
     assert loop.guard.alerts == []
 
 
+def test_exception_that_does_not_come_again_is_untouched():
+    """Whatever it was, it is not known to be the damage."""
+    loop = _Loop()
+    raised = []
+
+    def loss(x):
+        if bool(x.isnan().any()) and not raised:
+            raised.append(1)
+            raise KeyError("once")
+        return loop.model(x).square().mean()
+
+    loop.loss = loss
+    with pytest.raises(KeyError, match="once"):
+        loop.run()
+    assert loop.guard.alerts == []
+
+
 def test_exception_without_damage_is_untouched():
     """Nothing is said."""
     loop = _Loop()

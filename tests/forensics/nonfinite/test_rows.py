@@ -239,9 +239,34 @@ def test_layout_of_graphs_follows_their_vector():
     assert "batch.ptr" not in layout.labels
 
 
+def test_layout_of_graphs_needs_them_one_behind_the_other():
+    """Else it is a vector that is called so by chance; what belongs to no graph has no label."""
+    mixed = graph()
+    mixed._parts["batch"] = torch.tensor([0, 1, 0, 1, 1])
+    assert not layout_of(mixed).is_unique
+    more = graph()
+    more._parts["table"] = torch.rand(7, 2)
+    assert "batch.table" not in layout_of(more).labels
+
+
+def test_layout_of_packed_sequences_follows_their_lengths():
+    """One time step lies behind the other, the longest sample first; what there is one of for each sample beside it."""
+    packed = pack_padded_sequence(torch.rand(3, 4, D), torch.tensor([2, 4, 1]), batch_first=True, enforce_sorted=False)
+    layout = layout_of({"x": packed, "y": torch.zeros(3)})
+    assert (layout.size, layout.is_unique, layout.can_exchange) == (3, True, False)
+    assert layout.labels["batch['x'].data"].flatten().tolist() == [2, 1, 3, 2, 1, 2, 2]
+    assert layout.labels["batch['y']"].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("batch", "size", "dims", "is_unique"),
     [
+        (
+            (torch.zeros(4, 4, 3), torch.zeros(4, 7), torch.zeros(4)),
+            4,
+            {"batch[0]": 0, "batch[1]": 0, "batch[2]": 0},
+            False,
+        ),
         (Pair(torch.zeros(4, 3), torch.zeros(4)), 4, {"batch.x": 0, "batch.y": 0}, True),
         ((torch.zeros(5, 4, 3), torch.zeros(4)), 4, {"batch[0]": 1, "batch[1]": 0}, True),
         ((torch.zeros(5, 4, 3), torch.zeros(5, 4)), 5, {"batch[0]": 0, "batch[1]": 0}, False),
@@ -312,6 +337,10 @@ def test_batch_that_refers_to_itself_is_read_all_the_same():
             raise KeyError(name)
 
     assert layout_of(Loop()).size == 4
+    assert not any(iterators_in(Loop()))
+    lists = [torch.zeros(4, 3), torch.zeros(5, 2)]
+    lists.append(lists)
+    assert layout_of(lists).size == 0
     assert layout_of(Lazy()).size == 0
 
 

@@ -1,5 +1,7 @@
 """The global random states of python and numpy, noted and put back."""
 
+# ruff: noqa: NPY002 - it is the global generator that is noted
+
 from __future__ import annotations
 
 import random

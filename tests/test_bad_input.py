@@ -151,6 +151,13 @@ CASES = {
     "histogram_every": (lambda: guard(histogram_every_n_steps=0), "histogram_every_n_steps", ">= 1", "0", "pass None"),
     "callback-log_every": (lambda: GradGuard(log_every_n_steps=-1), "log_every_n_steps", ">= 0", "-1", "pass None"),
     "callback-clip": (lambda: GradGuard(clip=-1.0), "clip", "> 0", "-1.0", "pass `clip=None`"),
+    "parameters-odd": (
+        lambda: Guard([("a", 3)]),
+        "named_parameters",
+        "pairs of a name and a tensor",
+        "a tuple",
+        "model.named_parameters()",
+    ),
     "parameters-none": (lambda: Guard([]), "named_parameters", "at least one parameter", "none", "model.named_parameters()"),
 }
 

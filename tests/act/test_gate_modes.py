@@ -133,6 +133,30 @@ def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one
     assert guard.last.measurement.global_norm == pytest.approx(3e38 * math.sqrt(2.0))
 
 
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "deferred"])
+def test_window_with_a_loss_that_is_nan_is_skipped_also_where_gradients_are_finite(devices, monkeypatch):
+    """The device compares what it was told of each of the two backward passes."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", devices)
+    torch.manual_seed(0)
+    model, seen = nn.Linear(4, 1), []
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+    guard = Guard(model.named_parameters(), optimizer, sinks=[lambda record: seen.append(record.decision.skip)])
+    weights = []
+    for step in range(5):
+        weights.append(model.weight.detach().clone())
+        for micro_batch in range(2):
+            loss = model(torch.randn(3, 4)).square().mean() + (math.nan if (step, micro_batch) == (3, 0) else 0.0)
+            guard.before_backward(loss)
+            loss.backward()
+        guard.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.flush()
+    assert seen == [False, False, False, True, False]
+    assert torch.equal(weights[4], weights[3])
+    assert not torch.equal(weights[3], weights[2])
+
+
 class Always(Detector):
     """Skips every step, by its own reasons."""
 

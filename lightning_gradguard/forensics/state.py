@@ -201,7 +201,7 @@ class RandomState:
         has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if has_cuda else []
         self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002 - the global generator is what user code may use
+        self._numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is what user code may use
 
     def restore(self) -> None:
         """Put them back."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.forensics.nonfinite import row_moves
 from lightning_gradguard.forensics.nonfinite.layout import check_sample_dim, iterators_in, layout_of
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.row_rules import _RULES, _along, _gathered
@@ -84,6 +85,11 @@ ONES = torch.ones(D, D)
         lambda x: F.embedding(x.long().clamp(0, 2), torch.ones(3, 2)),
         lambda x: x.as_strided((B, 2), (D, 1)),
         lambda x: F.one_hot(x.long().clamp(0, 2), 3).float() * 1.0,
+        lambda x: torch.cdist(torch.ones(1, 2, D).expand(B, 2, D), x[:, None]),
+        lambda x: x @ torch.ones(D),
+        lambda x: x + torch.ones(2 * D).view(2, D)[0],
+        lambda x: torch.zeros(B, D).index_copy_(0, torch.arange(B), x),
+        lambda x: x.clone().tril_(D),
     ],
 )
 def test_rows_stay_with_their_samples(function):
@@ -114,6 +120,7 @@ def test_rows_stay_with_their_samples(function):
         (lambda x: torch.zeros(B, D).scatter_add(0, torch.tensor([[1] * D]), x[2:3]), [(), (2,), (), ()]),
         (lambda x: x.gather(0, torch.tensor([[3] * D, [0] * D])), [(3,), (0,)]),
         (lambda x: torch.zeros(3, D).index_put((torch.tensor([2, 0]),), x[:2]), [(1,), (), (0,)]),
+        (lambda x: torch.zeros(B, D).scatter_add(0, torch.zeros(2, D, dtype=torch.long), x), [None] * B),
         (lambda x: x.sum(1).topk(4)[0][:, None] * 1, None),
         (lambda x: F.pad(x, (0, 0, 1, 0)), [(), *EACH]),
     ],
@@ -149,6 +156,20 @@ def test_rows_of_packed_sequences_are_those_of_the_batch():
     assert samples(batch, lambda batch: pack(batch).data) == [(index,) for index in longest]
     back = samples(batch, lambda batch: pad_packed_sequence(pack(batch), batch_first=True)[0][:, :1] * 1.0)
     assert back == EACH
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.flip(0),
+        lambda x: x.view(2, 2, D).transpose(0, 1).contiguous().view(B, D),
+        lambda x: torch.zeros(B, D).index_add(0, torch.arange(B), x),
+    ],
+)
+def test_rows_of_very_large_tensors_are_not_followed_element_by_element(function, monkeypatch):
+    """It would take too long; then nothing is said of them."""
+    monkeypatch.setattr(row_moves, "MAX_ELEMENTS", 4)
+    assert samples(torch.rand(B, D), function) == [None] * B
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
@@ -340,7 +361,7 @@ def test_batch_that_refers_to_itself_is_read_all_the_same():
     assert not any(iterators_in(Loop()))
     lists = [torch.zeros(4, 3), torch.zeros(5, 2)]
     lists.append(lists)
-    assert layout_of(lists).size == 0
+    assert {leaf.shape[0] for _, leaf in layout_of(lists).leaves} == {4, 5}
     assert layout_of(Lazy()).size == 0
 
 

@@ -229,3 +229,19 @@ def test_damage_that_the_replay_does_not_show_has_no_culprit():
 
 def _loss_of(net, x):
     return net(x).square().mean()
+
+
+def test_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows():
+    """The one that follows the rows sees something else, which is not mixed with it."""
+    net, calls = nn.Linear(6, 1), []
+
+    def loss():
+        calls.append(1)
+        hidden = net(torch.ones(8, 6)).square()
+        return (hidden / 0.0 if len(calls) % 2 else torch.log(-hidden)).mean()
+
+    guard = Guard(net.named_parameters(), replay=loss)
+    loss().backward()
+    guard.step()
+    assert guard.alerts[0].culprit.op == "log"
+    assert not guard.alerts[0].culprit.samples

@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning_package import LightningModule, TensorBoardLogger
 from torch import nn
-from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
+from toys import FEATURES, Batches, Net, fit, make_batches, read_alerts, same, weights_of
 
 from lightning_gradguard import Explosion, GradGuard, GradientWarning, GuardWarning, SinkWarning, Vanishing
 from lightning_gradguard.act import choice
@@ -209,3 +209,54 @@ def test_vanishing_of_a_gradient_that_is_zero_everywhere_has_nothing_to_compare(
     (alert,) = trained(tmp_path, Zero(nn.ReLU, 2), guard, 6)
     assert (alert.kind, alert.value) == ("vanishing", 0.0)
     assert "has been below" in alert.message
+
+
+def test_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows(tmp_path):
+    """The one that follows the rows sees something else, which is not mixed with it."""
+    seen = []
+
+    class Alternates(Deep):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx != 3:
+                return loss
+            seen.append(1)
+            return loss / 0.0 if len(seen) % 2 else torch.log(-loss)
+
+    (alert,) = trained(tmp_path, Alternates(nn.ReLU, 2), GradGuard(vanishing=None), 6)
+    assert (alert.step, alert.culprit.op) == (3, "log")
+
+
+class Uncopied:
+    """A batch that refuses to be copied."""
+
+    def __init__(self, number, x, y):
+        self.number, self.x, self.y = number, x, y
+
+    def __copy__(self):
+        raise TypeError("one of a kind")
+
+
+def test_sample_of_a_batch_that_can_not_be_exchanged_is_probable(tmp_path):
+    """No replay without it can be run."""
+
+    class Unpacks(Deep):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.number, batch.x, batch.y), batch_idx)
+
+    torch.manual_seed(0)
+    guard = GradGuard(explosion="skip", vanishing=None, max_bundle_mib=None)
+    with pytest.warns(GradientWarning):
+        fit(tmp_path, Unpacks(nn.ReLU, 2, shift=30), guard, batches=Batches([Uncopied(*it) for it in make_batches(32)]))
+    (alert,) = guard.alerts
+    assert (alert.culprit.cause, alert.culprit.samples, alert.culprit.probable_samples) == ("sample", None, (2,))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_window_with_a_micro_batch_without_a_loss_is_replayed(tmp_path):
+    """There is nothing of it to run backward."""
+    guard = GradGuard(vanishing=None)
+    with pytest.warns(GradientWarning):
+        fit(tmp_path, Net({4: "none", 5: "nan"}), guard, accumulate_grad_batches=2)
+    (alert,) = guard.alerts
+    assert (alert.step, alert.batch_idx, alert.culprit.op) == (2, 5, "mul")

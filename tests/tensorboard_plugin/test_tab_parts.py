@@ -10,6 +10,7 @@ from recording import alert_at, layout_of, record_at, write_for_tab
 from tensorboard.data.provider import TensorDatum
 
 from lightning_gradguard import Action
+from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.tensorboard_plugin import views
 from lightning_gradguard.tensorboard_plugin.alerts import complete, done, read_alert
 from lightning_gradguard.tensorboard_plugin.bundles import bundle_of, folder_of
@@ -161,3 +162,13 @@ def test_rows_are_searched_and_sorted(run, query, names, tab):
     labels = tab.ask("/layout", run)["labels"]
     assert [labels[node] for node in answer["nodes"]] == names
     assert answer["num_found"] == len(names)
+
+
+def test_notice_about_a_step_that_was_written_adds_the_alert_alone():
+    """As of a rollback, which follows its step."""
+    writer, layout = TabSeries(), layout_of("a", "b")
+    record = record_at(5, layout)
+    assert len(writer.values(record)) > 1
+    (value,) = writer.values(replace(record, alerts=(alert_at(5, "a", kind="rollback"),)))
+    assert "/alerts/" in value.tag
+    assert writer.values(record) == []

@@ -138,7 +138,8 @@ def test_baseline_restored_into_a_shorter_window_keeps_the_last():
 def many(window=8):
     """Baselines of two parts, filled."""
     baselines = LogBaselines(window=window, warmup=2, ratio=5.0, z=8.0)
-    baselines.add_each(np.log(np.full((32, 2), 3.0)), np.log(np.full(32, 3.0 * math.sqrt(2.0))))
+    baselines.add(np.log([3.0, 3.0]), math.log(3.0 * math.sqrt(2.0)))
+    baselines.add_each(np.log(np.full((31, 2), 3.0)), np.log(np.full(31, 3.0 * math.sqrt(2.0))))
     return baselines
 
 

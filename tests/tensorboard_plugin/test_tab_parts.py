@@ -111,7 +111,7 @@ def test_bytes_that_are_no_histograms_are_an_error():
 def two_runs(folder):
     """A healthy one, and one that was stopped."""
     layout = layout_of("a", "b", "c")
-    norms = [[2.0, 3.0 + step, 1.0] for step in range(12)]
+    norms = [[2.0, 3.0 + step, 1.0] for step in range(40)]
     write_for_tab(folder / "good", [record_at(step, layout, values) for step, values in enumerate(norms)])
     alerts = alert_at(3, "c"), replace(alert_at(3, "b", kind="nonfinite"), action=Action.STOP)
     bad = [record_at(step, layout, values) for step, values in enumerate(norms[:3])]
@@ -126,7 +126,7 @@ def test_overview_has_a_row_for_each_run(tab):
     bad, good = answer["runs"]
     assert (bad["name"], bad["last_step"], bad["first_alert"], bad["state"]) == ("bad", 3, 3, "stopped by nonfinite")
     assert (bad["kinds"], bad["culprit"]) == ({"explosion": 1, "nonfinite": 1}, "nonfinite in b")
-    assert (good["name"], good["last_step"], good["kinds"], good["culprit"]) == ("good", 11, {}, None)
+    assert (good["name"], good["last_step"], good["kinds"], good["culprit"]) == ("good", 39, {}, None)
     assert good["is_live"]
     assert good["state"].startswith("wrote ")
     assert tab.get("/overview").json["runs"][0] == bad
@@ -141,7 +141,7 @@ def test_curves_are_those_of_the_runs_that_are_asked_for(asked, names, tab):
     two_runs(tab.folder)
     runs = tab.reload().get("/curves", runs=asked).json["runs"]
     assert [run["name"] for run in runs] == names
-    assert all(run["steps"] == list(range(12)) and run["global_norm"][0] == 3.74166 for run in runs)
+    assert all(run["steps"] == list(range(40)) and run["global_norm"][0] == 3.74166 for run in runs)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from rich.table import Table
 from lightning_gradguard.alert import KINDS, Alert
 from lightning_gradguard.cli.terminal import cell, console, fail, nearest, print_json, remark, say
 from lightning_gradguard.files.json_lines import Reader
+from lightning_gradguard.wording import counted
 
 _WIDE = 110
 _POLL_SECONDS = 0.5
@@ -91,7 +92,7 @@ def list_alerts(place: Path, kinds: Collection[str], last: int, *, as_json: bool
         return
     console().print(_table(shown))
     left = f" The first {number - len(shown):,} are not shown; `--last 0` shows all." if number > len(shown) else ""
-    say(f"{number:,} alert{'s' * (number != 1)}.{left}")
+    say(f"{counted(number, 'alert')}.{left}")
 
 
 def follow_alerts(place: Path, kinds: Collection[str], *, as_json: bool) -> None:

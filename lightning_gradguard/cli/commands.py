@@ -18,6 +18,7 @@ from lightning_gradguard.cli.alerts import follow_alerts, list_alerts
 from lightning_gradguard.cli.explain import explain as explanation_of
 from lightning_gradguard.cli.explain import explanations
 from lightning_gradguard.cli.terminal import FOUND, cell, console, fail, make_output_safe, one_line, print_json, say, visible
+from lightning_gradguard.wording import counted
 
 if TYPE_CHECKING:
     from lightning_gradguard.forensics.bundle import Bundle
@@ -166,7 +167,7 @@ def doctor(checkpoint: _Checkpoint, trust: _Trust = False, as_json: _Json = Fals
         health = examine(read(checkpoint, trust=trust))
     except UnreadableError as error:
         fail(error)
-    looked_at = f"{health.num_tensors:,} tensors with {health.num_elements:,} elements"
+    looked_at = f"{counted(health.num_tensors, 'tensor')} with {counted(health.num_elements, 'element')}"
     if as_json:
         print_json({"is_healthy": not health.findings, **asdict(health)})
     elif not health.findings:

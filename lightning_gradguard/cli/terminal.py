@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from lightning_gradguard.wording import counted
+
 FOUND = 1
 """Exit code: something is wrong with what was looked at."""
 UNUSABLE = 2
@@ -31,7 +33,8 @@ def visible(text: object) -> str:
     shown = whole[:_MAX_CHARACTERS]
     if not shown.isprintable():
         shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)
-    return shown if len(whole) <= _MAX_CHARACTERS else f"{shown} ... ({len(whole) - _MAX_CHARACTERS:,} characters more)"
+    left = len(whole) - _MAX_CHARACTERS
+    return shown if left <= 0 else f"{shown} ... ({counted(left, 'character')} more)"
 
 
 def cell(text: object, style: str = "") -> Text:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from lightning_gradguard.cli.report.content import read
 from lightning_gradguard.cli.report.render import at_length, to_html, to_json, to_markdown
+from lightning_gradguard.wording import counted
 
 
 def write_report(log_dir: Path, output: Path | None = None, format_: str = "html") -> str:
@@ -39,4 +40,4 @@ def write_report(log_dir: Path, output: Path | None = None, format_: str = "html
     left_out = len(reports) - len(at_length(reports))
     some = f", {len(reports) - left_out} of them at length" if left_out and format_ != "json" else ""
     size = len(text.encode()) / 1e6
-    return f"{path}: {len(reports):,} run{'s' * (len(reports) != 1)}{some}, {size:.1f} MB.\n"
+    return f"{path}: {counted(len(reports), 'run')}{some}, {size:.1f} MB.\n"

@@ -33,7 +33,10 @@ app = typer.Typer(
 )
 
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts: one object a line.")]
-_LogDir = Annotated[Path, typer.Argument(help="A run's folder, one above several, or an alerts.jsonl.", exists=True)]
+_LogDir = Annotated[
+    Path,
+    typer.Argument(help="A run's log folder (it holds `gradguard/`), any folder above, or an alerts.jsonl.", exists=True),
+]
 _Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="The file; `-` for standard output. Without it, report.html or report.md."),

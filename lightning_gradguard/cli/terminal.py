@@ -7,6 +7,7 @@ import io
 import json
 import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -21,6 +22,12 @@ UNUSABLE = 2
 """Exit code: the command line, or the file, can't be used."""
 
 _MAX_CHARACTERS = 2000
+
+
+def run_folder(place: Path) -> Path:
+    """The run's folder where its folder `gradguard` was named; any other place as it is."""
+    whole = place.resolve()
+    return whole.parent if whole.name == "gradguard" and (whole / "alerts.jsonl").is_file() else place
 
 
 def visible(text: object) -> str:

@@ -254,7 +254,8 @@ def _services(addresses: Sequence[str]) -> list[Service]:
         apprise = importlib.import_module("apprise")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "`Notify` needs apprise. Install it with `pip install 'lightning-gradguard[notify]'`.", name="apprise"
+            '`Notify` needs apprise, which the extra `notify` brings: pip install "lightning-gradguard[notify]"',
+            name="apprise",
         ) from None
     asset = apprise.AppriseAsset(app_id="GradGuard", app_desc="GradGuard")
     with _unlogged(), warnings.catch_warnings():

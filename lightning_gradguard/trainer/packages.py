@@ -129,8 +129,8 @@ def _import_first() -> str:
         else:
             return package
     raise ModuleNotFoundError(
-        "GradGuard needs `lightning` or `pytorch-lightning`, got neither. Install one of them, for example with "
-        "`pip install 'lightning-gradguard[lightning]'`. `Guard`, for a loop of your own, needs neither.",
+        "GradGuard needs `lightning` or `pytorch-lightning`, got neither; extras of these names bring one: "
+        'pip install "lightning-gradguard[lightning]". `Guard`, for a loop of your own, needs neither.',
         name=PACKAGES[0],
     )
 

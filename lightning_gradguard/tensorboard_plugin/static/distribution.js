@@ -68,7 +68,7 @@ export class DistributionView {
       yaxis2: axis({ title: { text: "share", font: { size: 11 } }, domain: [0, 0.22], tickformat: ".0%", rangemode: "tozero", fixedrange: true }),
       yaxis9: { domain: [0.95, 1], range: [0, 1], visible: false, fixedrange: true, anchor: "x" },
     });
-    await draw(this.plot, traces, settings, `Gradient magnitudes of ${paths[node]} over ${data.steps.length} histograms.`);
+    await draw(this.plot, traces, settings, `Gradient magnitudes of ${paths[node]} over ${counted(data.steps.length, "histogram")}.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";
     this.plot.on("plotly_click", ({ points }) => set({ step: Math.round(points[0].x) }));

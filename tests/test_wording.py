@@ -23,7 +23,7 @@ NOUNS = (
         "rows",
         "runs",
     ),
-    *("samples", "snapshots", "steps", "tensors", "values"),
+    *("runs", "samples", "snapshots", "steps", "tensors", "values"),
 )
 SAID = re.compile(rf"\}}+ (?:(?:logged|measured|more|other) )?(?:{'|'.join(NOUNS)})\b")
 """A plural after a value that is put into a text, as `{number} alerts`."""

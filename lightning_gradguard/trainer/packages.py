@@ -83,6 +83,15 @@ def rank_zero_info(message: str) -> None:
     _find(_loaded()[0], "utilities.rank_zero_info")(message, stacklevel=_CALLER)
 
 
+def silences_loggers() -> bool:
+    """Whether Lightning's loggers stand for nothing in this process, since its rank is not the first's.
+
+    Not what the Trainer says of itself: each process that DDP starts runs the whole script again, and in it a fit on one
+    device, too, whose Trainer believes to be the first.
+    """
+    return bool(_find(_loaded()[0], "utilities.rank_zero_only").rank)
+
+
 def classes(path: str) -> tuple[type, ...]:
     """A class of every loaded package, for `isinstance`.
 

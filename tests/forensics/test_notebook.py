@@ -46,6 +46,6 @@ def test_culprit_in_a_cell_is_named_by_the_cell(shell):
         shell.run_cell(cell, store_history=True).raise_error()
     (alert,) = shell.user_ns["guard"].alerts
     culprit = alert.culprit
-    assert "`log` in `Net`, cell In[1], line 11, got 0 at [3, 1]" in culprit.message
+    assert "`log` in `replay`, cell In[1], line 11, got 0 at [3, 1]" in culprit.message
     assert (culprit.file, culprit.line, culprit.source) == ("In[1]", 11, "return self.scale(x.log())")
     assert {frame.file for frame in culprit.frames} == {"In[1]", "In[2]"}

@@ -15,6 +15,8 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from lightning_gradguard.sinks.bars import bars_aside
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
@@ -80,7 +82,8 @@ def tell_of_checkpoint(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 def rank_zero_info(message: str) -> None:
     """Write to Lightning's log, on the first rank."""
     # The two share this function, and the rank that it knows; which of their logs it writes to, the one loaded last decides.
-    _find(_loaded()[0], "utilities.rank_zero_info")(message, stacklevel=_CALLER)
+    with bars_aside():
+        _find(_loaded()[0], "utilities.rank_zero_info")(message, stacklevel=_CALLER)
 
 
 def silences_loggers() -> bool:

@@ -119,12 +119,14 @@ class HalfVariance(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = x.half()
-        variance = half.pow(2).mean(-1, keepdim=True)  # <<
+        variance = half.pow(2).mean(-1, keepdim=True)
         return (half * torch.rsqrt(variance + 1e-3)).float()
 
 
-@case("forward", "norm", "pow", samples=(4,), at=HalfVariance, needs_remedy=True)
+@case("none")
 class MeanSquareBeyondFloat16(Step):
+    """What is divided by an infinite root is zero, and so is its gradient. First labelled as a failure."""
+
     def add(self) -> None:
         self.norm = HalfVariance()
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite import conditions as when
 from lightning_gradguard.forensics.nonfinite.blame import Blame, is_from_outside
-from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
-from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
+from lightning_gradguard.forensics.nonfinite.failure import STEEP, KnownFailure, code
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
 from lightning_gradguard.forensics.nonfinite.wording import place_in_words, rows_in_words, way_in_words

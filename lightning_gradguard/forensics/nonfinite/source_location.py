@@ -185,10 +185,10 @@ class ModuleStack:
         self._stack: list[str] = []
 
     def hooked(self, node: Any) -> tuple[str, str] | None:
-        """Path of the module, and in words what of it a hook is on that runs beside a node; None where that is no part of it.
+        """Path of the module, and in words what the hook is on, that runs beside a node; None where it is on another tensor.
 
-        A parameter's hooks run beside the node that adds up its gradient; those of a module's backward pass below a function of
-        torch's that knows the module.
+        A parameter's hooks run beside the node that adds up its gradient, and those of a module's backward pass below a
+        function of torch's that knows the module.
         """
         name = self._names.get(id(getattr(node, "variable", None)))
         if name is not None:

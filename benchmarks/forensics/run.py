@@ -67,8 +67,9 @@ def judge(case: Case) -> Outcome:
     if case.phase == "none":
         return Outcome(case, culprit, () if not has_alert else ("an alert on a healthy step",), ())
     if case.phase == "nobody":
-        said = "no alert" if not has_alert else "" if culprit is None else f"{culprit.op} in {culprit.module!r} is named"
-        return Outcome(case, culprit, (said,) if said else (), (said,) if culprit is not None else ())
+        is_right = culprit is None or culprit.cause == "foreign"
+        said = "" if has_alert and is_right else f"{culprit.op} in {culprit.module!r} is named" if culprit else "no alert"
+        return Outcome(case, culprit, (said,) if said else (), () if is_right else (said,))
     if culprit is None:
         return Outcome(case, None, ("nobody is named" if has_alert else "no alert",), ())
     return Outcome(case, culprit, tuple(_wrong(case, culprit)), tuple(_false(case, culprit)), _try_remedy(case, culprit))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite import conditions as when
@@ -27,7 +30,11 @@ _STATE_REMEDY = (
     "It was damaged before this step, by an earlier one that has written to it, or from the start. Set it anew where it is "
     "not finite."
 )
-
+_FOREIGN_REMEDY = (
+    "Look for what changes gradients after the backward pass: `on_after_backward`, a callback, a clipping, scaling or "
+    "normalisation of your own (a norm of 0 is divided by), or broken memory."
+)
+_SAME_LOSS = 1e-4
 
 _OTHERS: tuple[KnownFailure, ...] = (
     KnownFailure(
@@ -111,6 +118,27 @@ def culprit_of(
         inputs=provenance.inputs,
         before=provenance.before,
         frames=provenance.location.frames,
+    )
+
+
+def culprit_outside(loss: float, replayed: Sequence[Tensor], again: float, *, rank: int = 0) -> Culprit | None:
+    """That damage was made neither in the forward nor in the backward pass; None where a replay does not show as much.
+
+    Args:
+        loss: of the step.
+        replayed: the gradients of a replay in which nothing was damaged.
+        again: its loss.
+        rank: the process.
+    """
+    if not math.isclose(loss, again, rel_tol=_SAME_LOSS) or not all(bool(grad.isfinite().all()) for grad in replayed):
+        return None
+    return Culprit(
+        phase="backward",
+        rank=rank,
+        cause="foreign",
+        message="the same step run again gives the same loss and finite gradients: its forward and backward pass alone do "
+        "not make this damage",
+        remedy=_FOREIGN_REMEDY,
     )
 
 

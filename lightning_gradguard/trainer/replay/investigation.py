@@ -18,7 +18,7 @@ from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
 from lightning_gradguard.forensics.nonfinite.proof import Proof
-from lightning_gradguard.forensics.nonfinite.report import culprit_of
+from lightning_gradguard.forensics.nonfinite.report import culprit_of, culprit_outside
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
@@ -127,7 +127,7 @@ class Investigation:
             return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
         try:
-            looked = self._look(optimizer, position)
+            looked = self._look(optimizer, position, measurement)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             failure = _warn(error)
         if self._ranks.size == 1:
@@ -165,7 +165,7 @@ class Investigation:
         reproduced, error = compare(looked.replayed, parameters)
         return replace(chosen, reproduced=reproduced, error=error)
 
-    def _look(self, optimizer: Optimizer, position: Position) -> _Look:
+    def _look(self, optimizer: Optimizer, position: Position, measurement: Measurement) -> _Look:
         held = position.step if self._window.is_held(position.step) else None
         # What one rank replays alone may wait for the others.
         is_alone = self._ranks.size == 1
@@ -184,6 +184,7 @@ class Investigation:
             if again.blame is not None:
                 search, blame, reproduced, error, prepare = again, again.blame, False, None, _make_finite
         if blame is None:
+            looked.culprit = _outside(looked, measurement, position.rank) if is_alone else None
             return looked
         proof = None
         if is_alone:
@@ -248,6 +249,14 @@ class _Look:
     replayed: Replayed = field(default_factory=Replayed)
     culprit: Culprit | None = None
     is_late: bool = False
+
+
+def _outside(looked: _Look, measurement: Measurement, rank: int) -> Culprit | None:
+    """That neither forward nor backward pass has made it, where the replay shows that."""
+    losses = looked.replayed.losses
+    if looked.is_late or measurement.loss is None or not losses:
+        return None
+    return culprit_outside(measurement.loss, [*looked.replayed.gradients.values()], float(losses[-1]), rank=rank)
 
 
 def _warn(error: Exception) -> str:

@@ -78,7 +78,7 @@ class Investigation:
         self._earlier = EarlierCulprits()
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
-        self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
+        self.diagnosis = Diagnosis(module, window, self._replay, num_ranks=self._ranks.size)
 
     def note(self, optimizer: Optimizer, outcome: Outcome | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the outcome is of the one before."""

@@ -247,7 +247,7 @@ class Vanishing(Detector):
             value, limit = 0.0, math.ulp(0.0)
             modules = dead[::-1]
             others = f" and {len(dead) - 1} module{'s' * (len(dead) > 2)} before it" if len(dead) > 1 else ""
-            message = f"the gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps} steps"
+            message = f"the weight gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps} steps"
             remedy = (
                 "Look behind this module for units that never fire (dead ReLU), a `detach()`, or a branch whose output "
                 "is not used."

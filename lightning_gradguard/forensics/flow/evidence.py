@@ -84,7 +84,7 @@ class Cause:
 
     Attributes:
         name: "activation", "batch", "cut", "dead", "decay", "foreign", "init", "loss", "normalisation", "rate",
-            "recurrence", "sample", "saturation" or "weights".
+            "recurrence", "sample", "saturation", "step" or "weights".
         phase: "data", "weights", "forward" or "backward".
         message: one sentence, with figures.
         remedy: what to try.

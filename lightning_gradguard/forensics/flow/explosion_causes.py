@@ -76,13 +76,12 @@ def _data(evidence: Evidence) -> Cause | None:
     sample = _sample(evidence, same)
     if sample is None and (numbered := evidence.norm_under_number) is not None and numbered > _BY_DATA * before:
         return Cause(
-            "batch",
-            "data",
+            "step",
+            "forward",
             f"{same}; under the number of this one the healthy batch gives {numbered:.3g} as well: it is what the step does "
             "at this number, and not what is in the batch",
             "Look at what `training_step` does from this batch on: a loss weight or temperature that changes, a module that "
             "is switched or written to, a hook.",
-            "batch",
             test="with the other batches the step is as bad from this number on",
         )
     return sample or Cause(

@@ -112,7 +112,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def label(self, named: Iterable[tuple[str, Tensor]], origin: Origin) -> None:
         """Say what tensors are that come from outside; those that are in order need no label."""
         for name, tensor in named:
-            if (flaw := flaw_of(tensor)) is None or tensor in self._provenances:
+            if (flaw := flaw_of(tensor, is_whole=True)) is None or tensor in self._provenances:
                 continue
             rows = self.batch.rows_of(tensor) if origin == "data" else None
             samples = self._samples_at(tensor) if origin == "data" else None

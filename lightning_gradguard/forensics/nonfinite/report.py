@@ -88,11 +88,11 @@ def culprit_of(
         reproduced=reproduced,
         error=error,
     )
+    flaw = provenance.flaw
+    what = " and ".join(name for name, is_there in (("NaN", flaw.has_nan), ("Inf", flaw.has_inf)) if is_there)
     if blame.phase == "data":
-        what = "NaN" if provenance.flaw.has_nan else "Inf"
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
     if blame.phase == "weights":
-        what = "NaN" if provenance.flaw.has_nan else "Inf"
         remedy = _STATE_REMEDY if blame.is_state else _WEIGHTS_REMEDY
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=remedy)
     failure, cause = explained(provenance)

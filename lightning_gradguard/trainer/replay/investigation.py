@@ -205,7 +205,7 @@ class Investigation:
 
         def run(context: AbstractContextManager[object]) -> bool:
             with context:
-                return self._replay.run(optimizer, step=held, prepare=prepare).is_finite()
+                return self._replay.run(optimizer, step=held, prepare=prepare).is_finite(_trained_by(optimizer))
 
         return run
 
@@ -230,7 +230,8 @@ class Investigation:
             def change(batch: Any) -> Any:
                 return exchanged(batch, search.layout, rows) if batch is search.batch else batch
 
-            return not self._replay.run(optimizer, step=held, change=change, prepare=prepare).is_finite()
+            replayed = self._replay.run(optimizer, step=held, change=change, prepare=prepare)
+            return not replayed.is_finite(_trained_by(optimizer))
 
         runs = min(_MAX_PROOF_RUNS, int(_MAX_PROOF_SECONDS / max(seconds, 1e-3)))
         return Proof(is_bad, search.layout.size, runs)

@@ -36,13 +36,20 @@ class Raised:
         return replace(verdict, message=self.message, micro_batch=self.micro_batch, parameters=())
 
 
-def in_words(error: BaseException) -> str:
-    """What was raised, quoted by its first line."""
+def in_words(error: BaseException, *, seen: str = "") -> str:
+    """What was raised, quoted by its first line.
+
+    Args:
+        error: what was raised.
+        seen: what NaN or infinity was seen in, where it is not known that this is the reason.
+    """
     lines = str(error).strip().splitlines()
     quoted = lines[0].rstrip(":. ") if lines else ""
     if len(quoted) > _MAX_QUOTED:
         quoted = quoted[:_MAX_QUOTED].rstrip() + "..."
     words = f': "{quoted}"' if quoted else ""
+    if seen:
+        return f"`{type(error).__name__}`{words} was raised, and {seen}"
     return f"NaN or Inf is the reason of `{type(error).__name__}`{words}"
 
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.gate import is_of_torch
 from lightning_gradguard.act.stand_in import StandIn
-from lightning_gradguard.alert import Culprit
+from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
 from lightning_gradguard.measure.distributed import Ranks
@@ -25,7 +26,7 @@ from lightning_gradguard.trainer.options import SkipExceptions
 from lightning_gradguard.trainer.packages import classes
 from lightning_gradguard.trainer.precision import scaler_of
 from lightning_gradguard.trainer.rank_messages import RaisedOnRank, RankMessages
-from lightning_gradguard.trainer.replay.exceptions import Cause, ExceptionCause
+from lightning_gradguard.trainer.replay.exceptions import Cause, Causes
 from lightning_gradguard.trainer.running_step import RunningStep
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class RaisedSteps:
         trainer: Trainer,
         module: LightningModule,
         guards: Guards,
-        cause: ExceptionCause,
+        cause: Causes,
         passes_over: SkipExceptions,
         *,
         running: RunningStep,
@@ -139,13 +140,12 @@ class RaisedSteps:
         if is_lost_gpu(error):
             add_note(error, _CANT_REPLAY)
             return False
+        may_pass = can_pass() and not self._is_between_ranks
         if self._others is None:
-            own = self._look(error, can_pass())
+            own = self._look(error, may_pass)
             return own is not None and self._act(error, own, [own])
-        if self._running.has_backward:
-            return False  # gradients are half way between the ranks, and a replay would set off DDP's hooks
         self._others.tell_raised(self._num_runs)
-        own = self._look(error, can_pass())
+        own = self._look(error, may_pass)
         together = self._others.exchange(self._num_runs, own)
         return own is not None and self._act(error, own, together)
 
@@ -154,7 +154,7 @@ class RaisedSteps:
         cause = self._reason_of(error)
         if cause is None:
             return None
-        raised = Raised(in_words(error), self._running.end_in_exception(), cause.culprit)
+        raised = Raised(in_words(error, seen=cause.seen), self._running.end_in_exception(), cause.culprit)
         may_pass = self._passes_over == "all" or (self._passes_over == "torch" and cause.is_in_torch)
         can_pass = can_pass and may_pass and self._guards[0].skips_damage
         return RaisedOnRank(self._trainer.global_rank, raised, can_pass)
@@ -171,13 +171,27 @@ class RaisedSteps:
         first = own if together is None else together[0]
         if together is not None and all(each.can_pass for each in together):
             return self._pass_over(error, guard, first.raised)
-        position = replace(self._running.position(0, self._guards), rank=first.rank)
-        alert = guard.report_exception(position, first.raised, is_alone=together is None)
+        alert = self._told(guard, own, together)
         if alert is not None:
             add_note(error, alert.message)
             if together is None and self._others is not None:
                 self._others.tell_end(alert)
         return False
+
+    def _told(self, guard: Pipeline, own: RaisedOnRank, together: list[RaisedOnRank] | None) -> Alert | None:
+        """Tell of the first rank's exception. No collective: what a backward pass has begun may still be under way."""
+        first = own if together is None else together[0]
+        position = replace(self._running.position(0, self._guards), rank=first.rank)
+        if together is None or self._others is None:
+            return guard.report_exception(position, first.raised, is_alone=True)
+        if first.rank == own.rank:
+            alert = guard.report_exception(position, first.raised, is_alone=True)
+            self._others.share(self._num_runs, alert)
+            return alert
+        alert = self._others.shared(self._num_runs)
+        if alert is not None:
+            guard.pass_on(alert, position)
+        return alert
 
     def _reason_of(self, error: Exception) -> Cause | None:
         try:
@@ -194,6 +208,20 @@ class RaisedSteps:
     def _can_pass_automatic(self) -> bool:
         """Whether nothing of the step has been applied yet, and nothing will be if it is left here."""
         return self._guards.num_steps == self._num_steps and (self._accumulates or is_of_torch(self._trainer.optimizers[0]))
+
+    @property
+    def _is_between_ranks(self) -> bool:
+        """Whether DDP is half way through a backward pass: it has noted some gradients, and waits for the others.
+
+        As long as no parameter has a gradient it has noted none. A static graph is counted from the first forward pass.
+        """
+        model = self._trainer.strategy.model
+        if not isinstance(model, DistributedDataParallel):
+            return False
+        if model.static_graph:
+            return True
+        has_some = any(parameter.grad is not None for parameter in self._module.parameters())
+        return self._running.has_backward and not self._accumulates and has_some
 
     @property
     def _accumulates(self) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch.optim import Optimizer
 
@@ -21,7 +21,7 @@ from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
-from lightning_gradguard.trainer.replay.replay import Replay, Replayed, can_replay
+from lightning_gradguard.trainer.replay.replay import Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
 if TYPE_CHECKING:
@@ -36,12 +36,26 @@ class Cause:
     """NaN or infinity that an exception was raised because of.
 
     Attributes:
-        culprit: who made it.
+        culprit: who made it; None where that is not known.
         is_in_torch: whether torch raised the exception.
+        seen: what holds it, in words, where nothing was replayed, so that it is not known to be the reason.
     """
 
-    culprit: Culprit
+    culprit: Culprit | None
     is_in_torch: bool
+    seen: str = ""
+
+
+class Causes(Protocol):
+    """Finds out whether NaN or infinity is the reason of an exception."""
+
+    def of(self, error: Exception, optimizer: Optimizer) -> Cause | None:
+        """The damage that an exception was raised because of; None if there is none, or it can't be told.
+
+        Args:
+            error: what was raised.
+            optimizer: one of the Trainer's.
+        """
 
 
 class ExceptionCause:
@@ -76,14 +90,9 @@ class ExceptionCause:
         self._is_alone = is_alone
 
     def of(self, error: Exception, optimizer: Optimizer) -> Cause | None:
-        """The damage that an exception was raised because of; None if there is none, or it can't be told.
-
-        Args:
-            error: what was raised.
-            optimizer: one of the Trainer's.
-        """
+        """See `Causes`."""
         batch = self._window.running()
-        if batch is None or not can_replay(self._trainer, self._module) or any(iterators_in(batch.batch)):
+        if batch is None or any(iterators_in(batch.batch)):
             return None
         run = partial(self._run, optimizer, batches=[batch], may_raise=True)
         search, seconds, again = self._follow(run)
@@ -99,8 +108,10 @@ class ExceptionCause:
         return Cause(culprit, search.is_raised_by_operator or is_in_torch(error))
 
     def _run(self, optimizer: Optimizer, **settings: Any) -> Replayed:
+        # Where a wrapper reduces gradients, its hooks would be set off.
+        is_apart = self._trainer.strategy.model is not self._module
         with nullcontext() if self._is_alone else WithoutCollectives():  # type: ignore[no-untyped-call]
-            return self._replay.run(optimizer, **settings)
+            return self._replay.run(optimizer, is_apart=is_apart, **settings)
 
     def _follow(self, run: Callable[..., Replayed], *, follow_rows: bool = False) -> tuple[Search, float, Exception | None]:
         search = Search(self._module, self._sample_dim, follow_rows=follow_rows)

@@ -45,6 +45,29 @@ class Raising(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
 
+class Anomalous(Raising):
+    """Its gradient is NaN below the first layer, or above all layers; a detector raises in the backward pass.
+
+    Args:
+        is_at_top: whether no parameter has a gradient by then.
+        has_unused: whether there is a parameter that takes no part.
+    """
+
+    def __init__(self, *, is_at_top: bool = False, has_unused: bool = False) -> None:
+        super().__init__()
+        self.is_at_top = is_at_top
+        if has_unused:
+            self.unused = nn.Linear(2, 2)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        """The root of 0 has no finite slope."""
+        h = self.net[0](batch.nan_to_num())
+        if self.is_at_top:
+            return (self.net[1:](h) * batch[:, 1:2]).mean()
+        is_whole = batch.isfinite().all(1, keepdim=True)
+        return self.net[1:](((h * is_whole).square()).sqrt()).mean()
+
+
 def _batches(*, bad: bool) -> list[Tensor]:
     generator = torch.Generator().manual_seed(1 + distributed.get_rank())
     batches = [torch.randn(8, 6, generator=generator) for _ in range(NUM_BATCHES)]
@@ -99,6 +122,8 @@ def all_raise(root: str) -> dict[str, Any]:
     return {
         "torch": fit(root, bad=True),
         "accumulated": fit(root, bad=True, accumulate_grad_batches=2),
+        "backward": fit(root, bad=True, module=Anomalous(), detect_anomaly=True),
+        "top": fit(root, bad=True, module=Anomalous(is_at_top=True), detect_anomaly=True),
         "own": fit(root, bad=True, module=Raising(own=True)),
         "healthy": fit(root, bad=False),
     }
@@ -119,6 +144,8 @@ def alone(rank: int, bad_rank: int, port: int, folder: str, settings: dict[str, 
     warnings.simplefilter("ignore")
     distributed.init_process_group("gloo", timeout=timedelta(seconds=120))
     rank_messages.SECONDS_TO_RAISE = 1.0
-    found = fit(folder, bad=rank == bad_rank, module=Raising(**settings))
+    is_backward = settings.pop("is_backward", False)
+    module = Anomalous() if is_backward else Raising(**settings)
+    found = fit(folder, bad=rank == bad_rank, module=module, detect_anomaly=is_backward)
     (Path(folder) / str(rank)).write_text(json.dumps(found))
     os._exit(0)

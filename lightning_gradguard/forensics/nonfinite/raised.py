@@ -53,8 +53,8 @@ class DamageUntilRaise(Damage):  # type: ignore[no-untyped-call]
         """
         if self._raised is error and self._went_in:
             return self._went_in[-1]
-        for values in _locals_of(error):
-            if found := self._damaged(_tensors_among(values)):
+        for call in calls_of(error):
+            if found := self._damaged(_tensors_among(list(call.tb_frame.f_locals.values()))):
                 return found[-1]
         return self._provenances.latest
 
@@ -186,11 +186,9 @@ def _place(error: BaseException) -> tuple[str, int] | None:
     return (frames[-1].tb_frame.f_code.co_filename, frames[-1].tb_lineno) if frames else None
 
 
-def _locals_of(error: BaseException) -> Iterator[list[Any]]:
-    """The variables of the calls that led to an exception, innermost first, without those of this package."""
-    for trace in reversed(_frames(error)):
-        if not trace.tb_frame.f_code.co_filename.startswith(_OWN):
-            yield list(trace.tb_frame.f_locals.values())
+def calls_of(error: BaseException) -> Iterator[TracebackType]:
+    """The calls that led to an exception, innermost first, without those of this package."""
+    return (trace for trace in reversed(_frames(error)) if not trace.tb_frame.f_code.co_filename.startswith(_OWN))
 
 
 def _tensors_among(values: list[Any]) -> Iterator[Tensor]:

@@ -18,9 +18,11 @@ from lightning_gradguard.forensics.nonfinite.raised import WithoutCollectives, i
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
+from lightning_gradguard.forensics.nonfinite.seen import seen_around
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
+from lightning_gradguard.layout import clean_name
 from lightning_gradguard.trainer.replay.replay import Replay, Replayed
 from lightning_gradguard.trainer.replay.window import MicroBatch, Window
 
@@ -142,6 +144,28 @@ class ExceptionCause:
                 return run().is_finite()
 
         return tried(culprit, is_in_order) if self._is_alone else culprit
+
+
+class SeenDamage:
+    """Looks at what is there, where no rank can run a step again without the others.
+
+    Args:
+        module: the one that is trained.
+        window: the running micro-batches.
+        sample_dim: what the user says about where samples lie.
+    """
+
+    def __init__(self, module: LightningModule, window: Window, sample_dim: SampleDim = None) -> None:
+        self._module = module
+        self._window = window
+        self._sample_dim = sample_dim
+
+    def of(self, error: Exception, optimizer: Optimizer) -> Cause | None:  # noqa: ARG002 - of the protocol
+        """See `Causes`."""
+        running = self._window.running()
+        named = ((clean_name(name), parameter) for name, parameter in self._module.named_parameters())
+        seen = seen_around(error, None if running is None else running.batch, named, self._sample_dim)
+        return Cause(None, is_in_torch=False, seen=seen) if seen else None
 
 
 def _changed(search: Search, batch: MicroBatch, rows: Sequence[int]) -> Callable[[Any], Any]:

@@ -97,9 +97,25 @@ class RawLoop:
         Returns:
             Who made it, and whether torch has raised the exception.
         """
+        try:
+            return self._cause_of(error)
+        except Exception as failure:  # noqa: BLE001 - the exception that was there first matters more
+            warnings.warn(
+                f"The step that raised {type(error).__name__} could not be replayed ({type(failure).__name__}: {failure}), "
+                "so whether NaN or Inf is the reason is not known.",
+                GuardWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def batch(self) -> Variables:
+        """Those among the variables that the function uses that may be data."""
+        return _batch_among(dict(_variables_of(self._replay)))
+
+    def _cause_of(self, error: Exception) -> tuple[Culprit, bool] | None:
         variables = dict(_variables_of(self._replay))
         module = _module_among(variables, self._parameters)
-        batch = Variables({name: value for name, value in variables.items() if _may_be_batch(value)})
+        batch = _batch_among(variables)
         search = Search(module, follow_rows=True)
 
         def run(watch: Callable[[State], AbstractContextManager[object]]) -> Exception | None:
@@ -127,7 +143,7 @@ class RawLoop:
         variables = dict(_variables_of(self._replay))
         module = _module_among(variables, self._parameters)
         is_alone = Ranks.current().size == 1
-        batch = Variables({name: value for name, value in variables.items() if _may_be_batch(value)})
+        batch = _batch_among(variables)
         search = Search(module, follow_rows=not is_alone)
         reproduced, error = self._run(module, search, batch)
         if search.blame is not None and is_alone:
@@ -242,6 +258,10 @@ def _module_among(variables: dict[str, Any], parameters: Sequence[Tensor]) -> nn
             "function that uses the module by name, as `lambda: loss_of(model(x), y)`"
         )
     return root
+
+
+def _batch_among(variables: dict[str, Any]) -> Variables:
+    return Variables({name: value for name, value in variables.items() if _may_be_batch(value)})
 
 
 def _may_be_batch(value: Any) -> bool:

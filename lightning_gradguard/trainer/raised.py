@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from bdb import BdbQuit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +15,11 @@ from lightning_gradguard.act.gate import is_of_torch
 from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError, GuardWarning
-from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
+from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_failure
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.measure.scaling import forgotten_step
 from lightning_gradguard.pipeline import Pipeline
-from lightning_gradguard.report.raised import Raised, add_note, in_words
+from lightning_gradguard.report.raised import CANT_REPLAY, Raised, add_note, in_words
 from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.options import SkipExceptions
 from lightning_gradguard.trainer.packages import classes
@@ -31,11 +30,6 @@ from lightning_gradguard.trainer.running_step import RunningStep
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-_CANT_REPLAY = (
-    "GradGuard can't tell whether NaN or Inf is the reason: after this error the process can't use its GPU any more, so "
-    "that the step can't be replayed. `CUDA_LAUNCH_BLOCKING=1` shows the line; an index made from NaN often ends so."
-)
 
 
 class RaisedSteps:
@@ -138,7 +132,7 @@ class RaisedSteps:
         if not len(self._guards) or _is_none_of_ours(error):
             return False
         if is_lost_gpu(error):
-            add_note(error, _CANT_REPLAY)
+            add_note(error, CANT_REPLAY)
             return False
         may_pass = can_pass() and not self._is_between_ranks
         if self._others is None:
@@ -235,7 +229,10 @@ class RaisedSteps:
         if self._accumulates:
             return True
         optimizer = self._trainer.optimizers[0]
-        with self._scaled(optimizer):
+        scaler = scaler_of(self._trainer)
+        if scaler is not None and scaler._scale is None:
+            scaler.scale(torch.zeros((), device=self._module.device))
+        with forgotten_step(scaler, optimizer):
             try:
                 self._step(optimizer)
             except GradientError as refused:  # the exception that was there first is not replaced
@@ -247,23 +244,8 @@ class RaisedSteps:
             progress.increment_completed()
         return True
 
-    @contextmanager
-    def _scaled(self, optimizer: Optimizer) -> Iterator[None]:
-        """Leave a GradScaler as if it had not been asked to unscale."""
-        scaler = scaler_of(self._trainer)
-        if scaler is None:
-            yield
-            return
-        if scaler._scale is None:
-            scaler.scale(torch.zeros((), device=self._module.device))
-        yield
-        scaler._per_optimizer_states.pop(id(optimizer), None)
-
 
 def _is_none_of_ours(error: Exception) -> bool:
-    """Whether it is no failure of a computation: an error of settings, an end that was asked for, or a lack of memory."""
-    if isinstance(error, (GradientError, StopIteration, BdbQuit)) or is_lack_of_memory(error):
-        return True
-    if isinstance(error, classes("utilities.exceptions.MisconfigurationException")):
-        return True
-    return isinstance(error, classes("utilities.exceptions._TunerExitException"))
+    """Whether it is no failure of a computation, or an error of settings."""
+    lightnings = ("utilities.exceptions.MisconfigurationException", "utilities.exceptions._TunerExitException")
+    return is_no_failure(error) or any(isinstance(error, classes(name)) for name in lightnings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bdb import BdbQuit
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.errors import GradientError, words_of
 from lightning_gradguard.forensics.nonfinite.damage import Damage
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
@@ -147,12 +149,17 @@ def is_lack_of_memory(error: Exception) -> bool:
     """Whether memory has run out, so that nothing should be run again."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in words_of(error) for words in _NO_MEMORY)
+
+
+def is_no_failure(error: Exception) -> bool:
+    """Whether it is no failure of a computation: an end that was asked for, or a lack of memory."""
+    return isinstance(error, (GradientError, StopIteration, BdbQuit)) or is_lack_of_memory(error)
 
 
 def is_lost_gpu(error: Exception) -> bool:
     """Whether the process can't use its GPU any more, so that nothing can be run again."""
-    return any(words in str(error) for words in _GPU_IS_LOST)
+    return any(words in words_of(error) for words in _GPU_IS_LOST)
 
 
 def is_in_torch(error: BaseException) -> bool:
@@ -165,7 +172,7 @@ def is_same(error: BaseException, again: BaseException) -> bool:
     """Whether a replay has raised what the step has: the same type, at the same line or with the same words."""
     if type(error) is not type(again):
         return False
-    return _place(error) == _place(again) or str(error) == str(again)
+    return _place(error) == _place(again) or words_of(error) == words_of(again)
 
 
 def _frames(error: BaseException) -> list[TracebackType]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_gradguard.errors import words_of
 from lightning_gradguard.forensics.nonfinite.layout import SampleDim, layout_of
 from lightning_gradguard.forensics.nonfinite.raised import calls_of
 from lightning_gradguard.forensics.nonfinite.row_labels import samples_at
@@ -36,11 +37,16 @@ def seen_around(error: BaseException, batch: Any, named: Iterable[tuple[str, Ten
         named: what is there of the weights, with their names.
         sample_dim: what the user says about where samples lie.
     """
-    if not _SPEAKS_OF_IT.search(f"{error}\n{_line_of(error)}"):
+    if not speaks_of_it(error):
         return ""
     found = [*_of_batch(batch, sample_dim), *_of_weights(named)] or [*_of_calls(error)]
     more = f" and {len(found) - _MAX_NAMED} more" if len(found) > _MAX_NAMED else ""
     return ", ".join(found[:_MAX_NAMED]) + more
+
+
+def speaks_of_it(error: BaseException) -> bool:
+    """Whether an exception, or the line that has raised it, speaks of NaN or infinity, or tests for values without."""
+    return _SPEAKS_OF_IT.search(f"{words_of(error)}\n{_line_of(error)}") is not None
 
 
 def _line_of(error: BaseException) -> str:

@@ -18,7 +18,7 @@ from lightning_gradguard.forensics.nonfinite.raised import WithoutCollectives, i
 from lightning_gradguard.forensics.nonfinite.report import culprit_of
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
-from lightning_gradguard.forensics.nonfinite.seen import seen_around
+from lightning_gradguard.forensics.nonfinite.seen import seen_around, speaks_of_it
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
 from lightning_gradguard.forensics.nonfinite.trial import tried
 from lightning_gradguard.forensics.state import State
@@ -63,7 +63,8 @@ class Causes(Protocol):
 class ExceptionCause:
     """Replays the micro-batch that an exception has ended: once to follow the damage on its way there, then without damage.
 
-    Only where the exception comes again with the damage, and is gone without it, damage is the reason.
+    Only where the exception comes again with the damage, and is gone without it, damage is the reason. Hooks are not run
+    again: where an exception that speaks of NaN does not come again, it is told that there is damage.
 
     Args:
         trainer: the Trainer.
@@ -98,11 +99,15 @@ class ExceptionCause:
             return None
         run = partial(self._run, optimizer, batches=[batch], may_raise=True)
         search, seconds, again = self._follow(run)
-        if again is None or search.blame is None or not is_same(error, again):
+        if search.blame is None or not (speaks_of_it(error) if again is None else is_same(error, again)):
             return None
         detailed, _, _ = self._follow(run, follow_rows=True)
         if detailed.blame is not None and detailed.blame.is_like(search.blame):
             search = detailed
+        if again is None:  # raised by a hook, which a replay does not run
+            return Cause(
+                self._culprit(run, search, batch, seconds), is_in_torch=False, seen="a replay of the step makes NaN or Inf"
+            )
         # Not with other samples in the places of the bad ones: these may hold a reason that is none of ours as well.
         if not is_gone_without_damage(lambda context: run(observe=lambda *_: context).error):
             return None

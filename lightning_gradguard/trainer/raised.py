@@ -16,6 +16,7 @@ from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError, GuardWarning
 from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_failure
+from lightning_gradguard.forensics.nonfinite.seen import speaks_of_it
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.scaling import forgotten_step
 from lightning_gradguard.pipeline import Pipeline
@@ -134,6 +135,9 @@ class RaisedSteps:
         if is_lost_gpu(error):
             add_note(error, CANT_REPLAY)
             return False
+        if (told := self._told_of_batch()) is not None and speaks_of_it(error):
+            add_note(error, told.message)
+            return False
         may_pass = can_pass() and not self._is_between_ranks
         if self._others is None:
             own = self._look(error, may_pass)
@@ -142,6 +146,11 @@ class RaisedSteps:
         own = self._look(error, may_pass)
         together = self._others.exchange(self._num_runs, own)
         return own is not None and self._act(error, own, together)
+
+    def _told_of_batch(self) -> Alert | None:
+        """What has been said already of a step that the batch has made before it ended in an exception; alike on all ranks."""
+        alert = self._guards.alerts[-1] if self._guards.alerts else None
+        return alert if alert is not None and alert.kind == "nonfinite" and alert.step >= self._num_steps else None
 
     def _look(self, error: Exception, can_pass: bool) -> RaisedOnRank | None:  # noqa: FBT001
         """What was raised here; None if damage is not the reason."""

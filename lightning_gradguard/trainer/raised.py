@@ -148,9 +148,11 @@ class RaisedSteps:
         return own is not None and self._act(error, own, together)
 
     def _told_of_batch(self) -> Alert | None:
-        """What has been said already of a step that the batch has made before it ended in an exception; alike on all ranks."""
-        alert = self._guards.alerts[-1] if self._guards.alerts else None
-        return alert if alert is not None and alert.kind == "nonfinite" and alert.step >= self._num_steps else None
+        """What has been said of a step that the batch has made before it ended in an exception; alike on all ranks."""
+        if self._guards.num_steps == self._num_steps or not self._guards.alerts:
+            return None
+        alert = self._guards.alerts[-1]
+        return alert if alert.kind == "nonfinite" and alert.step >= self._num_steps else None
 
     def _look(self, error: Exception, can_pass: bool) -> RaisedOnRank | None:  # noqa: FBT001
         """What was raised here; None if damage is not the reason."""

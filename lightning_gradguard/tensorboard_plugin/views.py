@@ -139,6 +139,7 @@ def distribution(histograms: Sequence[tuple[int, Bins]], snapshot: Snapshot, par
     return {
         "steps": [step for step, _ in chosen],
         "num_histograms": len(histograms),
+        "num_clipped": sum(bins.clipped for _, bins in histograms),
         "edges": (np.arange(begin, end + 1) / per_decade).tolist(),
         "shares": table.round(5).tolist(),
         **{name: plain(apart[:, column]) for column, name in enumerate(("zero", "nan", "inf"))},

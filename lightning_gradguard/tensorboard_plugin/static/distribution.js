@@ -74,9 +74,12 @@ export class DistributionView {
     this.plot.on("plotly_click", ({ points }) => set({ step: Math.round(points[0].x) }));
   }
 
-  numberOf({ num_histograms: number, steps }) {
+  numberOf({ num_histograms: number, num_clipped: clipped, steps }) {
     if (!number) return "no histogram of it has been logged yet (the default is one every 100 steps: histogram_every_n_steps). ";
-    return `${count(number)} histogram${number === 1 ? "" : "s"}${steps.length < number ? `, ${count(steps.length)} of them drawn` : ""}. `;
+    const drawn = steps.length < number ? `, ${count(steps.length)} of them drawn` : "";
+    const some = clipped < number ? `, ${count(clipped)} of them` : "";
+    const after = clipped ? `${some} of the gradient after clipping, as the optimizer got it; skipped steps have none` : "";
+    return `${count(number)} histogram${number === 1 ? "" : "s"}${drawn}${after}. `;
   }
 
   damage({ nan_steps: nan, inf_steps: inf, num_steps: steps }) {

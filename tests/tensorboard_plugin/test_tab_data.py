@@ -246,6 +246,15 @@ def test_distribution_has_the_bins_that_were_counted_and_the_shares(tab):
     assert tab.ask("/distribution", parameter=999)["parameter"] == 0
 
 
+def test_distribution_counts_the_histograms_that_are_of_clipped_gradients(tab):
+    """A run that was taken up again may have both."""
+    before = histograms_of(LAYOUT)
+    records = [record_at(step, LAYOUT, histograms=replace(before, clipped=step > 10)) for step in (10, 20, 30)]
+    write(tab.folder / "run", records)
+    answer = tab.reload().ask("/distribution")
+    assert (answer["num_histograms"], answer["num_clipped"]) == (3, 2)
+
+
 def test_distribution_without_histograms_is_empty(tab):
     """The page then says what to do."""
     write(tab.folder / "run", [record_at(0, LAYOUT)])

@@ -333,8 +333,9 @@ def watched(stage: int) -> dict[str, Any]:
             for record in records
         ],
         "names": list(guard.last.measurement.names),
-        "other_norms": {key: norms.tolist() for key, norms in records[0].measurement.other_norms.items()},
-        "clipped": records[0].histograms.counts.tolist(),
+        # One rank alone has sinks, but all measure.
+        "first": [(record.measurement.other_norms, record.histograms.counts) for record in records[:1]],
+        "last": {key: norms.tolist() for key, norms in guard.last.measurement.other_norms.items()},
     }
 
 

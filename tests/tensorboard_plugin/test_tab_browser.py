@@ -172,7 +172,7 @@ def test_damage_is_drawn_as_what_it_is(page):
     """NaN and zero have colours of their own, in the map, the profile and the shares."""
     page.open(run="damaged", step=31, view="depth")
     names = [trace["name"] for trace in page.plot()["traces"] if trace["x"]]
-    assert {"NaN", "exactly 0"} <= set(names)
+    assert {"NaN", "0 (or below 1e-22)"} <= set(names)
     page.view("flow")
     assert "are NaN or infinite" in page.plot(".heat")["label"]
     page.view("distribution").shown("#parameter")

@@ -33,7 +33,7 @@ _MARKS = {
 _OTHER = ("circle", "#76808f")
 _SPECIAL = {
     NO_GRADIENT: ("no gradient", "#d9dce1"),
-    ZERO: ("exactly 0", "#8f959c"),
+    ZERO: ("0 (or below 1e-22)", "#8f959c"),
     INFINITE: ("Inf", "#e66100"),
     NAN: ("NaN", "#ff2fbf"),
 }

@@ -69,7 +69,7 @@ export class NormsView {
       ...panels.flatMap(([, curves], index) =>
         curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false, connectgaps: AT_DUE_STEPS.includes(field) }))),
     ];
-    const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, fixedrange: true, ...more });
+    const titled = (text, more) => axis({ title: { text, font: { size: 11 }, standoff: 4 }, fixedrange: true, ...more });
     const panelAxes = panels.map(([title, curves, kind], index) => {
       const top = (panels.length - index) * (panel + GAP_PX) - GAP_PX;
       const values = curves.map(([, field]) => real(data[field]));

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from lightning_gradguard.policy import is_due
+
 HistogramsOf = Literal["raw", "clipped"]
 """Whether histograms are of the gradients as backward has left them, or as the optimizer gets them."""
 HISTOGRAMS_OF: tuple[str, ...] = get_args(HistogramsOf)
@@ -62,8 +64,3 @@ def other_norm_types(wanted: Sequence[float]) -> tuple[float, ...]:
             f"{wanted!r}. The 2-norm is logged in any case."
         )
     return tuple(float(each) for each in dict.fromkeys(wanted) if each != 2.0)
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether something that happens every so many steps, counted from 0, happens at this one; never at an interval of 0."""
-    return interval > 0 and (step + 1) % interval == 0

@@ -13,8 +13,7 @@ from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.judge.judge import Judgement
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.measure.logged import is_due
-from lightning_gradguard.policy import Action
+from lightning_gradguard.policy import Action, is_due
 from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import alerts_of
 from lightning_gradguard.report.summary import add_alert, count, without_last_step

@@ -280,6 +280,9 @@ def test_new_steps_appear_while_looking(page, runs):
     reload = "window.parent.document.querySelector('app-header-reload button').click()"
     page.until(lambda: [page.run(reload), "up to step 8" in page.text(".incident")][1])
     assert "9 columns" in page.plot(".heat")["label"]
+    page.view("runs").shown("tr[data-run=live]")
+    write_for_tab(runs / "other", [record_at(step, layout) for step in range(3)])  # not the one that is chosen
+    page.until(lambda: [page.run(reload), page.all("tr[data-run=other]")][1])
 
 
 @pytest.mark.slow

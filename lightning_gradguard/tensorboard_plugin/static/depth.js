@@ -86,6 +86,12 @@ export class DepthView {
       points("named by the alert", (index) => named.has(paths[data.nodes[index]]), { size: 16, symbol: "circle-open", line: { width: 2.5 }, color: colour("guilty") }),
       ...special,
     ].filter((trace) => trace.y.some((value) => value !== null));
+    const numNone = codes.filter((code) => code === NO_GRADIENT).length;
+    const what = `Step ${count(data.step)} of ${count(data.first_step)} to ${count(data.last_step)}: global norm ${number(data.global_norm)}`;
+    fill(
+      this.words, `${what}. The band is where each parameter's norm lies in 80 % of the logged steps; where it has a gap, there was no number to draw it from.`,
+      numNone ? ` ${count(numNone)} parameter${numNone === 1 ? "" : "s"} had no gradient.` : "",
+    );
     const isLabelled = data.nodes.length <= MAX_LABELS && window.innerWidth > 16 * data.nodes.length;
     const lane = (domain) => ({ domain, range: [0, 2], visible: false, fixedrange: true, anchor: "x" });
     const isUsed = (yaxis) => special.some((trace) => trace.yaxis === yaxis);
@@ -99,12 +105,6 @@ export class DepthView {
       yaxis: axis({ ...logAxis([norms, low, high], 8), title: { text: "gradient norm", font: { size: 11 } }, domain: [bottom, top], fixedrange: true }),
       yaxis8: lane([0, Math.max(bottom - 0.01, 0)]), yaxis9: lane([Math.min(top + 0.01, 1), 1]),
     });
-    const numNone = codes.filter((code) => code === NO_GRADIENT).length;
-    const what = `Step ${count(data.step)} of ${count(data.first_step)} to ${count(data.last_step)}: global norm ${number(data.global_norm)}`;
-    fill(
-      this.words, `${what}. The band is where each parameter's norm lies in 80 % of the logged steps; where it has a gap, there was no number to draw it from.`,
-      numNone ? ` ${count(numNone)} parameter${numNone === 1 ? "" : "s"} had no gradient.` : "",
-    );
     await draw(this.plot, traces, settings, `${what}; ${count(data.nodes.length)} parameters.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";

@@ -61,7 +61,7 @@ export class DistributionView {
       {
         type: "heatmap", x: edgesOf(data.steps), y: data.edges, z: rows.map((_, bin) => data.shares.map((row) => row[bin] || null)),
         customdata: rows.map((_, bin) => data.shares.map(() => magnitude(bin))), colorscale: scale(colours("share")), zmin: 0, zmax: largest || 1,
-        colorbar: { title: { text: "share", font: { size: 11 } }, tickformat: ".0%", thickness: 12, len: 0.6, y: 0.65, tickfont: { size: 11 } },
+        colorbar: { title: { text: "share", font: { size: 11 } }, tickformat: ".2~%", thickness: 12, len: 0.6, y: 0.65, tickfont: { size: 11 } },
         hovertemplate: "step %{x:,}<br>%{customdata}<br>%{z:.2%} of the elements<extra></extra>",
       },
       share("zero", "exactly 0", { symbol: "triangle-down" }), share("nan", "NaN", { symbol: "x" }), share("inf", "Inf", { symbol: "triangle-up" }),

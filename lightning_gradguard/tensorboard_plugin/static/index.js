@@ -85,7 +85,7 @@ class Tab {
     this.hasPlotly = Boolean(window.Plotly);
     const names = this.runs.map((run) => run.name);
     const label = (run) => `${run.name === "." ? "(this folder)" : run.name}${run.has_alerts ? "  ⚠" : ""}`;
-    fill(this.picker, this.runs.map((run) => h("option", { value: run.name }, label(run))));
+    fillOptions(this.picker, this.runs.map((run) => [run.name, label(run)]));
     if (!names.includes(state.run)) {
       // The newest is what people come for.
       const newest = this.runs.reduce((best, run) => (!best || run.last_time > best.last_time ? run : best), null);
@@ -94,7 +94,7 @@ class Tab {
     this.picker.value = state.run ?? "";
     this.picker.disabled = !names.length;
     const optimizers = this.runs.find((run) => run.name === state.run)?.optimizers ?? [];
-    fill(this.optimizers, optimizers.map((index) => h("option", { value: index }, String(index))));
+    fillOptions(this.optimizers, optimizers.map((index) => [String(index), String(index)]));
     this.optimizerLabel.hidden = optimizers.length < 2;
     this.numOthers = answer.num_others;
   }
@@ -125,7 +125,9 @@ class Tab {
       this.optimizers.value = String(answer.optimizer);
       this.incident.draw();
       const isNews = answer.version !== this.version && (answer.progress === 1 || performance.now() > this.drawnAt + REDRAW_MS);
-      if (isNews || !this.panel.dataset.view) {
+      // The overview is of all runs, and says how long ago each was written to: every look has news.
+      const isOverview = this.panel.dataset.view === "runs" && !isContinued;
+      if (isNews || isOverview || !this.panel.dataset.view) {
         this.version = answer.version;
         await this.show();
         this.drawnAt = performance.now();
@@ -216,6 +218,12 @@ class Tab {
       "Without Lightning, give `Guard` a sink: Guard(..., sinks=[TensorBoardSink(writer)]).",
     );
   }
+}
+
+// A list that is open would close if it were filled anew.
+function fillOptions(select, options) {
+  const isSame = options.length === select.options.length && options.every(([value, text], index) => select.options[index].value === value && select.options[index].text === text.trim().replace(/\s+/g, " "));
+  if (!isSame) fill(select, options.map(([value, text]) => h("option", { value }, text)));
 }
 
 function loadPlotly() {

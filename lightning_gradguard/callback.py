@@ -56,8 +56,8 @@ class GradGuard(Callback):
         log_norm_types: what norms are logged beside the 2-norm: 1 and infinity, which is the largest magnitude.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
         histograms_of: "raw": of gradients before clipping; "clipped": after it, so that steps which are skipped have none.
-        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and
-            samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
+        max_replays: how many bad steps of a run are replayed, >= 0; 0: none: to name operator, line and samples of damage,
+            and why gradients vanish or explode. Keeps one more batch alive.
         max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
             is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
         sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,21 +37,20 @@ class Transfer:
         counts = facts.histogram if clipped_histogram is None else clipped_histogram
         histogram = None if counts is None else _to_host(counts)
         done = None
-        if facts.norms.is_cuda:
+        if facts.norms.is_cuda:  # pragma: no cover - needs a GPU
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return cls(values, histogram, done)
 
     def wait(self) -> Floats:
         """The values, float64 [n + 1]. A step later they have been there for long as a rule."""
-        if self._done is not None:
+        if self._done is not None:  # pragma: no cover - needs a GPU
             self._done.synchronize()
         values: Floats = self.values.double().numpy()
         return values
 
 
-@dataclass(frozen=True, eq=False)
-class PendingStep:
+class PendingStep(NamedTuple):
     """A measured step of which the host has yet to learn.
 
     Attributes:

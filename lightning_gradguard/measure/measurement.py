@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
+from types import MappingProxyType
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,9 +25,10 @@ from lightning_gradguard.measure.inspection import inspect
 from lightning_gradguard.measure.signs import FIRST_GRADIENT, FIRST_LOSS, LAST_LOSS, MicroBatch, damage_in, narrow, signs_of
 from lightning_gradguard.record import Measurement
 
+_ONE_LOSS = torch.Size([1, 1])
 
-@dataclass(frozen=True, eq=False)
-class Facts:
+
+class Facts(NamedTuple):
     """What the device half found, still on the device, and the same on all ranks.
 
     Attributes:
@@ -52,17 +55,17 @@ class Facts:
     updates: Tensor | None = None
     weights: Tensor | None = None
     learning_rate: float | None = None
-    other_norms: Mapping[float, Tensor] = field(default_factory=dict)
+    other_norms: Mapping[float, Tensor] = MappingProxyType({})
 
     def read(self, gradients: Gradients, layout: Layout) -> Measurement:
         """Bring the facts to the host in one copy (one sync); on an incident look closer at the gradients.
 
         A collective only on an incident with sharded gradients, which all ranks see alike.
         """
-        if self._is_plain and len(gradients.tensors) == len(layout.names) and self.norms.device.type == "cpu":
+        if self.norms.is_cpu and self._is_plain and len(gradients.tensors) == len(layout.names):
             total_norm, loss = self.total_norm.item(), self.signs.item()
             if math.isfinite(total_norm) and math.isfinite(loss):
-                norms: Floats = self.norms.double().numpy()
+                norms: Floats = self.norms.numpy().astype(np.float64)
                 return Measurement(layout, norms, gradients.present, total_norm, self.num_micro_batches, loss)
         values: Floats = self.pack().to("cpu", torch.float64).numpy()
         measurement = self.unpack(values, gradients.present, layout)
@@ -72,7 +75,7 @@ class Facts:
     def _is_plain(self) -> bool:
         """Whether there is nothing but the norms and a single loss."""
         return (
-            self.signs.numel() == 1
+            self.signs.shape == _ONE_LOSS
             and self.loss_scale is None
             and self.others is None
             and self.updates is None

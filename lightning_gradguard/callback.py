@@ -61,8 +61,7 @@ class GradGuard(Callback):
         max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
             is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
         sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
-            name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: it is
-            inferred.
+            name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: inferred.
         skip_exceptions: which batches are passed over that end in an exception because of NaN or Inf, where the action about
             these skips: "torch": where torch raises it, as `torch.distributions` does for its parameters; "all": whoever
             raises it; None: none. Any other exception passes on as it is. It needs `max_replays`.

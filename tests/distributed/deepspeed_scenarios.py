@@ -17,7 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 from lightning_package import Checkpoint, DDPStrategy, DeepSpeedStrategy, LightningEnvironment, LightningModule, Trainer
-from logged import CLIP
+from logged import CLIP, other_norms
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -334,8 +334,8 @@ def watched(stage: int) -> dict[str, Any]:
         ],
         "names": list(guard.last.measurement.names),
         # One rank alone has sinks, but all measure.
-        "first": [(record.measurement.other_norms, record.histograms.counts) for record in records[:1]],
-        "last": {key: norms.tolist() for key, norms in guard.last.measurement.other_norms.items()},
+        "first": [[other_norms(record), record.histograms.counts.tolist()] for record in records[:1]],
+        "last": other_norms(guard.last),
     }
 
 

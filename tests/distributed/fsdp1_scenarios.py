@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from fsdp1 import CPUPrecision, CPUStrategy
 from lightning_package import Callback, Checkpoint, LightningEnvironment, LightningModule, Trainer
-from logged import CLIP
+from logged import CLIP, other_norms
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -296,8 +296,8 @@ def watched() -> dict[str, Any]:
         "skipped": [record.decision.skip for record in records],
         "names": list(guard.last.measurement.names),
         # One rank alone has sinks, but all measure.
-        "first": [(record.measurement.other_norms, record.histograms.counts) for record in records[:1]],
-        "last": {key: norms.tolist() for key, norms in guard.last.measurement.other_norms.items()},
+        "first": [[other_norms(record), record.histograms.counts.tolist()] for record in records[:1]],
+        "last": other_norms(guard.last),
     }
 
 

@@ -20,6 +20,7 @@ from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_fa
 from lightning_gradguard.forensics.nonfinite.seen import seen_around
 from lightning_gradguard.forensics.raw_loop import HOW, RawLoop
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.measure.logged import HistogramsOf
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import forgotten_step
 from lightning_gradguard.pipeline import Pipeline
@@ -46,7 +47,10 @@ class Guard:
             all. NaN and infinity are looked for in the others, too, and a skipped step is skipped for all.
         exclude: patterns of names; parameters that match one are left out in the same way.
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
+        log_norm_types: what norms are measured at those steps beside the 2-norm: 1 and infinity.
         histogram_every_n_steps: how often histograms are, >= 1; None: never.
+        histograms_of: whether they are of gradients before clipping ("raw") or after it ("clipped"); steps that are skipped
+            then have none.
         sinks: where records go: objects with `write(record)` and `close()`, or functions of a record. Alerts are
             warned of whatever they are.
         named_buffers: the model's buffers, as `model.named_buffers()` gives them: a skipped step puts their values back, as
@@ -87,7 +91,9 @@ class Guard:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         log_every_n_steps: int = 50,
+        log_norm_types: Sequence[float] = (),
         histogram_every_n_steps: int | None = 100,
+        histograms_of: HistogramsOf = "raw",
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         named_buffers: Iterable[tuple[str, Tensor]] = (),
         scaler: GradScaler | None = None,
@@ -104,6 +110,8 @@ class Guard:
             exclude=exclude,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
+            histograms_of=histograms_of,
+            log_norm_types=log_norm_types,
         )
         settings.refuse_rollback()
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))

@@ -25,7 +25,7 @@ from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Measurement, Outcome, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.raised import Raised, alert_of
-from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.report.reporter import DecidedStep, Reporter
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 
@@ -52,10 +52,10 @@ class Pipeline:
         scaling = environment.scaling
         if scaler is not None and optimizer is not None:
             scaling = LossScaling(scaler, optimizer)
-        self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
-        self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
+        self._logged = settings.logged(environment.log_every_n_steps)
+        self._meter = StepMeter(parameters, scaling, self._logged)
         self._parameters = parameters
         self._detectors = settings.detectors
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
@@ -169,7 +169,7 @@ class Pipeline:
         updates = self._meter.read_update_()
         self._gate.open()
         position = position or Position(step=self.num_steps, log_step=self.num_steps)
-        histogram_is_due = is_due(position.log_step, self._histogram_interval)
+        histogram_is_due = self._logged.histogram_is_due(position.log_step)
         has_raised = self._raised is not None
         step = self._meter.measure(position, updates, with_histogram=histogram_is_due, owns_losses=has_raised)
         # What the device compares with. The first step is the host's, since it has to return a record.
@@ -207,7 +207,8 @@ class Pipeline:
         self.outcome = Outcome(pending.position, measurement, judgement.decision.skip, has_finding)
         if not pending.is_left_to_device and not judgement.decision.skip:
             self._watch_update()
-        histograms = self._meter.histograms(pending.histogram, pending.present)
+        counts = self._gate.histogram(pending, measurement, judgement.decision)
+        histograms = self._meter.histograms(counts, pending.present)
         step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
         self._reporter.report(step, replaces_last=is_repeated)
 

@@ -84,6 +84,8 @@ class Measurement:
         weight_norm: 2-norm of all weights before this step; None at steps that are not logged, and where they are sharded.
         update_ratio: 2-norm of what the step before has changed of them, over their norm, estimated from a sample; None as
             for `weight_norm`, and where the step before was skipped.
+        other_norms: by norm type, 1 or infinity, that norm of each parameter, float64 [num_parameters]; only at steps that
+            are logged, and only what was asked for by `log_norm_types`.
     """
 
     layout: Layout
@@ -102,6 +104,7 @@ class Measurement:
     weight_norm: float | None = None
     update_ratio: float | None = None
     is_counted: bool = True
+    other_norms: Mapping[float, Floats] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -263,6 +266,7 @@ class Histograms:
         counts: elements in each bin, float64 [num_parameters, num_bins]; estimates where `sampled`.
         num_zero, num_nan, num_inf: elements counted apart, float64 [num_parameters].
         sampled: which rows were estimated from a sample, bool [num_parameters].
+        clipped: whether these are the gradients as the optimizer got them, after clipping.
     """
 
     names: tuple[str, ...]
@@ -272,6 +276,7 @@ class Histograms:
     num_nan: Floats
     num_inf: Floats
     sampled: Bools
+    clipped: bool = False
 
 
 @dataclass(frozen=True, eq=False)

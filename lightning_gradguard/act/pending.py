@@ -23,7 +23,7 @@ class Transfer:
 
     Attributes:
         values: `Facts.pack()` and the factor of clipping, [n + 1].
-        histogram: counts, [num_tensors, row]; None on most steps.
+        histogram: counts before or after clipping, [num_tensors, row]; None on most steps.
     """
 
     values: Tensor
@@ -31,10 +31,11 @@ class Transfer:
     _done: torch.cuda.Event | None
 
     @classmethod
-    def start(cls, facts: Facts, coef: Tensor) -> Transfer:
+    def start(cls, facts: Facts, coef: Tensor, clipped_histogram: Tensor | None = None) -> Transfer:
         """Queue one copy of all figures into pinned memory."""
         values = _to_host(facts.pack(coef))
-        histogram = None if facts.histogram is None else _to_host(facts.histogram)
+        counts = facts.histogram if clipped_histogram is None else clipped_histogram
+        histogram = None if counts is None else _to_host(counts)
         done = None
         if facts.norms.is_cuda:  # pragma: no cover - needs a GPU
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -59,6 +60,7 @@ class PendingStep(NamedTuple):
         present: which parameters have a gradient.
         step: the step with its gradients; None once they may be gone, because the device decides by itself.
         transfer: the figures on their way, with the factor that the device clips by; None: nothing has been queued.
+        counts_clipped: whether elements are counted after clipping.
     """
 
     position: Position
@@ -67,6 +69,7 @@ class PendingStep(NamedTuple):
     present: Bools
     step: MeasuredStep | None
     transfer: Transfer | None = None
+    counts_clipped: bool = False
 
     @classmethod
     def of(cls, step: MeasuredStep, transfer: Transfer | None = None, *, is_left_to_device: bool = False) -> PendingStep:
@@ -78,7 +81,8 @@ class PendingStep(NamedTuple):
             is_left_to_device: whether the device decides by itself, so that the gradients must not be kept alive.
         """
         kept = None if is_left_to_device else step
-        return cls(step.position, step.facts, step.layout, step.gradients.present, kept, transfer)
+        counts_clipped = step.clipped_histogram is not None
+        return cls(step.position, step.facts, step.layout, step.gradients.present, kept, transfer, counts_clipped)
 
     @property
     def is_left_to_device(self) -> bool:
@@ -87,7 +91,7 @@ class PendingStep(NamedTuple):
 
     @property
     def histogram(self) -> Tensor | None:
-        """What was counted, [num_tensors, row]; None on most steps."""
+        """What was counted so far, [num_tensors, row]; None on most steps."""
         return self.facts.histogram if self.transfer is None else self.transfer.histogram
 
     def read(self) -> Measurement:

@@ -13,7 +13,7 @@ from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.judge.judge import Judgement
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.policy import Action
+from lightning_gradguard.policy import Action, is_due
 from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import alerts_of
 from lightning_gradguard.report.summary import add_alert, count, without_last_step
@@ -258,8 +258,3 @@ class Reporter:
             # Also where warnings are errors, and the console has just raised one.
             if strongest is not None and strongest.action is Action.RAISE:
                 raise GradientError(strongest)
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether something that happens every so many steps, counted from 0, happens at this one; never at an interval of 0."""
-    return interval > 0 and (step + 1) % interval == 0

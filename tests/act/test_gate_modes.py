@@ -18,6 +18,7 @@ from lightning_gradguard.act.on_device import OnDevice
 from lightning_gradguard.act.queued import Queued
 from lightning_gradguard.clippers import FactorClipper
 from lightning_gradguard.judge.judge import SkipThreshold
+from lightning_gradguard.measure.logged import Logged
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.step import StepMeter
 
@@ -197,7 +198,7 @@ def meta_step(optimizer_of, clipper):
         parameter.grad = torch.empty_like(parameter)
     watched = WatchedParameters(model.named_parameters(), optimizer)
     gate = Gate(watched, clipper, Buffers(model.named_buffers()), uses_scaler=False)
-    meter = StepMeter(watched, None)
+    meter = StepMeter(watched, None, Logged())
     meter.before_backward(torch.empty((), device="meta"))
     return choice.executor_for(gate, watched), meter.measure(Position(step=0))
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from fsdp1 import CPUPrecision, CPUStrategy
 from lightning_package import Callback, Checkpoint, LightningEnvironment, LightningModule, Trainer
+from logged import CLIP, other_norms
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -270,7 +271,15 @@ def watched() -> dict[str, Any]:
     """Histograms, updates, and damage in a parameter that is excluded."""
     records: list[Any] = []
     guard = GradGuard(
-        sinks=[records.append], histogram_every_n_steps=1, exclude=["net.3.*"], detectors=[UpdateRatio()], vanishing=None
+        sinks=[records.append],
+        clip=CLIP,
+        log_every_n_steps=1,
+        log_norm_types=[1.0, math.inf],
+        histogram_every_n_steps=1,
+        histograms_of="clipped",
+        exclude=["net.3.*"],
+        detectors=[UpdateRatio()],
+        vanishing=None,
     )
 
     def spoil(index: int, rank: int, loss: Tensor) -> Tensor:
@@ -286,6 +295,9 @@ def watched() -> dict[str, Any]:
         ],
         "skipped": [record.decision.skip for record in records],
         "names": list(guard.last.measurement.names),
+        # One rank alone has sinks, but all measure.
+        "first": [[other_norms(record), record.histograms.counts.tolist()] for record in records[:1]],
+        "last": other_norms(guard.last),
     }
 
 

@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 from fsdp1_scenarios import _KINDS as KINDS
-from fsdp1_scenarios import CLIPPERS, NUM_STEPS, Student, name_of, play, reference_clipped, reference_norms
+from fsdp1_scenarios import BATCH, CLIPPERS, FEATURES, NUM_STEPS, Student, name_of, play, reference_clipped, reference_norms
+from logged import assert_logged_as_in_one_process
 
 _QUICK = {"FULL_SHARD-original-layers", "SHARD_GRAD_OP-original-root", "NO_SHARD-flat-layers"}
 _WAYS = [name_of(*kind) for kind in KINDS]
@@ -121,6 +122,12 @@ def test_fsdp1_clippers_clip_as_on_whole_gradients(clipped_way, clipper, played)
 def test_fsdp1_histograms_count_each_element_once(played):
     """Of the parameters that are not excluded: 3 + 91 + 13 + 143 + 11."""
     assert played("watched")[0]["counted"] == [261.0] * 3
+
+
+def test_fsdp1_other_norms_and_histograms_after_clipping_are_of_whole_parameters(played):
+    """As in one process."""
+    batch = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    assert_logged_as_in_one_process(played("watched"), Student(), batch)
 
 
 def test_fsdp1_updates_are_measured_on_whole_matrices(played):

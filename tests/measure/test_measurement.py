@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.measure.gradients import Gradients
-from lightning_gradguard.measure.measurement import MicroBatch, measure
+from lightning_gradguard.measure.measurement import measure
+from lightning_gradguard.measure.signs import MicroBatch
 
 # What float32 accumulation may lose against float64: a few units in the last place.
 FLOAT32 = 1e-6

@@ -90,6 +90,11 @@ class DeepSpeed:
                 f"DeepSpeed's `gradient_clipping` must be unset where GradGuard clips, got {engine.gradient_clipping()!r}: "
                 "gradients would be clipped twice. Remove it from DeepSpeed's config, or `clip` from GradGuard."
             )
+        if settings.histograms_of == "clipped" and engine.gradient_clipping() > 0.0:
+            raise ConflictError(
+                "`histograms_of` must be 'raw' where DeepSpeed clips, got 'clipped': what comes of that is not seen. Let "
+                "GradGuard clip, by `clip`, instead of DeepSpeed's `gradient_clipping`."
+            )
         if settings.clipper is not None and engine.fp16_enabled():
             raise ConflictError(
                 "`clip` must be None under DeepSpeed in fp16: gradients are still multiplied by the loss scale, in 16 bits, "

@@ -153,9 +153,12 @@ def _show(console: Console, workload: Workload, optimizer: str, accelerator: str
     title = f"{workload.title}, {describe(workload.model(quick))}, {optimizer} AdamW, {accelerator}"
     title += ", CPU time" * cpu_time
     more = {f"mean over {over}": {GUARD: str(timings.mean_ratio(GUARD, over))} for over in (PLAIN, TRAINER)}
-    more[f"ms over {PLAIN}"] = {
-        name: f"{(timings.median(name) - timings.median(PLAIN)) * 1e3:.3f}" for name in (TRAINER, GUARD)
-    }
+    if cpu_time:
+        more = {
+            f"ms over {PLAIN}": {
+                name: f"{(timings.median(name) - timings.median(PLAIN)) * 1e3:.3f}" for name in (TRAINER, GUARD)
+            }
+        }
     console.print(timing_table(title, timings, [PLAIN, TRAINER], more | {"clipped steps": {GUARD: clipped}}))
 
 

@@ -46,6 +46,9 @@ class FSDP1:
         # Private, and found nowhere else.
         return self._trainer.strategy._state_dict_type == "sharded"  # type: ignore[attr-defined,no-any-return]
 
+    def refuse_settings(self, settings: Settings) -> None:
+        """Nothing shows there."""
+
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:  # noqa: ARG002 - of the protocol
         """LBFGS does not know what other ranks hold; without sharding each holds all."""
         if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers) and any(

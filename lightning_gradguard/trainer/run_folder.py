@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+
+_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]+):/+(.*)")
+"""Two letters at least: `c:/` is a drive."""
 
 
 def run_folder(trainer: Trainer) -> Path | None:
@@ -23,7 +27,14 @@ def run_folder(trainer: Trainer) -> Path | None:
     log_dir = trainer.log_dir
     if log_dir is None or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         return None
-    protocol, separator, place = str(log_dir).rpartition("://")
-    if separator:
-        place = place if protocol == "file" else f"{protocol}/{place}"
+    place = str(log_dir)
+    if (address := _ADDRESS.fullmatch(place)) is not None:
+        protocol, there = address.groups()
+        place = f"/{there}" if protocol == "file" else f"{protocol}/{there}"
     return Path(place).absolute() / "gradguard"
+
+
+def is_elsewhere(log_dir: str) -> bool:
+    """Whether a log_dir is an address that is not on this machine."""
+    address = _ADDRESS.fullmatch(log_dir)
+    return address is not None and address[1] != "file"

@@ -21,7 +21,7 @@ from lightning_gradguard.sinks import (
 )
 from lightning_gradguard.sinks.tags import LoggedNorms
 from lightning_gradguard.trainer.packages import rank_zero_info
-from lightning_gradguard.trainer.run_folder import run_folder
+from lightning_gradguard.trainer.run_folder import is_elsewhere, run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,7 +50,7 @@ def all_sinks(
     built_in: list[Sink] = []
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         if folder is not None:
-            if "://" in str(log_dir) and not str(log_dir).startswith("file://"):
+            if is_elsewhere(str(log_dir)):
                 rank_zero_info(f"GradGuard writes alerts and bundles to {folder}, since {log_dir} is not on this machine.")
             built_in.append(JsonlSink(folder / "alerts.jsonl"))
         built_in.extend(sink for logger in trainer.loggers if (sink := _built(logger, settings, norms)) is not None)

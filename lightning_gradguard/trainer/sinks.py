@@ -20,7 +20,7 @@ from lightning_gradguard.sinks import (
     WandbSink,
 )
 from lightning_gradguard.sinks.tags import LoggedNorms
-from lightning_gradguard.trainer.packages import rank_zero_info
+from lightning_gradguard.trainer.packages import rank_zero_info, silences_loggers
 from lightning_gradguard.trainer.run_folder import is_elsewhere, run_folder
 
 if TYPE_CHECKING:
@@ -53,7 +53,8 @@ def all_sinks(
             if is_elsewhere(str(log_dir)):
                 rank_zero_info(f"GradGuard writes alerts and bundles to {folder}, since {log_dir} is not on this machine.")
             built_in.append(JsonlSink(folder / "alerts.jsonl"))
-        built_in.extend(sink for logger in trainer.loggers if (sink := _built(logger, settings, norms)) is not None)
+        loggers = [] if silences_loggers() else trainer.loggers
+        built_in.extend(sink for logger in loggers if (sink := _built(logger, settings, norms)) is not None)
     # The console comes last: where warnings are errors it raises, and the others must have the alert by then.
     return (*built_in, *own, ConsoleSink())
 

@@ -99,7 +99,8 @@ def interleave(
             run whatever they take; None: all rounds are run.
         min_rounds: are run whatever they take.
         device: "cuda" waits for the device at both ends of each timing.
-        clock: what times; `time.thread_time` leaves out when other work has the core, and what other threads do.
+        clock: in seconds; `time.process_time` counts what the threads of this process compute, and nobody else's work;
+            `time.thread_time` what this thread does.
     """
     order, shuffle = list(variants), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in order}

@@ -36,6 +36,19 @@ class GradientError(RuntimeError):
         return type(self), (self.alert,)
 
 
+def type_and_text(error: BaseException) -> str:
+    """Type and text of an exception of anybody's, of which not even the text can be relied on.
+
+    >>> type_and_text(OSError("disk full"))
+    'OSError: disk full'
+    """
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it is the user's code
+        text = "it has no text"
+    return f"{type(error).__name__}: {text}"
+
+
 class GradientWarning(UserWarning):
     """An alert about gradients."""
 

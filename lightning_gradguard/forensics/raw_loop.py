@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.comparison import compare_gradients
 from lightning_gradguard.forensics.nonfinite.layout import Variables
 from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damage, is_in_torch, is_same
@@ -86,7 +86,7 @@ class RawLoop:
             culprit = self._look(position, measurement)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             warnings.warn(
-                f"The step could not be replayed ({type(error).__name__}: {error}), so who is to blame is not known. "
+                f"The step could not be replayed ({type_and_text(error)}), so who is to blame is not known. "
                 "Training goes on.",
                 GuardWarning,
                 stacklevel=2,

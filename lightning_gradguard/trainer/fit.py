@@ -52,7 +52,7 @@ class Fit:
         history: what it may go on from.
 
     Raises:
-        ConflictError: for a strategy that can't be guarded.
+        ConflictError: for a strategy that can't be guarded, or not with these settings.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Fit:
         self._trainer = trainer
         self._module = module
         self._engine = engine_of(trainer)
+        self._engine.refuse_settings(settings)
         self._settings = settings
         self._options = options
         self._history = history

@@ -68,6 +68,13 @@ class Engine(Protocol):
     def master_weights(self) -> MasterWeights | None:
         """None where all that is trained is in the module, and its state in the Trainer's optimizers."""
 
+    def refuse_settings(self, settings: Settings) -> None:
+        """Raise a `ConflictError` for what the Trainer's own settings show to go wrong, before anything is built.
+
+        Args:
+            settings: the guard's.
+        """
+
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
         """Raise a `ConflictError` for what would go wrong under this engine, once there are optimizers.
 

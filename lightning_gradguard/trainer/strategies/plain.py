@@ -23,6 +23,9 @@ class Plain:
     master_weights = None
     saves_folders = False
 
+    def refuse_settings(self, settings: Settings) -> None:
+        """Nothing shows there."""
+
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
         """Everything goes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -48,8 +49,7 @@ class Transfer:
         return values
 
 
-@dataclass(frozen=True, eq=False)
-class PendingStep:
+class PendingStep(NamedTuple):
     """A measured step of which the host has yet to learn.
 
     Attributes:

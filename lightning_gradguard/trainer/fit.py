@@ -23,7 +23,7 @@ from lightning_gradguard.trainer.conflicts import can_quarantine
 from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options
-from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
+from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.precision import scaler_of
 from lightning_gradguard.trainer.progress import log_interval, request_stop
 from lightning_gradguard.trainer.raised import RaisedSteps
@@ -179,13 +179,12 @@ class Fit:
 
     def step(self, optimizer: Optimizer) -> None:
         """Have the guard decide about a step, write a bad one down, and stop the training where that was decided."""
-        if self.guards is None or is_no_optimizer(optimizer) or not self._engine.is_step():
+        if self.guards is None or not self._engine.is_step() or self._step.is_skipped_by_lightning():
             return
-        if self._step.is_skipped_by_lightning():
+        if (index := self.guards.index_of(optimizer)) is None:
             return
         assert self._incidents is not None
         assert self._skipped is not None
-        index = self.guards.index_of(optimizer)
         guard = self.guards[index]
         try:
             guard.decide(self._step.position(index, self.guards))
@@ -230,7 +229,8 @@ class Fit:
         self.guards.close()
         if self._recovery is not None:
             self._recovery.detach()
-        rank_zero_info(summarize(self.totals, self.stopped_by))
+        is_manual = not self._module.automatic_optimization
+        rank_zero_info(summarize(self.totals, self.stopped_by, is_manual=is_manual))
 
     def take_down(self, *, in_exception: bool = False) -> None:
         """Leave nothing on Trainer, optimizers and callbacks.

@@ -34,6 +34,10 @@ def _growth(norms, step, random):
     return norms * 1.06 ** max(step - 150, 0)
 
 
+def _waves(norms, step, random):
+    return norms * np.exp(2.5 * np.sin(step / 25.0))
+
+
 def _dies(norms, step, random):
     norms[2] *= step < 100
     return norms
@@ -71,6 +75,7 @@ CHANGES = {
     "spikes": _spikes,
     "one parameter": _one_parameter,
     "growth": _growth,
+    "waves": _waves,
     "dies": _dies,
     "unused": _unused,
     "branch": _branch,

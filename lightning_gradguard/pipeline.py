@@ -67,7 +67,7 @@ class Pipeline:
             listener=environment.listener,
             archive=environment.archive,
             clips_later=environment.clips_later,
-            hint=environment.hint,
+            hints=_hints(settings, environment),
         )
         # The device wants to know the limit at each step, and a closure decides about one step several times.
         waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold
@@ -290,3 +290,11 @@ class Pipeline:
         ends_run = (judgement.decision.action or Action.LOG) >= Action.STOP
         kind = kinds[0] if measurement.is_finite else "nonfinite"
         return self._investigate(position, measurement, kind, ends_run=ends_run)
+
+
+def _hints(settings: Settings, environment: Environment) -> dict[str, str]:
+    """What remedies say besides, by the kind of finding: nobody is told to set what is set."""
+    hints = {"nonfinite": environment.hint} if environment.hint else {}
+    if settings.clipper is None and not environment.clips_later:
+        hints["explosion"] = "Clipping bounds what one such step does: `clip=1.0`, for example."
+    return hints

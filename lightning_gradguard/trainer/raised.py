@@ -156,7 +156,8 @@ class RaisedSteps:
             return None
         raised = Raised(in_words(error), self._running.end_in_exception(), cause.culprit)
         may_pass = self._passes_over == "all" or (self._passes_over == "torch" and cause.is_in_torch)
-        can_pass = can_pass and may_pass and self._guards[0].skips_damage
+        # Of several optimizers none is known to be the one whose loss it was, so that none would find its step damaged.
+        can_pass = can_pass and may_pass and self._guards[0].skips_damage and len(self._guards) == 1
         return RaisedOnRank(self._trainer.global_rank, raised, can_pass)
 
     def _act(self, error: Exception, own: RaisedOnRank, together: list[RaisedOnRank] | None) -> bool:

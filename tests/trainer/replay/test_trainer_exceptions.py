@@ -6,11 +6,12 @@ import sys
 
 import pytest
 import torch
-from lightning_package import EarlyStopping, MisconfigurationException
+from lightning_package import EarlyStopping, MisconfigurationException, MixedPrecision
 from raisers import BY_OTHERS, BY_TORCH, Raising, inverse, normal
 from toys import Batches, Snapshots, make_trainer, same
 
 from lightning_gradguard import GradGuard
+from lightning_gradguard.trainer.raised import _CANT_REPLAY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -375,3 +376,70 @@ def test_exception_of_a_step_that_is_another_each_time_is_blamed_on_what_its_fir
     _train(tmp_path, end, guard)
     (alert,) = guard.alerts
     assert (alert.step, alert.culprit.op) == (BAD, "log")
+
+
+def _lost(module, x, h):
+    if bool(x.isnan().any()):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+    return h.mean()
+
+
+def test_exception_after_which_a_gpu_is_lost_is_not_replayed(tmp_path):
+    """A note says so."""
+    guard = GradGuard(skip_exceptions="all")
+    with pytest.raises(RuntimeError, match="device-side assert") as caught:
+        _train(tmp_path, _lost, guard)
+    assert guard.alerts == []
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == [_CANT_REPLAY]
+
+
+@pytest.mark.parametrize("bad", [0, BAD])
+def test_exception_under_a_grad_scaler_is_passed_over_and_the_scale_stays(bad, tmp_path):
+    """Also in the first step, before there is a scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    guard = GradGuard()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = _train(tmp_path, normal, guard, data=_batches(bad), plugins=[plugin])
+    assert (trainer.global_step, guard.num_skipped, scaler.get_scale()) == (6, 1, 1024.0)
+    assert [alert.step for alert in guard.alerts] == [bad]
+
+
+class Toggles(Raising):
+    """Steps its first optimizer by hand."""
+
+    automatic_optimization = False
+
+    def __init__(self, end, number):
+        super().__init__(end)
+        self.number = number
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        first = optimizers[0] if self.number > 1 else optimizers
+        self.toggle_optimizer(first)
+        self.manual_backward(super().training_step(batch, batch_idx))
+        first.step()
+        first.zero_grad()
+        self.untoggle_optimizer(first)
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.layer, self.table)[: self.number]]
+
+
+def test_exception_between_toggle_and_untoggle_leaves_the_flags_as_they_were(tmp_path):
+    """Lightning would have given them back."""
+    module, guard = Toggles(normal, 1), GradGuard()
+    make_trainer(tmp_path, guard).fit(module, _batches(BAD))
+    assert (guard.num_skipped, [alert.step for alert in guard.alerts]) == (1, [BAD])
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_exception_with_several_optimizers_passes_on_with_an_alert(tmp_path):
+    """Whose loss it would have been is not known, so no step is passed over in silence."""
+    guard = GradGuard()
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        make_trainer(tmp_path, guard).fit(Toggles(normal, 2), _batches(BAD))
+    (alert,) = guard.alerts
+    assert "The exception passes on." in alert.message
+    assert guard.num_skipped == 0

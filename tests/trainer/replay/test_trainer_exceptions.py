@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from lightning_package import EarlyStopping, MisconfigurationException, MixedPrecision
+from lightning_package import Callback, EarlyStopping, MisconfigurationException, MixedPrecision
 from raisers import BY_OTHERS, BY_TORCH, Raising, inverse, normal
 from toys import Batches, Snapshots, make_trainer, same
 
 from lightning_gradguard import GradGuard
-from lightning_gradguard.trainer.raised import _CANT_REPLAY
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -378,20 +377,117 @@ def test_exception_of_a_step_that_is_another_each_time_is_blamed_on_what_its_fir
     assert (alert.step, alert.culprit.op) == (BAD, "log")
 
 
-def _lost(module, x, h):
-    if bool(x.isnan().any()):
-        raise RuntimeError("CUDA error: device-side assert triggered")
+class _Checked(Raising):
+    """A hook of its own looks at the loss, or at the gradients."""
+
+    def __init__(self, hook):
+        super().__init__(lambda module, x, h: h.square().mean())
+        setattr(self, hook, self._check)
+
+    def _check(self, *_):
+        if not all(bool(it.grad.isfinite().all()) for it in self.layer.parameters() if it.grad is not None):
+            raise ValueError("a gradient is NaN")
+
+
+class _LossCheck(Callback):
+    def on_before_backward(self, trainer, pl_module, loss):
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", None])
+def test_exception_of_a_hook_passes_on_with_what_a_replay_finds(hook, tmp_path):
+    """Hooks are not run again, so that nobody knows whether NaN is the reason; but the hook has said so."""
+    guard = GradGuard()
+    module = Raising(lambda module, x, h: h.square().mean()) if hook is None else _Checked(hook)
+    with pytest.raises((ValueError, AssertionError)):
+        make_trainer(tmp_path, guard, *([_LossCheck()] if hook is None else [])).fit(module, _batches(BAD))
+    (alert,) = guard.alerts
+    assert alert.culprit.samples == (ROW,)
+    assert "was raised, and a replay of the step makes NaN or Inf; culprit" in alert.message
+    assert "The exception passes on." in alert.message
+
+
+def test_exception_about_a_step_that_is_skipped_already_has_its_alert_as_a_note(tmp_path):
+    """A hook that runs after the guard says the same once more."""
+    guard = GradGuard()
+    with pytest.raises(ValueError, match="a gradient is NaN") as caught:
+        make_trainer(tmp_path, guard).fit(_Checked("on_before_optimizer_step"), _batches(BAD))
+    (alert,) = guard.alerts
+    assert "The step is skipped." in alert.message
+    assert sys.version_info < (3, 11) or caught.value.__notes__ == [alert.message]
+
+
+class _Awkward(Exception):
+    """Can neither say what it is, nor be noted to."""
+
+    def __init__(self, *, code):
+        super().__init__()
+        self.code = code
+
+    def __str__(self):
+        raise RuntimeError("nothing to say")
+
+    def add_note(self, note):
+        raise TypeError("no notes")
+
+
+def _awkwardly(module, x, h):
+    if bool(h.isnan().any()):
+        raise _Awkward(code=1)
     return h.mean()
 
 
-def test_exception_after_which_a_gpu_is_lost_is_not_replayed(tmp_path):
-    """A note says so."""
+def test_exception_of_an_awkward_class_is_not_replaced(tmp_path):
+    """It is the one that was raised, and there is an alert."""
+    guard = GradGuard()
+    with pytest.raises(_Awkward):
+        _train(tmp_path, _awkwardly, guard)
+    assert [alert.culprit.samples for alert in guard.alerts] == [(ROW,)]
+
+
+class _TwoOptimizers(Raising):
+    """The first one's loss raises, with its parameters toggled."""
+
+    def __init__(self):
+        super().__init__(normal)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        first.zero_grad()
+        self.manual_backward(self.end(self, batch, self.layer(batch)))
+        first.step()
+        self.untoggle_optimizer(first)
+        second.zero_grad()
+        self.manual_backward(self.table.weight.square().mean())
+        second.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.layer.parameters()), torch.optim.Adam(self.table.parameters())]
+
+
+def test_exception_before_any_of_two_optimizers_has_stepped_is_a_skipped_step(tmp_path):
+    """It is told of, and counted, though its loss might be the other one's; flags are as they were."""
+    guard, module = GradGuard(), _TwoOptimizers()
+    make_trainer(tmp_path, guard).fit(module, _batches(BAD))
+    (alert,) = guard.alerts
+    assert (alert.batch_idx, alert.culprit.samples, guard.num_skipped) == (BAD, (ROW,), 1)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_lost_gpu_is_noted(tmp_path):
+    """A device-side assert ends the process's use of its GPU, so that nothing is run again."""
+
+    def end(module, x, h):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
     guard = GradGuard(skip_exceptions="all")
     with pytest.raises(RuntimeError, match="device-side assert") as caught:
-        _train(tmp_path, _lost, guard)
+        _train(tmp_path, end, guard)
     assert guard.alerts == []
     if sys.version_info >= (3, 11):
-        assert caught.value.__notes__ == [_CANT_REPLAY]
+        assert "can't be replayed" in caught.value.__notes__[0]
 
 
 @pytest.mark.parametrize("bad", [0, BAD])
@@ -403,43 +499,3 @@ def test_exception_under_a_grad_scaler_is_passed_over_and_the_scale_stays(bad, t
     trainer = _train(tmp_path, normal, guard, data=_batches(bad), plugins=[plugin])
     assert (trainer.global_step, guard.num_skipped, scaler.get_scale()) == (6, 1, 1024.0)
     assert [alert.step for alert in guard.alerts] == [bad]
-
-
-class Toggles(Raising):
-    """Steps its first optimizer by hand."""
-
-    automatic_optimization = False
-
-    def __init__(self, end, number):
-        super().__init__(end)
-        self.number = number
-
-    def training_step(self, batch, batch_idx):
-        optimizers = self.optimizers()
-        first = optimizers[0] if self.number > 1 else optimizers
-        self.toggle_optimizer(first)
-        self.manual_backward(super().training_step(batch, batch_idx))
-        first.step()
-        first.zero_grad()
-        self.untoggle_optimizer(first)
-
-    def configure_optimizers(self):
-        return [torch.optim.SGD(part.parameters(), lr=0.01) for part in (self.layer, self.table)[: self.number]]
-
-
-def test_exception_between_toggle_and_untoggle_leaves_the_flags_as_they_were(tmp_path):
-    """Lightning would have given them back."""
-    module, guard = Toggles(normal, 1), GradGuard()
-    make_trainer(tmp_path, guard).fit(module, _batches(BAD))
-    assert (guard.num_skipped, [alert.step for alert in guard.alerts]) == (1, [BAD])
-    assert all(parameter.requires_grad for parameter in module.parameters())
-
-
-def test_exception_with_several_optimizers_passes_on_with_an_alert(tmp_path):
-    """Whose loss it would have been is not known, so no step is passed over in silence."""
-    guard = GradGuard()
-    with pytest.raises(ValueError, match="to satisfy the constraint"):
-        make_trainer(tmp_path, guard).fit(Toggles(normal, 2), _batches(BAD))
-    (alert,) = guard.alerts
-    assert "The exception passes on." in alert.message
-    assert guard.num_skipped == 0

@@ -139,14 +139,13 @@ def test_guard_without_replay_says_how_to_learn_the_culprit():
     assert "`Guard(..., replay=lambda: loss_of(batch))`" in alert.remedy
 
 
-def test_replay_that_sees_no_module_says_so():
-    """Its state could not be put back."""
-
-    def make(net, now, step):
-        return lambda: torch.zeros((), requires_grad=True)
-
+@pytest.mark.parametrize(
+    "replay", [lambda: torch.zeros((), requires_grad=True), functools.partial(torch.zeros, (), requires_grad=True)]
+)
+def test_replay_that_sees_no_module_says_so(replay):
+    """Its state could not be put back; of a function that is not Python's nothing can be seen."""
     with pytest.warns(GuardWarning, match="`replay` refers to no module"):
-        alerts, _ = train(make)
+        alerts, _ = train(lambda net, now, step: replay)
     assert alerts[0].culprit is None
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lightning_package import Callback, EarlyStopping, MisconfigurationException
+from lightning_package import Callback, EarlyStopping, MisconfigurationException, MixedPrecision
 from raisers import BY_OTHERS, BY_TORCH, Raising, inverse, normal
 from toys import Batches, Snapshots, make_trainer, same
 
@@ -488,3 +488,14 @@ def test_lost_gpu_is_noted(tmp_path):
     assert guard.alerts == []
     if sys.version_info >= (3, 11):
         assert "can't be replayed" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("bad", [0, BAD])
+def test_exception_under_a_grad_scaler_is_passed_over_and_the_scale_stays(bad, tmp_path):
+    """Also in the first step, before there is a scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    guard = GradGuard()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = _train(tmp_path, normal, guard, data=_batches(bad), plugins=[plugin])
+    assert (trainer.global_step, guard.num_skipped, scaler.get_scale()) == (6, 1, 1024.0)
+    assert [alert.step for alert in guard.alerts] == [bad]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -106,7 +105,7 @@ def follow_alerts(place: Path, kinds: Collection[str], *, as_json: bool) -> None
     _refuse_unknown(kinds, set())
     runs = Runs(place)
     try:
-        for _ in itertools.count():
+        while True:
             for found in runs.read(is_growing=True):
                 if not kinds or found.alert.kind in kinds:
                     _print_line(found, as_json=as_json)

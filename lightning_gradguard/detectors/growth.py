@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning_gradguard.record import Measurement, Verdict
@@ -31,6 +32,13 @@ class Growth:
     def num_left(self) -> int:
         """Steps until it looks again, >= 1."""
         return self._trend.num_left
+
+    def harmless_norm(self, num_steps: int) -> float:
+        """Up to which norm each of so many coming steps may be without its ever having grown; 0 where that isn't known."""
+        if self._ratio is None:
+            return math.inf
+        norm = self._ratio * self._trend.lowest_start(num_steps)
+        return norm if self._trend.largest_waiting <= norm else 0.0
 
     @property
     def loss_falls(self) -> bool:

@@ -46,6 +46,9 @@ class ParameterOutliers:
 
     def observe(self, measurement: Measurement) -> Verdict | None:
         """An advisory verdict if parameters are out of line."""
+        if not self._is_one_heavy(measurement):
+            self._num_found, self._outside = 0, {}
+            return None
         outside = self._baselines.exceeded(measurement.log_norms, _log(measurement.global_norm))
         if not len(outside):
             self._num_found = 0
@@ -73,8 +76,8 @@ class ParameterOutliers:
         return self._baselines.num_left
 
     def can_defer(self, measurement: Measurement) -> bool:
-        """Whether no parameter is above its limit."""
-        return not self._baselines.may_be_exceeded(measurement.norms)
+        """Whether no parameter is above its limit, or none carries enough to matter."""
+        return not (self._is_one_heavy(measurement) and self._baselines.may_be_exceeded(measurement.norms))
 
     def catch_up(self, measurements: Sequence[Measurement]) -> None:
         """Take in steps that nothing was found at, and that were applied."""
@@ -97,6 +100,11 @@ class ParameterOutliers:
         self._baselines.load_state_dict(state)
         self._outside = dict(state.get("outside", {}))
         self._num_found = state.get("num_found", 0)
+
+    def _is_one_heavy(self, measurement: Measurement) -> bool:
+        # Methods of the array, which take a fraction of what numpy's functions do.
+        norms = measurement.norms
+        return norms.size > 0 and norms.item(norms.argmax()) >= self._min_share * measurement.global_norm
 
     def _out_of_line(self, outside: NDArray[np.int64], measurement: Measurement) -> NDArray[np.int64]:
         heavy = outside[measurement.norms[outside] >= self._min_share * measurement.global_norm]

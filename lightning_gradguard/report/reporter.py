@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,8 +24,7 @@ MAX_ALERTS = 1000
 """Alerts of an optimizer that are held in memory, the last ones; files hold all of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class DecidedStep:
+class DecidedStep(NamedTuple):
     """All that is to be told of a step.
 
     Attributes:
@@ -95,6 +94,8 @@ class Reporter:
         self._noted: DecidedStep | None = None
         self._num_noted = 0
         self._num_noted_clipped = 0
+        self.num_steps = 0
+        """Steps so far."""
         self._last: Record | None = None
         self.alerts: list[Alert] = []
         """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
@@ -116,11 +117,6 @@ class Reporter:
         return self._last is not None
 
     @property
-    def num_steps(self) -> int:
-        """Steps so far."""
-        return self._totals.num_steps + self._num_noted
-
-    @property
     def totals(self) -> Totals:
         """Counts so far."""
         if self._num_noted:
@@ -138,13 +134,14 @@ class Reporter:
         """The last step; its record is made now if it has only been noted."""
         step, self._noted = self._noted, None
         if step is not None:
-            self._last = self._record(replace(step, judgement=Judgement(self._limit(), (), Decision())), ())
+            self._last = self._record(step._replace(judgement=Judgement(self._limit(), (), Decision())), ())
         return self._last
 
     def note(self, step: DecidedStep) -> None:
         """Count a step that nobody wants to be told of: it was applied, and nothing was found."""
         self._noted = step
         self._num_noted += 1
+        self.num_steps += 1
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
@@ -173,6 +170,7 @@ class Reporter:
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self._totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
+        self.num_steps = self._totals.num_steps
         record = self._last = self._record(step, alerts)
         if self._listener is not None:
             self._listener(record)
@@ -236,6 +234,7 @@ class Reporter:
         _ = self.last  # which stays
         self._num_noted = self._num_noted_clipped = 0
         self._totals = Totals(**state)
+        self.num_steps = self._totals.num_steps
 
     def close(self) -> None:
         """Let the sinks write out what they hold. They can be used on."""

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TextIO
+from typing import Any, TextIO
 
 _LOGS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 """Where there may be handlers of what Lightning logs; "": of all logs."""
@@ -20,13 +20,14 @@ def bars_aside() -> Iterator[None]:
     the place of `sys.stderr`; a handler of logs has kept the stream itself, and gets that object, too.
     """
     tqdm = sys.modules.get("tqdm")
-    off = nullcontext() if tqdm is None or sys.stderr is None else tqdm.tqdm.external_write_mode(file=sys.stderr)
-    stream = getattr(sys.stderr, "rich_proxied_file", None)
+    errors: Any = sys.stderr  # None in a process without a console
+    off = nullcontext() if tqdm is None or errors is None else tqdm.tqdm.external_write_mode(file=errors)
+    stream = getattr(errors, "rich_proxied_file", None)
     handlers = [] if stream is None else list(_handlers_of(stream))
     with off:
         try:
             for handler in handlers:
-                handler.setStream(sys.stderr)
+                handler.setStream(errors)
             yield
         finally:
             for handler in handlers:

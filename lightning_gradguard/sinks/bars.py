@@ -20,8 +20,8 @@ def bars_aside() -> Iterator[None]:
     the place of `sys.stderr`; a handler of logs has kept the stream itself, and gets that object, too.
     """
     tqdm = sys.modules.get("tqdm")
-    errors: Any = sys.stderr  # None in a process without a console
-    off = nullcontext() if tqdm is None or errors is None else tqdm.tqdm.external_write_mode(file=errors)
+    off = nullcontext() if tqdm is None or sys.stderr is None else tqdm.tqdm.external_write_mode(file=sys.stderr)
+    errors: Any = sys.stderr
     stream = getattr(errors, "rich_proxied_file", None)
     handlers = [] if stream is None else list(_handlers_of(stream))
     with off:

@@ -6,7 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, TextIO
+from typing import TextIO, cast
 
 _LOGS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 """Where there may be handlers of what Lightning logs; "": of all logs."""
@@ -21,17 +21,16 @@ def bars_aside() -> Iterator[None]:
     """
     tqdm = sys.modules.get("tqdm")
     off = nullcontext() if tqdm is None or sys.stderr is None else tqdm.tqdm.external_write_mode(file=sys.stderr)
-    errors: Any = sys.stderr
-    stream = getattr(errors, "rich_proxied_file", None)
+    stream = getattr(sys.stderr, "rich_proxied_file", None)
     handlers = [] if stream is None else list(_handlers_of(stream))
     with off:
         try:
             for handler in handlers:
-                handler.setStream(errors)
+                handler.setStream(sys.stderr)
             yield
         finally:
             for handler in handlers:
-                handler.setStream(stream)
+                handler.setStream(cast("TextIO", stream))
 
 
 def _handlers_of(stream: object) -> Iterator[logging.StreamHandler[TextIO]]:

@@ -67,7 +67,7 @@ class Pipeline:
             listener=environment.listener,
             archive=environment.archive,
             clips_later=environment.clips_later,
-            hint=environment.hint,
+            hints={"nonfinite": environment.hint} if environment.hint else {},
             is_clipped=settings.clipper is not None or environment.clips_later,
         )
         # The device wants to know the limit at each step, and a closure decides about one step several times.

@@ -9,6 +9,7 @@ from dataclasses import replace
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Ended, Position, Verdict
+from lightning_gradguard.wording import counted
 
 _DONE = {
     Action.LOG: "Logged only.",
@@ -91,10 +92,11 @@ def notice(position: Position, kind: str, action: Action, message: str, remedy: 
 def _over(position: Position, ended: Ended) -> Alert:
     """That a condition is over: good news, so it is only logged."""
     found = "" if ended.num_found == ended.lasted else f", {ended.num_found:,} of which it was found at"
-    since = "" if ended.steps_ago == 1 else f", and has not come back for {ended.steps_ago:,} steps"
+    since = "" if ended.steps_ago == 1 else f", and has not come back for {counted(ended.steps_ago, 'step')}"
     where = _where(position, 0)
-    message = f"{ended.kind.capitalize()} at {where}: what was reported before is over; it lasted {ended.lasted:,} steps"
-    return notice(position, ended.kind, Action.LOG, f"{message}{found}{since}.", "", value=float(ended.lasted))
+    lasted = f"it lasted {counted(ended.lasted, 'step')}{found}{since}"
+    message = f"{ended.kind.capitalize()} at {where}: what was reported before is over; {lasted}."
+    return notice(position, ended.kind, Action.LOG, message, "", value=float(ended.lasted))
 
 
 def _done(action: Action, decision: Decision) -> str:
@@ -138,7 +140,7 @@ def _with_bounds(alert: Alert, verdict: Verdict, *, is_clipped: bool) -> Alert:
     cause = "" if alert.culprit is None else alert.culprit.cause
     if alert.kind != "explosion" or verdict.is_advisory or cause not in _BOUNDED:
         return alert
-    clip = "" if is_clipped else " `clip=1.0` bounds the gradient of a single step."
+    clip = "" if is_clipped else " Clipping bounds what one such step does: `clip=1.0`, for example."
     # Weights that have moved too far give large gradients until somebody moves them back.
     skip = (
         "" if alert.action.skips or cause not in ("", "batch", "sample") else ' `explosion="skip"` passes such a step over.'

@@ -156,8 +156,9 @@ class Fit:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
-        if self.guards is None or self._incidents is None or self._skipped is None:
-            return
+        assert self.guards is not None
+        assert self._incidents is not None
+        assert self._skipped is not None
         self.guards.follow()
         self._skipped.forget()
         if self._step.begins:
@@ -182,16 +183,16 @@ class Fit:
             return
         if (index := self.guards.index_of(optimizer)) is None:
             return
+        assert self._incidents is not None
+        assert self._skipped is not None
         guard = self.guards[index]
         try:
             guard.decide(self._step.position(index, self.guards))
         finally:
             self._step.end()
             self._last_guard = guard
-            if self._incidents is not None:
-                self._incidents.look_back(optimizer, guard)
-            if self._skipped is not None:
-                self._skipped.show(guard.hand_over_taken())
+            self._incidents.look_back(optimizer, guard)
+            self._skipped.show(guard.hand_over_taken())
         if guard.stopped_by is not None:
             request_stop(self._trainer)
         guard.leave()
@@ -201,8 +202,8 @@ class Fit:
         for part in (self._recovery, self._quarantine):
             if part is not None:
                 part.after_batch()
-        if self._incidents is not None:
-            self._incidents.close()
+        assert self._incidents is not None
+        self._incidents.close()
 
     def flush(self) -> None:
         """Learn of the last step.

@@ -14,6 +14,7 @@ UserWarning
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,3 +46,10 @@ class SinkWarning(UserWarning):
 
 class GuardWarning(UserWarning):
     """Something about the guard itself that a user should know."""
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception says; nothing where saying it fails."""
+    with suppress(Exception):
+        return str(error)
+    return ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -68,7 +68,7 @@ class Reporter:
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
-        hints: what the remedy of a kind of finding says besides where no culprit is named.
+        hint: what the remedy of NaN and Inf says besides where no culprit is named.
         is_clipped: whether something clips the gradients.
     """
 
@@ -81,7 +81,7 @@ class Reporter:
         listener: Callable[[Record], None] | None = None,
         archive: Archive | None = None,
         clips_later: bool = False,
-        hints: Mapping[str, str] | None = None,
+        hint: str = "",
         is_clipped: bool = True,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
@@ -90,7 +90,7 @@ class Reporter:
         self._listener = listener
         self._archive = archive
         self._clips_later = clips_later
-        self._hints = hints or {}
+        self._hint = hint
         self._is_clipped = is_clipped
         self._notices: list[Alert] = []
         self._totals = Totals()
@@ -148,10 +148,9 @@ class Reporter:
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
-        hint = self._hints.get(alert.kind)
-        if hint is None or alert.culprit is not None or not alert.remedy:
+        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None or not alert.remedy:
             return alert
-        return replace(alert, remedy=f"{alert.remedy} {hint}")
+        return replace(alert, remedy=f"{alert.remedy} {self._hint}")
 
     def report(self, step: DecidedStep, *, replaces_last: bool = False) -> Record:
         """Count a step, and tell.
@@ -211,6 +210,7 @@ class Reporter:
         Returns:
             The alert, with what the archive adds.
         """
+        alert = self._with_hint(alert)
         if self._archive is not None and not is_archived:
             (alert,) = self._archive((alert,), is_alone=is_alone)
         if self.last is None:

@@ -53,6 +53,15 @@ def _branch(norms, step, random):
     return norms
 
 
+def _rests(norms, step, random):
+    norms[2] *= random.random() < 0.1
+    return norms
+
+
+def _sinks(norms, step, random):
+    return norms * (1e-6 if step >= 150 else 1.0)
+
+
 def _fades(norms, step, random):
     return norms * np.repeat(10.0 ** np.arange(-5.0, 1.0), 2) if step >= 100 else norms
 
@@ -79,6 +88,8 @@ CHANGES = {
     "dies": _dies,
     "unused": _unused,
     "branch": _branch,
+    "rests": _rests,
+    "sinks": _sinks,
     "fades": _fades,
     "unfreezes": _unfreezes,
     "damage": _damage,
@@ -92,6 +103,7 @@ def steps(kind, seed):
     for step in range(NUM_STEPS):
         norms = scales * np.exp(random.normal(0.0, 0.8 if kind == "noisy" else 0.2, len(scales)))
         loss = float(3.0 * np.exp(-step / 200.0) + random.normal(0.0, 0.1) + 0.01 * (kind == "growth") * max(step - 150, 0))
+        loss += 3.0 * (kind == "sinks" and step >= 150)
         if (change := CHANGES[kind]) is not None:
             norms = change(norms, step, random)
         has_grad = np.ones(len(norms), dtype=np.bool_)

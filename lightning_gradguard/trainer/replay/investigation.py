@@ -69,7 +69,7 @@ class Investigation:
         self._trainer = trainer
         self._module = module
         self._window = window
-        self.replay = self._replay = Replay(trainer, module, window, buffers)
+        self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
         self._sample_dim = sample_dim
         self._known: Culprit | None = None

@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Why a step can't be run again to find the culprit, in words; None where it can."""
 
     @property
+    def has_whole_weights(self) -> bool:
+        """Whether each rank holds all weights, so that it can run a step without the others."""
+
+    @property
     def saves_folders(self) -> bool:
         """Whether a checkpoint is a folder into which each rank writes its part."""
 

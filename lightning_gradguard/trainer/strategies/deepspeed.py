@@ -53,6 +53,11 @@ class DeepSpeed:
         return bool(_kinds_of(self._engine.optimizer) & {_ZERO_12, _ZERO_3})
 
     @property
+    def has_whole_weights(self) -> bool:
+        """Up to stage 2."""
+        return _ZERO_3 not in _kinds_of(self._engine.optimizer)
+
+    @property
     def scaling(self) -> Scaling | None:
         """In fp16 DeepSpeed keeps the loss scale, and takes it out of gradients inside its step."""
         return ZeroScaling(self._engine.optimizer) if self._engine.fp16_enabled() else None

@@ -34,6 +34,7 @@ class FSDP1:
     """
 
     no_replay: str | None = "a backward pass through FSDP1's wrappers changes the gradients of the step"
+    has_whole_weights = False
     scaling = None
     master_weights = None
 

@@ -18,6 +18,7 @@ class Plain:
     """Gradients are where torch leaves them."""
 
     no_replay: str | None = None
+    has_whole_weights = True
     scaling = None
     master_weights = None
     saves_folders = False

@@ -67,7 +67,7 @@ class Pipeline:
             listener=environment.listener,
             archive=environment.archive,
             clips_later=environment.clips_later,
-            hint=environment.hint,
+            hints=_hints(settings, environment),
         )
         # The device wants to know the limit at each step, and a closure decides about one step several times.
         waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold
@@ -108,7 +108,7 @@ class Pipeline:
     @property
     def num_steps(self) -> int:
         """Steps so far, one included whose outcome the host has yet to learn."""
-        return self._reporter.num_steps + self.is_pending
+        return self._reporter.num_steps + (self._pending is not None)
 
     @property
     def is_pending(self) -> bool:
@@ -145,13 +145,21 @@ class Pipeline:
         """Tell of an exception of which another rank has made an alert."""
         self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
-    @torch.no_grad()
     def decide(self, position: Position | None = None) -> None:
         """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
 
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
+        # Half the time of `torch.no_grad`, at each step.
+        had_grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            self._decide(position)
+        finally:
+            torch.set_grad_enabled(had_grad)
+
+    def _decide(self, position: Position | None) -> None:
         if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
             self._evaluate_again(self.last)
             return
@@ -282,3 +290,11 @@ class Pipeline:
         ends_run = (judgement.decision.action or Action.LOG) >= Action.STOP
         kind = kinds[0] if measurement.is_finite else "nonfinite"
         return self._investigate(position, measurement, kind, ends_run=ends_run)
+
+
+def _hints(settings: Settings, environment: Environment) -> dict[str, str]:
+    """What remedies say besides, by the kind of finding: nobody is told to set what is set."""
+    hints = {"nonfinite": environment.hint} if environment.hint else {}
+    if settings.clipper is None and not environment.clips_later:
+        hints["explosion"] = "Clipping bounds what one such step does: `clip=1.0`, for example."
+    return hints

@@ -206,8 +206,6 @@ def _try_detector(trial: Detector, layout: Layout) -> None:
         loss=1.0,
         update_ratios=np.full(number, 1e-3),
     )
-    if math.isnan(trial.limit()):
-        raise ValueError("its limit is NaN")
     trial.needs_update()
     trial.observe(measurement)
     trial.learn(measurement)

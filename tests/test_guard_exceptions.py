@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_gradguard import Guard
+from lightning_gradguard import GradientError, Guard
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -23,7 +23,8 @@ class _Loop:
         self.batches[BAD][ROW, 1] = torch.nan
         self.batch = self.batches[0]
         self.is_bad_code = False
-        self.guard = Guard(self.model.named_parameters(), self.optimizer, replay=lambda: self.loss(self.batch), **settings)
+        settings = {"replay": lambda: self.loss(self.batch), **settings}
+        self.guard = Guard(self.model.named_parameters(), self.optimizer, **settings)
 
     def loss(self, x):
         if self.is_bad_code and bool(x.isnan().any()):
@@ -66,6 +67,59 @@ def test_exception_of_others_passes_on():
     with pytest.raises(KeyError):
         loop.run()
     assert len(loop.guard.alerts) == 1
+
+
+def test_exception_of_the_first_step_is_told_before_there_is_a_record():
+    """Nothing has been measured yet."""
+    loop = _Loop(nonfinite="warn")
+    loop.batches = loop.batches[BAD:]
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        loop.run()
+    (alert,) = loop.guard.alerts
+    assert (alert.step, loop.guard.num_steps) == (0, 0)
+    assert loop.guard.last.measurement.num_micro_batches == 0
+
+
+def test_exception_is_not_told_where_nobody_looks_for_damage():
+    """It passes on as it is."""
+    loop = _Loop(nonfinite=None)
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        loop.run()
+    assert loop.guard.alerts == []
+
+
+def test_guards_own_error_passes_through():
+    """It has said what there is to say."""
+    loop = _Loop(nonfinite="raise")
+    loop.loss = lambda x: loop.model(x).square().mean()
+    with pytest.raises(GradientError):
+        loop.run()
+    assert len(loop.guard.alerts) == 1
+
+
+def test_exception_whose_replay_can_not_be_begun_is_untouched():
+    """What was raised first matters more."""
+    loop = _Loop(replay=lambda: torch.zeros(()))  # refers to no module
+    with pytest.raises(ValueError, match="to satisfy the constraint"):
+        loop.run()
+    assert loop.guard.alerts == []
+
+
+def test_exception_that_does_not_come_again_is_untouched():
+    """Whatever it was, it is not known to be the damage."""
+    loop = _Loop()
+    raised = []
+
+    def loss(x):
+        if bool(x.isnan().any()) and not raised:
+            raised.append(1)
+            raise KeyError("once")
+        return loop.model(x).square().mean()
+
+    loop.loss = loss
+    with pytest.raises(KeyError, match="once"):
+        loop.run()
+    assert loop.guard.alerts == []
 
 
 def test_exception_without_damage_is_untouched():

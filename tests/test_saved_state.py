@@ -130,6 +130,7 @@ def test_state_that_was_just_saved_loads_without_a_word():
         (lambda state: state["judge"]["detectors"].update(explosion=[]), "state of detector `explosion` is damaged"),
         (lambda state: state["judge"]["detectors"]["explosion"]["state"].pop("baseline"), "KeyError: 'baseline'"),
         (lambda state: state["judge"]["detectors"]["explosion"].update(state={"baseline": 1}), "`explosion` is damaged"),
+        (lambda state: state["judge"]["detectors"]["explosion"].update(type="Other"), "holds Other for the detector"),
         (lambda state: state["judge"]["detectors"]["explosion"].update(streak=[1]), "streak of detector `explosion`"),
         (lambda state: state["judge"]["detectors"]["explosion"].pop("streak"), "streak of detector `explosion`"),
         (lambda state: state["judge"]["detectors"]["vanishing"]["state"].update(lasting=[1]), "`vanishing` is damaged"),

@@ -68,6 +68,22 @@ def test_function_that_no_other_process_can_import_is_an_error(tmp_path):
         kill_and_resume(lambda folder: 1, tmp_path)
 
 
+class Unreadable:
+    """A training that another process gets, but can't make of what it gets."""
+
+    def __call__(self, folder):
+        """Never begins."""
+
+    def __reduce__(self):
+        return failing, (None,)
+
+
+def test_training_whose_process_can_not_be_started_is_an_error(tmp_path):
+    """Rather than to wait for it."""
+    with pytest.raises(RuntimeError, match="could not be started"):
+        kills._Runs(Unreadable()).to_the_end(tmp_path)
+
+
 def test_arguments_out_of_range_are_refused(tmp_path):
     """No kills at all, and a folder that something would be gone on from."""
     with pytest.raises(ValueError, match="`num_kills` must be an integer >= 1, got 0"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,21 +36,20 @@ class Transfer:
         values = _to_host(facts.pack(coef))
         histogram = None if facts.histogram is None else _to_host(facts.histogram)
         done = None
-        if facts.norms.is_cuda:
+        if facts.norms.is_cuda:  # pragma: no cover - needs a GPU
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
             done.record()
         return cls(values, histogram, done)
 
     def wait(self) -> Floats:
         """The values, float64 [n + 1]. A step later they have been there for long as a rule."""
-        if self._done is not None:
+        if self._done is not None:  # pragma: no cover - needs a GPU
             self._done.synchronize()
         values: Floats = self.values.double().numpy()
         return values
 
 
-@dataclass(frozen=True, eq=False)
-class PendingStep:
+class PendingStep(NamedTuple):
     """A measured step of which the host has yet to learn.
 
     Attributes:

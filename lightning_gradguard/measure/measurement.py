@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,8 @@ from lightning_gradguard.measure.distributed import gather
 from lightning_gradguard.measure.gradients import Gradients, to_device, total
 from lightning_gradguard.measure.inspection import inspect
 from lightning_gradguard.record import Damage, Measurement
+
+_ONE_LOSS = torch.Size([1, 1])
 
 
 class MicroBatch(NamedTuple):
@@ -37,8 +39,7 @@ class MicroBatch(NamedTuple):
     norm_before: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Facts:
+class Facts(NamedTuple):
     """What the device half found, still on the device, and the same on all ranks.
 
     Attributes:
@@ -70,10 +71,10 @@ class Facts:
 
         A collective only on an incident with sharded gradients, which all ranks see alike.
         """
-        if self._is_plain and len(gradients.tensors) == len(layout.names) and self.norms.device.type == "cpu":
+        if self.norms.is_cpu and self._is_plain and len(gradients.tensors) == len(layout.names):
             total_norm, loss = self.total_norm.item(), self.signs.item()
             if math.isfinite(total_norm) and math.isfinite(loss):
-                norms: Floats = self.norms.double().numpy()
+                norms: Floats = self.norms.numpy().astype(np.float64)
                 return Measurement(layout, norms, gradients.present, total_norm, self.num_micro_batches, loss)
         values: Floats = self.pack().to("cpu", torch.float64).numpy()
         measurement = self.unpack(values, gradients.present, layout)
@@ -83,7 +84,7 @@ class Facts:
     def _is_plain(self) -> bool:
         """Whether there is nothing but the norms and a single loss."""
         return (
-            self.signs.numel() == 1
+            self.signs.shape == _ONE_LOSS
             and self.loss_scale is None
             and self.others is None
             and self.updates is None

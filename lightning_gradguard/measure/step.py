@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,8 +23,7 @@ from lightning_gradguard.record import Histograms, Position
 _MAX_MICRO_BATCHES = 4096
 
 
-@dataclass(frozen=True, eq=False)
-class MeasuredStep:
+class MeasuredStep(NamedTuple):
     """A step whose gradients have been measured; the figures are still on the device.
 
     Attributes:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Ended, Position, Verdict
+from lightning_gradguard.wording import counted
 
 _DONE = {
     Action.LOG: "Logged only.",
@@ -84,10 +85,11 @@ def notice(position: Position, kind: str, action: Action, message: str, remedy: 
 def _over(position: Position, ended: Ended) -> Alert:
     """That a condition is over: good news, so it is only logged."""
     found = "" if ended.num_found == ended.lasted else f", {ended.num_found:,} of which it was found at"
-    since = "" if ended.steps_ago == 1 else f", and has not come back for {ended.steps_ago:,} steps"
+    since = "" if ended.steps_ago == 1 else f", and has not come back for {counted(ended.steps_ago, 'step')}"
     where = _where(position, 0)
-    message = f"{ended.kind.capitalize()} at {where}: what was reported before is over; it lasted {ended.lasted:,} steps"
-    return notice(position, ended.kind, Action.LOG, f"{message}{found}{since}.", "", value=float(ended.lasted))
+    lasted = f"it lasted {counted(ended.lasted, 'step')}{found}{since}"
+    message = f"{ended.kind.capitalize()} at {where}: what was reported before is over; {lasted}."
+    return notice(position, ended.kind, Action.LOG, message, "", value=float(ended.lasted))
 
 
 def _done(action: Action, decision: Decision) -> str:

@@ -64,5 +64,5 @@ def alert_of(position: Position, raised: Raised, action: Action) -> Alert:
 def add_note(error: BaseException, note: str) -> None:
     """Have a sentence shown below an exception's traceback, from Python 3.11 on."""
     add = getattr(error, "add_note", None)
-    if add is not None:
+    if add is not None:  # pragma: no branch - Python 3.10 has no notes
         add(note)

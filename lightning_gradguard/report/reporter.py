@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -24,8 +24,7 @@ MAX_ALERTS = 1000
 """Alerts of an optimizer that are held in memory, the last ones; files hold all of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class DecidedStep:
+class DecidedStep(NamedTuple):
     """All that is to be told of a step.
 
     Attributes:
@@ -69,7 +68,7 @@ class Reporter:
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
-        hint: what the remedy of NaN and Inf says besides where no culprit is named.
+        hints: what the remedy of a kind of finding says besides where no culprit is named.
     """
 
     def __init__(
@@ -81,7 +80,7 @@ class Reporter:
         listener: Callable[[Record], None] | None = None,
         archive: Archive | None = None,
         clips_later: bool = False,
-        hint: str = "",
+        hints: Mapping[str, str] | None = None,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
@@ -89,12 +88,14 @@ class Reporter:
         self._listener = listener
         self._archive = archive
         self._clips_later = clips_later
-        self._hint = hint
+        self._hints = hints or {}
         self._notices: list[Alert] = []
         self._totals = Totals()
         self._noted: DecidedStep | None = None
         self._num_noted = 0
         self._num_noted_clipped = 0
+        self.num_steps = 0
+        """Steps so far."""
         self._last: Record | None = None
         self.alerts: list[Alert] = []
         """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
@@ -116,11 +117,6 @@ class Reporter:
         return self._last is not None
 
     @property
-    def num_steps(self) -> int:
-        """Steps so far."""
-        return self._totals.num_steps + self._num_noted
-
-    @property
     def totals(self) -> Totals:
         """Counts so far."""
         if self._num_noted:
@@ -138,19 +134,21 @@ class Reporter:
         """The last step; its record is made now if it has only been noted."""
         step, self._noted = self._noted, None
         if step is not None:
-            self._last = self._record(replace(step, judgement=Judgement(self._limit(), (), Decision())), ())
+            self._last = self._record(step._replace(judgement=Judgement(self._limit(), (), Decision())), ())
         return self._last
 
     def note(self, step: DecidedStep) -> None:
         """Count a step that nobody wants to be told of: it was applied, and nothing was found."""
         self._noted = step
         self._num_noted += 1
+        self.num_steps += 1
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
-        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None:
+        hint = self._hints.get(alert.kind)
+        if hint is None or alert.culprit is not None or not alert.remedy:
             return alert
-        return replace(alert, remedy=f"{alert.remedy} {self._hint}")
+        return replace(alert, remedy=f"{alert.remedy} {hint}")
 
     def report(self, step: DecidedStep, *, replaces_last: bool = False) -> Record:
         """Count a step, and tell.
@@ -172,6 +170,7 @@ class Reporter:
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self._totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
+        self.num_steps = self._totals.num_steps
         record = self._last = self._record(step, alerts)
         if self._listener is not None:
             self._listener(record)
@@ -235,6 +234,7 @@ class Reporter:
         _ = self.last  # which stays
         self._num_noted = self._num_noted_clipped = 0
         self._totals = Totals(**state)
+        self.num_steps = self._totals.num_steps
 
     def close(self) -> None:
         """Let the sinks write out what they hold. They can be used on."""

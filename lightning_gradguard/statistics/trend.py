@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from lightning_gradguard.statistics.baseline import median
@@ -71,6 +72,17 @@ class Trend:
     def num_left(self) -> int:
         """Steps until a block is complete, as far as none is left out, >= 1."""
         return _BLOCK - len(self._norms)
+
+    def lowest_start(self, num_steps: int) -> float:
+        """The lowest median that the norm of a later block is compared with in so many coming steps; infinite if none is."""
+        num_after = len(self._norm_blocks) + (len(self._norms) + num_steps) // _BLOCK
+        first = max(len(self._norm_blocks) + 1 - _BLOCKS, 0)
+        return min(islice(self._norm_blocks, first, max(num_after + 1 - _BLOCKS, first)), default=math.inf)
+
+    @property
+    def largest_waiting(self) -> float:
+        """The largest norm of the block that is not complete yet; 0 where it is empty."""
+        return max(self._norms, default=0.0)
 
     def grows(self, by: float) -> bool:
         """Whether norm and loss have both been rising over all 64 steps, the norm by more than this factor."""

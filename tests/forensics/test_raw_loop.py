@@ -200,3 +200,48 @@ def test_replay_draws_pythons_random_numbers_again():
     (alert,) = guard.step().alerts
     assert alert.culprit.op == "div"
     assert alert.culprit.reproduced
+
+
+def test_replay_of_several_modules_finds_all_of_them():
+    """Together they have the parameters that are watched."""
+    encoder, decoder = nn.Linear(6, 4), nn.Linear(4, 1)
+    batch = torch.ones(8, 6)
+    parameters = [*encoder.named_parameters("encoder"), *decoder.named_parameters("decoder")]
+
+    def loss():
+        return decoder(encoder(batch) / 0.0).square().mean()
+
+    guard = Guard(parameters, replay=loss)
+    loss().backward()
+    guard.step()
+    assert guard.alerts[0].culprit.op == "div"
+
+
+def test_damage_that_the_replay_does_not_show_has_no_culprit():
+    """Somebody has written to the gradients."""
+    net = nn.Linear(6, 1)
+    guard = Guard(net.named_parameters(), replay=functools.partial(_loss_of, net, torch.ones(8, 6)))
+    _loss_of(net, torch.ones(8, 6)).backward()
+    net.weight.grad[0, 0] = torch.nan
+    guard.step()
+    assert guard.alerts[0].culprit is None
+
+
+def _loss_of(net, x):
+    return net(x).square().mean()
+
+
+def test_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows():
+    """The one that follows the rows sees something else, which is not mixed with it."""
+    net, calls = nn.Linear(6, 1), []
+
+    def loss():
+        calls.append(1)
+        hidden = net(torch.ones(8, 6)).square()
+        return (hidden / 0.0 if len(calls) % 2 else torch.log(-hidden)).mean()
+
+    guard = Guard(net.named_parameters(), replay=loss)
+    loss().backward()
+    guard.step()
+    assert guard.alerts[0].culprit.op == "log"
+    assert not guard.alerts[0].culprit.samples

@@ -113,9 +113,10 @@ def _sample(evidence: Evidence, same: str) -> Cause | None:
     elif evidence.norm * math.sqrt(max(1.0 - share, 0.0)) > _BY_DATA * before or evidence.is_place is False:
         return None
     elif rest is not None:
-        alone += f"; with another row in its place the norm is {rest:.3g}"
-        if evidence.is_place:
-            alone += ", of which that row makes most: it is how the step treats this place"
+        alone += (
+            f"; with another row in its place the norm is {rest:.3g}, of which that row makes most: it is how the step "
+            "treats this place"
+        )
         remedy = f"Look at what the step does with row {row}: a weight, a mask, a target that is made there."
     certain, probable = (None, (row,)) if rest is None else ((row,), None)
     test = "without this row the batch is in order"

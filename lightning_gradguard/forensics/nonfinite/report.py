@@ -11,6 +11,7 @@ from lightning_gradguard.forensics.nonfinite.blame import Blame, is_from_outside
 from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
 from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
+from lightning_gradguard.forensics.nonfinite.source_location import shown_file
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
 from lightning_gradguard.forensics.nonfinite.wording import place_in_words, rows_in_words, way_in_words
 
@@ -103,7 +104,7 @@ def culprit_of(
         found,
         module=provenance.location.module,
         op=op,
-        file=None if line is None else line.file,
+        file=None if line is None else shown_file(line.file),
         line=None if line is None else line.number,
         source=None if line is None else line.source,
         message=message,

@@ -39,7 +39,8 @@ class Line:
         return linecache.getline(self.file, self.number).strip()
 
     def __str__(self) -> str:
-        return f"{Path(self.file).name}:{self.number}"
+        cell = cell_of(self.file)
+        return f"{Path(self.file).name}:{self.number}" if cell is None else f"cell {cell}, line {self.number}"
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,21 @@ class SourceLocation:
     line: Line | None = None
     frames: tuple[Frame, ...] = ()
     via: str = ""
+
+
+def cell_of(file: str) -> str | None:
+    """What IPython and Jupyter call the cell that a file stands for, as `In[3]`; None for any other file."""
+    ipython = sys.modules.get("IPython")
+    shell = None if ipython is None else ipython.get_ipython()
+    if shell is None:
+        return None
+    named = shell.compile.format_code_name(file)
+    return None if named is None else str(named[1])
+
+
+def shown_file(file: str) -> str:
+    """The name of a file for people: a cell's own, since what it is compiled from is a temporary file or none."""
+    return cell_of(file) or file
 
 
 _known: dict[CodeType, bool] = {}
@@ -96,7 +112,8 @@ def current_frames() -> tuple[Frame, ...]:
     while frame is not None and len(own) < MAX_FRAMES and frame.f_code.co_name != _RAW_LOOP:
         code = frame.f_code
         if not _is_foreign(code):
-            called = Frame(code.co_filename, frame.f_lineno, _name_of(frame), Line(code.co_filename, frame.f_lineno).source)
+            line = Line(code.co_filename, frame.f_lineno)
+            called = Frame(shown_file(line.file), line.number, _name_of(frame), line.source)
             library = _library_of(code.co_filename)
             if library is None:
                 own.append(called)

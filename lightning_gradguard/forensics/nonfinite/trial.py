@@ -17,6 +17,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from lightning_gradguard.alert import Culprit
+from lightning_gradguard.forensics.nonfinite.source_location import shown_file
 
 _SAME = {
     "truediv": "div",
@@ -138,7 +139,7 @@ class Trial(TorchFunctionMode):
     def _is_here(self) -> bool:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
-            if (frame.f_code.co_filename, frame.f_lineno) == self._line:
+            if (shown_file(frame.f_code.co_filename), frame.f_lineno) == self._line:
                 return True
             frame = frame.f_back
         return False

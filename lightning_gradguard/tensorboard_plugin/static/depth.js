@@ -1,7 +1,7 @@
 // Depth profile: the norm of each parameter at one step, from the first layer to the last, beside what is usual for it.
 
 import { decades, INFINITE, isFinite16, NAN, nameOf, NO_GRADIENT, unpack, ZERO } from "./api.js";
-import { count, fill, h, number, plain } from "./dom.js";
+import { count, counted, fill, h, number, plain } from "./dom.js";
 import { axis, draw, heightBelow, layout, logAxis } from "./plot.js";
 import { set, state } from "./state.js";
 import { colour } from "./theme.js";
@@ -101,9 +101,9 @@ export class DepthView {
     const what = `Step ${count(data.step)} of ${count(data.first_step)} to ${count(data.last_step)}: global norm ${number(data.global_norm)}`;
     fill(
       this.words, `${what}. The band is where each parameter's norm lies in 80 % of the logged steps; where it has a gap, there was no number to draw it from.`,
-      numNone ? ` ${count(numNone)} parameter${numNone === 1 ? "" : "s"} had no gradient.` : "",
+      numNone ? ` ${counted(numNone, "parameter")} had no gradient.` : "",
     );
-    await draw(this.plot, traces, settings, `${what}; ${count(data.nodes.length)} parameters.`);
+    await draw(this.plot, traces, settings, `${what}; ${counted(data.nodes.length, "parameter")}.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";
     this.plot.on("plotly_click", ({ points: [point] }) => typeof point.customdata === "string" && set({ parameter: point.customdata }));

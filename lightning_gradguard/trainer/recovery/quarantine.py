@@ -65,8 +65,8 @@ class Quarantine:
     def detach(self) -> None:
         """List what is still waiting, and leave nothing on the strategy."""
         self._write()
-        if self._process is not None:
-            self._process.remove()
+        assert self._process is not None
+        self._process.remove()
 
     def start(self) -> None:
         """Before the first batch: several loaders at once show nothing that could be told apart."""

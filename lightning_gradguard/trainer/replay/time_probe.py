@@ -81,9 +81,7 @@ class TimeProbe:
         if count != LOOKS[-1]:
             return None
         position = outcome.position
-        where = f"step {position.step}"
-        if position.epoch is not None:
-            where += f" (epoch {position.epoch}, batch {position.batch_idx})"
+        where = f"step {position.step} (epoch {position.epoch}, batch {position.batch_idx})"
         message = f"Vanishing in time at {where}: cause: recurrence; {culprit.message}. The step is applied."
         return replace(notice(position, "vanishing", self._action, message, culprit.remedy), culprit=culprit)
 

@@ -343,3 +343,35 @@ def test_loss_of_a_wrong_kind_is_the_trainers_own_affair(value, match, tmp_path)
         with pytest.raises((RuntimeError, MisconfigurationException), match=match):
             trainer.fit(module, _batches(BAD))
     assert guard.alerts == []
+
+
+def test_exception_of_a_step_that_has_used_up_its_batch_is_untouched(tmp_path):
+    """It can't be run again."""
+
+    class Consumes(Raising):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(next(batch), batch_idx)
+
+    guard = GradGuard()
+    batches = Batches([iter([batch]) for batch in _batches(BAD).batches])
+    with pytest.raises(ValueError, match="to satisfy the constraint") as caught:
+        make_trainer(tmp_path, guard).fit(Consumes(normal), batches)
+    assert guard.alerts == []
+    assert not getattr(caught.value, "__notes__", [])
+
+
+def test_exception_of_a_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows(tmp_path):
+    """The one that follows the rows sees another reason, which is not mixed with it."""
+    seen = []
+
+    def end(module, x, h):
+        if bool(x.isnan().any()):
+            seen.append(1)
+            h = h.nan_to_num().square()
+            h = 0.0 * (h / 0.0) if len(seen) % 2 else torch.log(-h)
+        return normal(module, x, h)
+
+    guard = GradGuard()
+    _train(tmp_path, end, guard)
+    (alert,) = guard.alerts
+    assert (alert.step, alert.culprit.op) == (BAD, "log")

@@ -59,7 +59,8 @@ class GradGuard(Callback):
         max_replays: how many bad steps of a run are replayed, >= 0; 0: none: to name operator, line and samples of damage,
             and why gradients vanish or explode. Keeps one more batch alive.
         max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
-            is left out: optimizer state first, then weights. At most three a run. None: no files. It needs `max_replays`.
+            is left out: optimizer state first, then weights. At most three in a folder. None: no files. It needs
+            `max_replays`.
         sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
             name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: inferred.
         skip_exceptions: which batches are passed over that end in an exception because of NaN or Inf, where the action about

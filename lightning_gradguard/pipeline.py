@@ -68,6 +68,7 @@ class Pipeline:
             archive=environment.archive,
             clips_later=environment.clips_later,
             hint=environment.hint,
+            is_clipped=settings.clipper is not None or environment.clips_later,
         )
         # The device wants to know the limit at each step, and a closure decides about one step several times.
         waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold

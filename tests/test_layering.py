@@ -22,7 +22,7 @@ SOURCES.pop(NAME)
 
 LAYERS = (
     # plain words, without torch
-    *("policy", "layout", "alert", "record", "errors", "files", "tensorboard_plugin"),
+    *("wording", "policy", "layout", "alert", "record", "errors", "files", "tensorboard_plugin"),
     # gradients -> measure -> judge -> act -> report
     *("measure", "statistics", "detectors", "judge", "clippers", "act", "sinks", "report"),
     # looking into a bad step, and going back
@@ -34,7 +34,7 @@ LAYERS = (
 )
 """The package from the bottom up: each may import those before it. `docs/architecture.md` draws the same list."""
 
-WITHOUT_TORCH = ("policy", "layout", "alert", "record", "errors", "files.json_lines", "tensorboard_plugin")
+WITHOUT_TORCH = ("wording", "policy", "layout", "alert", "record", "errors", "files.json_lines", "tensorboard_plugin")
 """Are loaded where torch is not wanted, or not there."""
 
 NEVER = {

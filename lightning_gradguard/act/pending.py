@@ -118,21 +118,13 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _from_norms(measurement: Measurement) -> Measurement:
-    """Name the damaged parameters by their norms: the gradients themselves are gone by now.
+    """Name the parameters whose norms are not finite: the gradients themselves are gone by now, and nothing can be counted.
 
-    A count of 1 stands for "at least one". An infinite norm may also be one that float32 can't hold.
+    The device has taken such a step for damaged, so it is not told apart from one whose norm float32 can't hold.
     """
     norms = measurement.norms
-    reports = tuple(
-        ParameterReport(
-            measurement.names[index],
-            float(norms[index]),
-            num_nan=int(np.isnan(norms[index])),
-            num_inf=int(np.isinf(norms[index])),
-        )
+    reports = [
+        ParameterReport(measurement.names[index], float(norms[index]), num_nan=int(np.isnan(norms[index])))
         for index in np.flatnonzero(~np.isfinite(norms))
-    )
-    if reports:
-        return replace(measurement, nonfinite=reports)
-    largest = norms.max()
-    return replace(measurement, global_norm=float(largest * np.linalg.norm(norms / largest)), overflowed=True, damage=None)
+    ]
+    return replace(measurement, nonfinite=tuple(sorted(reports, key=lambda it: -it.num_nan)), is_counted=False)

@@ -151,8 +151,8 @@ class Explosion(Detector):
             limit=limit,
             message=self._describe(norm, limit),
             remedy=(
-                "Look at this batch for outliers and wrong labels. If the norm keeps growing, lower the learning rate, "
-                "warm it up for longer, or clip lower (`clip=`)."
+                "Look at this batch for outliers and wrong labels. If the norm keeps growing, lower the learning rate, or "
+                "warm it up for longer."
             ),
             parameters=measurement.largest(),
             micro_batch=measurement.last_micro_batch,

@@ -62,7 +62,7 @@ class Growth:
             message=(
                 f"the global gradient norm keeps growing, from {norm_before:.3g} to {norm:.3g} over the last 64 steps{loss}"
             ),
-            remedy="Lower the learning rate, or end its warm-up earlier. Clipping alone only slows it down.",
+            remedy="Lower the learning rate, or end its warm-up earlier.",
             parameters=measurement.largest(),
             micro_batch=measurement.last_micro_batch,
             is_advisory=True,

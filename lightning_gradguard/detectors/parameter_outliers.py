@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.record import Measurement, Verdict
 from lightning_gradguard.statistics.baselines import LogBaselines
+from lightning_gradguard.wording import counted
 
 _LOG_ABOVE_HIGHEST = math.log(4.0)
 _LOG_MIN_USUAL_SHARE = math.log(1e-5)
@@ -117,7 +118,8 @@ class ParameterOutliers:
         limits = self._baselines.limits()
         worst = found[np.argmax(measurement.log_norms[found] - limits[found])]
         norm, usual = float(measurement.norms[worst]), math.exp(self._baselines.median(worst))
-        others = f", as are {len(found) - 1} others" if len(found) > 1 else ""
+        count = len(found) - 1
+        others = f", as {'is' if count == 1 else 'are'} {counted(count, 'other')}" if count else ""
         return Verdict(
             kind=self._kind,
             value=norm,
@@ -127,8 +129,8 @@ class ParameterOutliers:
                 f"{usual:.3g}{others}, while the global norm {measurement.global_norm:.3g} is within its limit"
             ),
             remedy=(
-                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. Clip lower (`clip=`), "
-                "or lower the learning rate of its group."
+                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. If it lasts, lower the "
+                "learning rate of its group."
             ),
             parameters=tuple(
                 ParameterReport(measurement.names[index], float(measurement.norms[index]))

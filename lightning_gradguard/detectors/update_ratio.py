@@ -11,6 +11,7 @@ from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.wording import counted
 
 _EARLY = 10
 _WATCHED = 1.0 / 3.0  # of `lasting_ratio`: above it each step is measured
@@ -123,14 +124,14 @@ class UpdateRatio(Detector):
         elif self._num_high >= in_a_row and largest >= _SETTLED * self._first_high:
             limit = self._lasting_ratio
             message = (
-                f"{self._num_high} measured steps in a row have moved a weight by more than {limit:g} of its size; the last "
-                f"one `{worst}` by {largest:.3g}"
+                f"{_in_a_row(self._num_high)} moved a weight by more than {limit:g} of its size; the last one "
+                f"`{worst}` by {largest:.3g}"
             )
         elif self._num_low >= self._persistence:
             limit = self._min_ratio
             message = (
-                f"{self._num_low} measured steps in a row have moved no weight by {limit:g} of its size; the last one moved "
-                f"`{worst}` most, by {largest:.3g}"
+                f"{_in_a_row(self._num_low)} moved no weight by {limit:g} of its size; the last one moved `{worst}` "
+                f"most, by {largest:.3g}"
             )
         else:
             return None
@@ -177,3 +178,7 @@ class UpdateRatio(Detector):
         # An earlier version did not count what it measured: nearly each of the first steps.
         self._num_measured = state.get("num_measured", self._num_seen)
         self._first_high, self._last = state.get("first_high", 0.0), state.get("last", 0.0)
+
+
+def _in_a_row(number: int) -> str:
+    return "1 measured step has" if number == 1 else f"{counted(number, 'measured step')} in a row have"

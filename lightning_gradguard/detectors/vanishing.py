@@ -14,6 +14,7 @@ from lightning_gradguard.detectors.depth import Depth, slopes
 from lightning_gradguard.layout import Bools, Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.wording import counted
 
 _MIN_DEPTH = 4
 _MIN_DECADES = 2.0
@@ -214,12 +215,15 @@ class Vanishing(Detector):
         return not self._is_noted and self._has_lived is not None and bool((depth.trained & ~self._has_lived).any())
 
     def _note(self, unused: Sequence[str], depth: Depth) -> Verdict:
-        others = f" and {len(unused) - 1} other modules" if len(unused) > 1 else ""
+        others = f" and {counted(len(unused) - 1, 'other module')}" if len(unused) > 1 else ""
         return Verdict(
             self.name,
             value=0.0,
             limit=math.ulp(0.0),
-            message=f"the gradient of `{unused[0]}`{others} has been exactly zero since the first of {self._num_seen} steps",
+            message=(
+                f"the gradient of `{unused[0]}`{others} has been exactly zero since the first of "
+                f"{counted(self._num_seen, 'step')}"
+            ),
             remedy="If this branch is meant to learn, look whether its output reaches the loss; else freeze or remove it.",
             parameters=depth.reports(unused),
             is_note=True,
@@ -237,17 +241,17 @@ class Vanishing(Detector):
 
     def _verdict(self, lasting: list[str], depth: Depth, measurement: Measurement) -> Verdict:
         dead = [symptom.removeprefix("dead:") for symptom in lasting if symptom.startswith("dead:")]
-        for_steps = max(self._lasting[symptom] for symptom in lasting)
+        for_steps = counted(max(self._lasting[symptom] for symptom in lasting), "step")
         if "floor" in lasting:
             value, limit = measurement.global_norm, self._min_norm
             modules: Sequence[str] = depth.modules
-            message = f"the global gradient norm is {value:.3g} and has been below {limit:g} for {for_steps} steps"
+            message = f"the global gradient norm is {value:.3g} and has been below {limit:g} for {for_steps}"
             remedy = "Check that the loss depends on the parameters, and the initialisation for zeros and saturation."
         elif dead:
             value, limit = 0.0, math.ulp(0.0)
             modules = dead[::-1]
-            others = f" and {len(dead) - 1} module{'s' * (len(dead) > 2)} before it" if len(dead) > 1 else ""
-            message = f"the gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps} steps"
+            others = f" and {counted(len(dead) - 1, 'module')} before it" if len(dead) > 1 else ""
+            message = f"the weight gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps}"
             remedy = (
                 "Look behind this module for units that never fire (dead ReLU), a `detach()`, or a branch whose output "
                 "is not used."

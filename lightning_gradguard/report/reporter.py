@@ -69,6 +69,7 @@ class Reporter:
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
         hint: what the remedy of NaN and Inf says besides where no culprit is named.
+        is_clipped: whether something clips the gradients.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Reporter:
         archive: Archive | None = None,
         clips_later: bool = False,
         hint: str = "",
+        is_clipped: bool = True,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
@@ -89,6 +91,7 @@ class Reporter:
         self._archive = archive
         self._clips_later = clips_later
         self._hint = hint
+        self._is_clipped = is_clipped
         self._notices: list[Alert] = []
         self._totals = Totals()
         self._noted: DecidedStep | None = None
@@ -145,7 +148,7 @@ class Reporter:
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
-        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None:
+        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None or not alert.remedy:
             return alert
         return replace(alert, remedy=f"{alert.remedy} {self._hint}")
 
@@ -164,7 +167,8 @@ class Reporter:
             coef = None if self._last is None else self._last.clip_coef
             self._totals = without_last_step(self.totals, was_clipped=coef is not None and coef < 1.0)
         judgement = step.judgement
-        found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        decision, is_clipped = judgement.decision, self._is_clipped
+        found = alerts_of(step.position, judgement.verdicts, decision, step.culprit, is_clipped=is_clipped)
         found = tuple(self._with_hint(alert) for alert in found)
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []

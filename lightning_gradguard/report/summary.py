@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.record import Decision, Measurement, Totals
+from lightning_gradguard.wording import counted
 
 
 def count(
@@ -56,7 +57,7 @@ def summarize(totals: Iterable[Totals], stopped_by: Alert | None, *, is_manual: 
     calibration = f" ({overflows:,} of them while the GradScaler looked for its scale)" if overflows else ""
     num_steps = sum(entry.num_steps for entry in each)
     counts = (
-        f"GradGuard: {num_steps:,} steps, {sum(entry.num_clipped for entry in each):,} clipped, "
+        f"GradGuard: {counted(num_steps, 'step')}, {sum(entry.num_clipped for entry in each):,} clipped, "
         f"{sum(entry.num_skipped for entry in each):,} skipped{calibration}; alerts: {alerts}{silent}."
     )
     if num_steps == 0:

@@ -21,6 +21,7 @@ from lightning_gradguard.sinks import (
     WandbSink,
 )
 from lightning_gradguard.sinks.tags import LoggedNorms
+from lightning_gradguard.trainer.packages import silences_loggers
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -50,7 +51,8 @@ def all_sinks(
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
         if log_dir is not None:
             built_in.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
-        built_in.extend(sink for logger in trainer.loggers if (sink := _built(logger, settings, norms)) is not None)
+        loggers = [] if silences_loggers() else trainer.loggers
+        built_in.extend(sink for logger in loggers if (sink := _built(logger, settings, norms)) is not None)
     # The console comes last: where warnings are errors it raises, and the others must have the alert by then.
     return (*built_in, *own, ConsoleSink())
 

@@ -115,25 +115,6 @@ def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
     torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
 
 
-def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one(monkeypatch):
-    """Those of the parameters are known by then."""
-    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
-    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
-    optimizer = AdamW(parameters, fused=True)
-    guard = Guard([("p", parameters[0]), ("q", parameters[1])], optimizer, nonfinite="warn", explosion=None)
-    for value in (1.0, 3e38):  # the first step is decided at once
-        for parameter in parameters:
-            parameter.grad = torch.full((1,), value)
-        guard.step()
-        optimizer.step()
-    assert guard.is_pending
-    guard.flush()
-    assert not guard.is_pending
-    assert guard.last.measurement.overflowed
-    assert guard.last.measurement.nonfinite == ()
-    assert guard.last.measurement.global_norm == pytest.approx(3e38 * math.sqrt(2.0))
-
-
 @pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "deferred"])
 def test_window_with_a_loss_that_is_nan_is_skipped_also_where_gradients_are_finite(devices, monkeypatch):
     """The device compares what it was told of each of the two backward passes."""
@@ -156,6 +137,34 @@ def test_window_with_a_loss_that_is_nan_is_skipped_also_where_gradients_are_fini
     assert seen == [False, False, False, True, False]
     assert torch.equal(weights[4], weights[3])
     assert not torch.equal(weights[3], weights[2])
+
+
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        (1e25, "the norm of the gradient of `0` is infinite: an element is, or float32 can't hold the sum of their squares"),
+        (9e18, "the global gradient norm is beyond what float32 can hold, although that of each gradient is not"),
+        (math.nan, "the gradient of `0` holds NaN; the norms of 1 more of 2 gradients are not finite"),
+    ],
+)
+def test_device_that_has_skipped_a_step_by_its_norm_is_said_to_and_nothing_is_counted(element, said, monkeypatch):
+    """The gradients are gone by then: whether their elements are finite is not known."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = AdamW(parameters, lr=0.1, fused=True)
+    guard = Guard([(str(index), parameter) for index, parameter in enumerate(parameters)], optimizer)
+    for step in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.full((4,), element if step == 2 else 1.0)
+        before = parameters[0].detach().clone()
+        guard.step()
+        optimizer.step()
+    guard.flush()
+    assert torch.equal(parameters[0].detach(), before)
+    assert guard.last.totals.num_skipped == 1
+    assert said in guard.alerts[-1].message
+    assert "The step is skipped." in guard.alerts[-1].message
+    assert not guard.last.measurement.is_counted
 
 
 class Always(Detector):

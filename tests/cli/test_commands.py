@@ -94,7 +94,15 @@ def test_alerts_can_be_chosen_by_kind(call, tmp_path):
     written(tmp_path / "run", ALERT, {**ALERT, "kind": "explosion"}, {**ALERT, "kind": "vanishing"})
     assert "1 alert." in call("alerts", "run", "--kind", "explosion").output
     assert "2 alerts." in call("alerts", "run", "-k", "explosion", "-k", "vanishing").output
-    assert "No alerts below" in call("alerts", "run", "--kind", "overflow").output
+    assert "No alerts below run.\n" in call("alerts", "run", "--kind", "overflow").output
+
+
+def test_alerts_of_the_folder_gradguard_are_those_of_its_run(call, tmp_path):
+    """It is the folder that people find; and where there is none, that is said."""
+    written(tmp_path / "run", ALERT)
+    assert "1 alert." in call("alerts", "run/gradguard").output
+    (tmp_path / "empty").mkdir()
+    assert "there is no gradguard/alerts.jsonl" in call("alerts", "empty").output.replace("\n", " ")
 
 
 def test_replay_without_a_module_prints_the_report(call, tmp_path):

@@ -128,7 +128,7 @@ def test_report_of_a_folder_without_runs_says_what_a_run_is(tmp_path):
     """And writes nothing."""
     done = run(tmp_path, "-o", tmp_path / "r.html")
     assert done.exit_code == 2
-    assert "There is no run with data of GradGuard" in " ".join(done.output.split())
+    assert "There is no run with data of GradGuard in or below" in " ".join(done.output.split())
     assert not (tmp_path / "r.html").exists()
 
 

@@ -8,7 +8,7 @@ import types
 from pathlib import Path
 
 import pytest
-from lightning_package import CSVLogger, Logger, TensorBoardLogger
+from lightning_package import CSVLogger, Logger, TensorBoardLogger, rank_zero_only
 from message_server import ENOUGH_S, serving
 from toys import Net, fit, make_batches, read_alerts
 
@@ -125,6 +125,13 @@ def test_several_loggers_all_get_the_scalars(tmp_path):
     _bad(tmp_path, logger=[board, table])
     assert "gradguard/global_norm" in (tmp_path / "table" / "version_0" / "metrics.csv").read_text()
     assert list((tmp_path / "board" / "version_0").glob("events.out.tfevents.*"))
+    assert len(read_alerts(tmp_path / "board" / "version_0")) == 1
+
+
+def test_loggers_that_lightning_silences_get_no_records(tmp_path, monkeypatch):
+    """A child of DDP runs the whole script, and a fit on one device in it believes to be the first rank: no warning."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    _bad(tmp_path, logger=[TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table")])
     assert len(read_alerts(tmp_path / "board" / "version_0")) == 1
 
 

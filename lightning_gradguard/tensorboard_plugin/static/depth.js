@@ -1,7 +1,7 @@
 // Depth profile: the norm of each parameter at one step, from the first layer to the last, beside what is usual for it.
 
 import { decades, INFINITE, isFinite16, NAN, nameOf, NO_GRADIENT, unpack, ZERO } from "./api.js";
-import { count, fill, h, number, plain } from "./dom.js";
+import { count, counted, fill, h, number, plain } from "./dom.js";
 import { axis, draw, heightBelow, layout, logAxis } from "./plot.js";
 import { set, state } from "./state.js";
 import { colour } from "./theme.js";
@@ -90,7 +90,7 @@ export class DepthView {
     const what = `Step ${count(data.step)} of ${count(data.first_step)} to ${count(data.last_step)}: global norm ${number(data.global_norm)}`;
     fill(
       this.words, `${what}. The band is where each parameter's norm lies in 80 % of the logged steps; where it has a gap, there was no number to draw it from.`,
-      numNone ? ` ${count(numNone)} parameter${numNone === 1 ? "" : "s"} had no gradient.` : "",
+      numNone ? ` ${counted(numNone, "parameter")} had no gradient.` : "",
     );
     const isLabelled = data.nodes.length <= MAX_LABELS && window.innerWidth > 16 * data.nodes.length;
     const lane = (domain) => ({ domain, range: [0, 2], visible: false, fixedrange: true, anchor: "x" });
@@ -105,7 +105,7 @@ export class DepthView {
       yaxis: axis({ ...logAxis([norms, low, high], 8), title: { text: "gradient norm", font: { size: 11 } }, domain: [bottom, top], fixedrange: true }),
       yaxis8: lane([0, Math.max(bottom - 0.01, 0)]), yaxis9: lane([Math.min(top + 0.01, 1), 1]),
     });
-    await draw(this.plot, traces, settings, `${what}; ${count(data.nodes.length)} parameters.`);
+    await draw(this.plot, traces, settings, `${what}; ${counted(data.nodes.length, "parameter")}.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";
     this.plot.on("plotly_click", ({ points: [point] }) => typeof point.customdata === "string" && set({ parameter: point.customdata }));

@@ -1,6 +1,6 @@
 // Distribution: how large the elements of one parameter's gradient are, over time, and how many have no logarithm.
 
-import { count, fill, h, plain } from "./dom.js";
+import { count, counted, fill, h, plain } from "./dom.js";
 import { axis, draw, heightBelow, layout, STEP_AXIS, vertical } from "./plot.js";
 import { set, state } from "./state.js";
 import { colour, colours } from "./theme.js";
@@ -38,7 +38,7 @@ export class DistributionView {
     const data = await this.tab.ask("distribution", { parameter: parameters[node] });
     if (turn !== this.turn) return;
     const hasHistograms = data.steps.length > 0;
-    fill(this.words, `${count(numels[node])} elements in ${ndims[node]} dimension${ndims[node] === 1 ? "" : "s"}; `, this.numberOf(data), this.damage(data), this.beyond(data));
+    fill(this.words, `${counted(numels[node], "element")} in ${counted(ndims[node], "dimension")}; `, this.numberOf(data), this.damage(data), this.beyond(data));
     this.plot.hidden = !hasHistograms;
     if (!hasHistograms) return;
     const share = (name, text, more) => ({
@@ -75,7 +75,7 @@ export class DistributionView {
       yaxis2: axis({ title: { text: "share", font: { size: 11 } }, domain: [0, 0.22], tickformat: ".0%", rangemode: "tozero", fixedrange: true }),
       yaxis9: { domain: [0.95, 1], range: [0, 1], visible: false, fixedrange: true, anchor: "x" },
     });
-    await draw(this.plot, traces, settings, `Gradient magnitudes of ${paths[node]} over ${data.steps.length} histograms.`);
+    await draw(this.plot, traces, settings, `Gradient magnitudes of ${paths[node]} over ${counted(data.steps.length, "histogram")}.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";
     this.plot.on("plotly_click", ({ points }) => set({ step: Math.round(points[0].x) }));
@@ -92,12 +92,12 @@ export class DistributionView {
     const drawn = steps.length < number ? `, ${count(steps.length)} of them drawn` : "";
     const some = clipped < number ? `, ${count(clipped)} of them` : "";
     const after = clipped ? `${some} of the gradient after clipping, as the optimizer got it; skipped steps have none` : "";
-    return `${count(number)} histogram${number === 1 ? "" : "s"}${drawn}${after}. `;
+    return `${counted(number, "histogram")}${drawn}${after}. `;
   }
 
   damage({ nan_steps: nan, inf_steps: inf, num_steps: steps }) {
     const seen = [["NaN", nan], ["Inf", inf]].filter(([, where]) => where.length);
-    if (!seen.length) return `No NaN or Inf in its gradient at any of the ${count(steps)} logged steps.`;
-    return seen.map(([what, where]) => `${what} at ${count(where.length)} of ${count(steps)} logged steps, first at step ${count(where[0])}. `).join("");
+    if (!seen.length) return `No NaN or Inf in its gradient at any of ${counted(steps, "logged step")}.`;
+    return seen.map(([what, where]) => `${what} at ${count(where.length)} of ${counted(steps, "logged step")}, first at step ${count(where[0])}. `).join("");
   }
 }

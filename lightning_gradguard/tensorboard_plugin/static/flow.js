@@ -1,7 +1,7 @@
 // Flow: which part of the model has how large a gradient, when. Modules open and close; rows are in model order, or sorted.
 
 import { NAME_OF_ZERO } from "./api.js";
-import { count, fill, h, number, plain, toggle } from "./dom.js";
+import { count, counted, fill, h, number, plain, toggle } from "./dom.js";
 import { CHANGE_COLOURS, Heat, NORM_COLOURS } from "./heat.js";
 import { Marks } from "./kinds.js";
 import { axis, draw, heightBelow, layout, logAxis, STEP_AXIS, vertical, zooms } from "./plot.js";
@@ -66,7 +66,7 @@ export class FlowView {
     if (document.activeElement !== this.search) this.search.value = state.search ?? "";
     fill(this.finder.querySelector("#sorting"), toggle("Sort by", SORTS, state.sort ?? "", (value) => set({ sort: value || null })));
     const some = rows && rows.num_found > rows.nodes.length ? `the first ${count(rows.nodes.length)} of ` : "";
-    fill(this.found, rows ? `${some}${count(rows.num_found)} parameter${rows.num_found === 1 ? "" : "s"}` : "");
+    fill(this.found, rows ? `${some}${counted(rows.num_found, "parameter")}` : "");
   }
 
   drawTools() {
@@ -107,7 +107,7 @@ export class FlowView {
       ...marks.traces("y9"),
     ];
     const alerts = norms.marks.reduce((sum, mark) => sum + (mark.id ? mark.count : 0), 0);
-    await draw(this.strip, traces, settings, `Global gradient norm over ${count(norms.num_steps)} logged steps, ${alerts} alerts.`);
+    await draw(this.strip, traces, settings, `Global gradient norm over ${counted(norms.num_steps, "logged step")}, ${counted(alerts, "alert")}.`);
     if (this.strip.dataset.listens) return;
     this.strip.dataset.listens = "true";
     zooms(this.strip, set);

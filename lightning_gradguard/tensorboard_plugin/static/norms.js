@@ -1,7 +1,7 @@
 // Norms: what one looks at first, on one axis: the norm before and after clipping with its limit, the loss, the learning rate,
 // the weights and how far they move, and what was clipped and skipped.
 
-import { count, fill, h, number, plain } from "./dom.js";
+import { count, counted, fill, h, number, plain } from "./dom.js";
 import { Marks } from "./kinds.js";
 import { axis, draw, heightBelow, layout, logAxis, STEP_AXIS, vertical, zooms } from "./plot.js";
 import { set, state } from "./state.js";
@@ -12,7 +12,7 @@ const PANEL_PX = [46, 76];
 const MAIN_PX = 190;
 const LEGEND_PX = 44;
 
-const inSteps = (number) => `${count(number)} ${number === 1 ? "step" : "steps"}`;
+const inSteps = (number) => counted(number, "step");
 
 const real = (values) => values.filter((value) => typeof value === "number");
 
@@ -45,7 +45,7 @@ export class NormsView {
     const clipped = data.num_clipped === null
       ? `${inSteps(data.num_skipped)} skipped so far; what is clipped after the guard is not known here.`
       : `${inSteps(data.num_clipped)} clipped, ${count(data.num_skipped)} skipped so far.`;
-    const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${count(data.num_steps)} logged steps are drawn, all extremes among them.` : "";
+    const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${counted(data.num_steps, "logged step")} are drawn, all extremes among them.` : "";
     fill(
       this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",
       (state.from || state.to) && h("button", { onclick: () => set({ from: null, to: null }) }, "All steps"),

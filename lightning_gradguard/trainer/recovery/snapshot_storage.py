@@ -24,6 +24,7 @@ from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import tell_of_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState, random_states, set_random_states
 from lightning_gradguard.trainer.strategies import engine_of
+from lightning_gradguard.wording import counted
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -90,7 +91,8 @@ class InMemory:
 
     def describe(self, num_snapshots: int) -> str:
         """How much memory they take on this rank."""
-        return f"{num_snapshots} snapshots in CPU memory, {num_snapshots * self._state.num_bytes() / 1e6:,.1f} MB a rank"
+        size = num_snapshots * self._state.num_bytes() / 1e6
+        return f"{counted(num_snapshots, 'snapshot')} in CPU memory, {size:,.1f} MB a rank"
 
     def begin(self, step: int) -> dict[str, Any]:
         """Copy it; the optimizers have no state yet as a rule."""
@@ -158,7 +160,8 @@ class OnDisk:
 
     def describe(self, num_snapshots: int) -> str:
         """How much room they take."""
-        return f"{num_snapshots} snapshots in {self._directory}, {num_snapshots * self._state.num_bytes() / 1e6:,.1f} MB"
+        size = num_snapshots * self._state.num_bytes() / 1e6
+        return f"{counted(num_snapshots, 'snapshot')} in {self._directory}, {size:,.1f} MB"
 
     def begin(self, step: int) -> Path:
         """A resumed run begins with the checkpoint that it was resumed from."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -47,11 +47,16 @@ class Replayed:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
-    def is_finite(self) -> bool:
-        """Whether it ran to its end, and no loss and no gradient holds NaN or infinity."""
+    def is_finite(self, of: Iterable[Tensor] | None = None) -> bool:
+        """Whether it ran to its end, and no loss and no gradient holds NaN or infinity.
+
+        Args:
+            of: the parameters whose gradients count; None: all.
+        """
         if self.error is not None:
             return False
-        values = [*self.losses, *self.gradients.values()]
+        wanted = self.gradients.keys() if of is None else {id(it) for it in of}
+        values = [*self.losses, *(gradient for key, gradient in self.gradients.items() if key in wanted)]
         return all(bool(getattr(value, "_local_tensor", value).isfinite().all()) for value in values)
 
 

@@ -82,10 +82,8 @@ class Measurement:
             [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
         learning_rate: the largest of the optimizer's groups; None at steps that are not logged, and where it is not known.
         weight_norm: 2-norm of all weights before this step; None at steps that are not logged, and where they are sharded.
-        update_ratio: 2-norm of what the step before has changed of them, over their norm, estimated from a sample; None as
-            for `weight_norm`, and where the step before was skipped.
-        other_norms: by norm type, 1 or infinity, that norm of each parameter, float64 [num_parameters]; only at steps that
-            are logged, and only what was asked for by `log_norm_types`.
+        update_ratio: norm of their last change over that, estimated from a sample; None as there, and after a skipped step.
+        other_norms: by type, 1 or infinity, that norm of each parameter, at steps that are logged; see `log_norm_types`.
     """
 
     layout: Layout

@@ -245,7 +245,8 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
 def _to_scale(tensors: list[Tensor]) -> list[Tensor]:
     """The memory of gradients, for changes that are the same for a number and its conjugate.
 
-    Where autograd has only marked a complex gradient as conjugate, torch's kernels over lists of tensors refuse to write to it.
+    Where autograd has only marked a complex gradient as conjugate, torch's kernels over lists of tensors refuse to write to
+    it.
     """
     return [tensor.conj() if tensor.is_conj() else tensor for tensor in tensors]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any, nullcontext
 
 _LOGS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 """Where there may be handlers of what Lightning logs; "": of all logs."""
@@ -32,7 +33,7 @@ def bars_aside() -> Iterator[None]:
                 handler.setStream(stream)
 
 
-def _handlers_of(stream: object) -> Iterator[logging.StreamHandler[object]]:
+def _handlers_of(stream: object) -> Iterator[logging.StreamHandler[Any]]:
     for name in _LOGS:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is stream:

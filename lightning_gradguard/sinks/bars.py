@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, nullcontext
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 _LOGS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 """Where there may be handlers of what Lightning logs; "": of all logs."""

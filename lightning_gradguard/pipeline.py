@@ -170,16 +170,17 @@ class Pipeline:
         self._gate.open()
         position = position or Position(step=self.num_steps, log_step=self.num_steps)
         histogram_is_due = self._logged.histogram_is_due(position.log_step)
-        step = self._meter.measure(position, updates, with_histogram=histogram_is_due)
+        has_raised = self._raised is not None
+        step = self._meter.measure(position, updates, with_histogram=histogram_is_due, owns_losses=has_raised)
         # What the device compares with. The first step is the host's, since it has to return a record.
         has_last = self._reporter.has_last
-        knows_threshold = self._executor.wants_threshold and has_last and self._raised is None
+        knows_threshold = self._executor.wants_threshold and has_last and not has_raised
         pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
         if pending.is_left_to_device and has_last:
             self._pending = pending
             self._watch_update()
             return
-        is_wanted = histogram_is_due or self._raised is not None or not has_last or self._reporter.is_due(position)
+        is_wanted = histogram_is_due or has_raised or not has_last or self._reporter.is_due(position)
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
 
     def leave(self) -> None:

@@ -483,7 +483,7 @@ class PointCloudsOfSeveralSizes(Step):
         return F.cross_entropy(self.head(hidden), batch["y"])
 
 
-@case("data", "batch['signal']", samples=(1, 4, 6))
+@case("data", "batch['signal']", samples=(1, 4, 6), says=("holds NaN and Inf",))
 class SeveralBrokenRecordings(Step):
     """Through convolutions over time, with a target of each time."""
 

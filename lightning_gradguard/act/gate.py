@@ -93,6 +93,7 @@ class Gate:
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
         self.taken = []
+        self.buffers.look()
         if self.kernel is not None:
             self.kernel.clear()
 

@@ -38,7 +38,7 @@ class OnDevice:
         coef = self._gate.coefficient(step, skips_damage=threshold.must_be_finite)
         kernel.scale(coef)
         transfer = Transfer.start(step.facts, coef, self._gate.clipped_histogram(step))
-        return PendingStep.of(step, transfer, is_left_to_device=True)
+        return PendingStep.of(step, transfer, is_left_to_device=True, skips_damage=threshold.must_be_finite)
 
     def finish_(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Clipped:
         """Say what the device has done."""

@@ -61,6 +61,7 @@ class PendingStep(NamedTuple):
         step: the step with its gradients; None once they may be gone, because the device decides by itself.
         transfer: the figures on their way, with the factor that the device clips by; None: nothing has been queued.
         counts_clipped: whether elements are counted after clipping.
+        skips_damage: whether the device skips the step where the norm is not finite.
     """
 
     position: Position
@@ -70,19 +71,30 @@ class PendingStep(NamedTuple):
     step: MeasuredStep | None
     transfer: Transfer | None = None
     counts_clipped: bool = False
+    skips_damage: bool = False
 
     @classmethod
-    def of(cls, step: MeasuredStep, transfer: Transfer | None = None, *, is_left_to_device: bool = False) -> PendingStep:
+    def of(
+        cls,
+        step: MeasuredStep,
+        transfer: Transfer | None = None,
+        *,
+        is_left_to_device: bool = False,
+        skips_damage: bool = False,
+    ) -> PendingStep:
         """From a measured step.
 
         Args:
             step: the step.
             transfer: its figures on their way; None: they are read when they are asked for.
             is_left_to_device: whether the device decides by itself, so that the gradients must not be kept alive.
+            skips_damage: whether the device skips the step where the norm is not finite.
         """
         kept = None if is_left_to_device else step
         counts_clipped = step.clipped_histogram is not None
-        return cls(step.position, step.facts, step.layout, step.gradients.present, kept, transfer, counts_clipped)
+        return cls(
+            step.position, step.facts, step.layout, step.gradients.present, kept, transfer, counts_clipped, skips_damage
+        )
 
     @property
     def is_left_to_device(self) -> bool:
@@ -102,7 +114,24 @@ class PendingStep(NamedTuple):
         measurement = self.facts.unpack(self.transfer.wait()[:-1], self.present, self.layout)
         if self.step is not None:
             return look_closer(measurement, self.step.gradients)
-        return measurement if math.isfinite(measurement.global_norm) else _from_norms(measurement)
+        return measurement if math.isfinite(measurement.global_norm) else self._from_norms(measurement)
+
+    def _from_norms(self, measurement: Measurement) -> Measurement:
+        """Name the parameters whose norms are not finite: the gradients themselves are gone by now, and can't be counted.
+
+        A step that the device has skipped as a damaged one is not told apart from one whose norm float32 can't hold.
+        """
+        norms = measurement.norms
+        reports = [
+            ParameterReport(measurement.names[index], float(norms[index]), num_nan=int(np.isnan(norms[index])))
+            for index in np.flatnonzero(~np.isfinite(norms))
+        ]
+        if reports or self.skips_damage:
+            worst_first = tuple(sorted(reports, key=lambda report: -report.num_nan))
+            return replace(measurement, nonfinite=worst_first, is_counted=False)
+        largest = norms.max()
+        global_norm = float(largest * np.linalg.norm(norms / largest))
+        return replace(measurement, global_norm=global_norm, overflowed=True, damage=None)
 
     def coef(self) -> float:
         """The factor that the device has clipped by. It waits as `read` does."""
@@ -115,16 +144,3 @@ def _to_host(tensor: Tensor) -> Tensor:
         return tensor
     target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return target.copy_(tensor.detach(), non_blocking=True)
-
-
-def _from_norms(measurement: Measurement) -> Measurement:
-    """Name the parameters whose norms are not finite: the gradients themselves are gone by now, and nothing can be counted.
-
-    The device has taken such a step for damaged, so it is not told apart from one whose norm float32 can't hold.
-    """
-    norms = measurement.norms
-    reports = [
-        ParameterReport(measurement.names[index], float(norms[index]), num_nan=int(np.isnan(norms[index])))
-        for index in np.flatnonzero(~np.isfinite(norms))
-    ]
-    return replace(measurement, nonfinite=tuple(sorted(reports, key=lambda it: -it.num_nan)), is_counted=False)

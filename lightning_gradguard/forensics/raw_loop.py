@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.comparison import compare_gradients
 from lightning_gradguard.forensics.nonfinite.layout import Variables
 from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damage, is_in_torch, is_same
@@ -86,7 +86,7 @@ class RawLoop:
             culprit = self._look(position, measurement)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             warnings.warn(
-                f"The step could not be replayed ({type(error).__name__}: {error}), so who is to blame is not known. "
+                f"The step could not be replayed ({type_and_text(error)}), so who is to blame is not known. "
                 "Training goes on.",
                 GuardWarning,
                 stacklevel=2,
@@ -99,11 +99,27 @@ class RawLoop:
         Returns:
             Who made it, and whether torch has raised the exception.
         """
+        try:
+            return self._cause_of(error)
+        except Exception as failure:  # noqa: BLE001 - the exception that was there first matters more
+            warnings.warn(
+                f"The step that raised {type(error).__name__} could not be replayed ({type(failure).__name__}: {failure}), "
+                "so whether NaN or Inf is the reason is not known.",
+                GuardWarning,
+                stacklevel=2,
+            )
+            return None
+
+    def batch(self) -> Variables:
+        """Those among the variables that the function uses that may be data."""
+        return _batch_among(dict(variables_of(self._replay)))
+
+    def _cause_of(self, error: Exception) -> tuple[Culprit, bool] | None:
         if iterator_of(self._replay) is not None:
             return None
         variables = dict(variables_of(self._replay))
         module = module_among(variables, self._parameters)
-        batch = Variables({name: value for name, value in variables.items() if may_be_batch(value)})
+        batch = _batch_among(variables)
         search = Search(module, follow_rows=True)
 
         def run(watch: Callable[[State], AbstractContextManager[object]]) -> Exception | None:
@@ -133,7 +149,7 @@ class RawLoop:
         variables = dict(variables_of(self._replay))
         module = module_among(variables, self._parameters)
         is_alone = Ranks.current().size == 1
-        batch = Variables({name: value for name, value in variables.items() if may_be_batch(value)})
+        batch = _batch_among(variables)
         search = Search(module, follow_rows=not is_alone)
         ran = self._run(module, search, batch)
         if search.blame is not None and is_alone:
@@ -201,6 +217,10 @@ def run_step(replay: Callable[[], Tensor | None], scaler: GradScaler | None) -> 
         return None
     (loss if scaler is None else scaler.scale(loss)).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def _batch_among(variables: dict[str, Any]) -> Variables:
+    return Variables({name: value for name, value in variables.items() if may_be_batch(value)})
 
 
 def _name_of(function: Any) -> str:

@@ -84,13 +84,21 @@ class StepMeter:
         value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
         self._micro_batches.append(MicroBatch(value if scale is None else value / scale, norm_before=sofar))
 
-    def measure(self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False) -> MeasuredStep:
+    def measure(
+        self,
+        position: Position,
+        updates: Tensor | None = None,
+        *,
+        with_histogram: bool = False,
+        owns_losses: bool = False,
+    ) -> MeasuredStep:
         """Measure the gradients. One pass over them, at most one collective; with a scaler they are unscaled first.
 
         Args:
             position: where in the training.
             updates: from `read_update_`.
             with_histogram: whether their elements are counted, too; before clipping they are counted now.
+            owns_losses: whether the losses are this optimizer's although there are others.
         """
         self._has_rivals = position.num_optimizers > 1
         scale = None
@@ -109,7 +117,7 @@ class StepMeter:
             self._micro_batches,
             loss_scale=scale,
             histogram=histogram,
-            some_are_foreign=self._has_rivals,
+            some_are_foreign=self._has_rivals and not owns_losses,
             updates=updates,
             weights=weights,
             learning_rate=learning_rate(self._parameters.optimizer) if is_logged else None,

@@ -140,7 +140,7 @@ def _with_bounds(alert: Alert, verdict: Verdict, *, is_clipped: bool) -> Alert:
     cause = "" if alert.culprit is None else alert.culprit.cause
     if alert.kind != "explosion" or verdict.is_advisory or cause not in _BOUNDED:
         return alert
-    clip = "" if is_clipped else " `clip=1.0` bounds the gradient of a single step."
+    clip = "" if is_clipped else " Clipping bounds what one such step does: `clip=1.0`, for example."
     # Weights that have moved too far give large gradients until somebody moves them back.
     skip = (
         "" if alert.action.skips or cause not in ("", "batch", "sample") else ' `explosion="skip"` passes such a step over.'

@@ -210,6 +210,7 @@ class Reporter:
         Returns:
             The alert, with what the archive adds.
         """
+        alert = self._with_hint(alert)
         if self._archive is not None and not is_archived:
             (alert,) = self._archive((alert,), is_alone=is_alone)
         if self.last is None:

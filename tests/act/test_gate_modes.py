@@ -115,30 +115,6 @@ def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
     torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
 
 
-@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "deferred"])
-def test_window_with_a_loss_that_is_nan_is_skipped_also_where_gradients_are_finite(devices, monkeypatch):
-    """The device compares what it was told of each of the two backward passes."""
-    monkeypatch.setattr(choice, "DEFERRING_DEVICES", devices)
-    torch.manual_seed(0)
-    model, seen = nn.Linear(4, 1), []
-    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
-    guard = Guard(model.named_parameters(), optimizer, sinks=[lambda record: seen.append(record.decision.skip)])
-    weights = []
-    for step in range(5):
-        weights.append(model.weight.detach().clone())
-        for micro_batch in range(2):
-            loss = model(torch.randn(3, 4)).square().mean() + (math.nan if (step, micro_batch) == (3, 0) else 0.0)
-            guard.before_backward(loss)
-            loss.backward()
-        guard.step()
-        optimizer.step()
-        optimizer.zero_grad()
-    guard.flush()
-    assert seen == [False, False, False, True, False]
-    assert torch.equal(weights[4], weights[3])
-    assert not torch.equal(weights[3], weights[2])
-
-
 @pytest.mark.parametrize(
     ("element", "said"),
     [
@@ -165,6 +141,49 @@ def test_device_that_has_skipped_a_step_by_its_norm_is_said_to_and_nothing_is_co
     assert said in guard.alerts[-1].message
     assert "The step is skipped." in guard.alerts[-1].message
     assert not guard.last.measurement.is_counted
+
+
+def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one(monkeypatch):
+    """Those of the parameters are known by then."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = AdamW(parameters, fused=True)
+    guard = Guard([("p", parameters[0]), ("q", parameters[1])], optimizer, nonfinite="warn", explosion=None)
+    for value in (1.0, 3e38):  # the first step is decided at once
+        for parameter in parameters:
+            parameter.grad = torch.full((1,), value)
+        guard.step()
+        optimizer.step()
+    assert guard.is_pending
+    guard.flush()
+    assert not guard.is_pending
+    assert guard.last.measurement.overflowed
+    assert guard.last.measurement.nonfinite == ()
+    assert guard.last.measurement.global_norm == pytest.approx(3e38 * math.sqrt(2.0))
+
+
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "deferred"])
+def test_window_with_a_loss_that_is_nan_is_skipped_also_where_gradients_are_finite(devices, monkeypatch):
+    """The device compares what it was told of each of the two backward passes."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", devices)
+    torch.manual_seed(0)
+    model, seen = nn.Linear(4, 1), []
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+    guard = Guard(model.named_parameters(), optimizer, sinks=[lambda record: seen.append(record.decision.skip)])
+    weights = []
+    for step in range(5):
+        weights.append(model.weight.detach().clone())
+        for micro_batch in range(2):
+            loss = model(torch.randn(3, 4)).square().mean() + (math.nan if (step, micro_batch) == (3, 0) else 0.0)
+            guard.before_backward(loss)
+            loss.backward()
+        guard.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.flush()
+    assert seen == [False, False, False, True, False]
+    assert torch.equal(weights[4], weights[3])
+    assert not torch.equal(weights[3], weights[2])
 
 
 class Always(Detector):

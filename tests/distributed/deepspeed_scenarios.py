@@ -395,14 +395,15 @@ def resumed(stage: int, folder: Path) -> dict[str, Any]:
     return {"in_one_go": in_one_go, "in_two": coefs, "same": same}
 
 
-def refused() -> dict[str, str]:
-    """What can't be guarded, with what is said."""
-    clips = strategy(2, more={"gradient_clipping": 1.0})
+def refused() -> dict[str, dict[str, Any]]:
+    """What can't be guarded, with what is said, and whether a model had been built for it."""
+    fp16 = {"fp16": {"enabled": True}}
     cases = {
-        "clip": (clips, GradGuard(clip=1.0)),
-        "histograms": (clips, GradGuard(histograms_of="clipped")),
+        "clip": (strategy(2, more={"gradient_clipping": 1.0}), GradGuard(clip=1.0)),
+        "histograms": (strategy(2, more={"gradient_clipping": 1.0}), GradGuard(histograms_of="clipped")),
         "stage": (strategy(0, more={"bf16": {"enabled": True}}), GradGuard()),
-        "fp16": (strategy(2, more={"fp16": {"enabled": True}}), GradGuard(clip=1.0)),
+        "fp16": (strategy(2, more=fp16), GradGuard(clip=1.0)),
+        "nvme": (strategy(3, offload_optimizer={"device": "nvme", "nvme_path": tempfile.gettempdir()}), GradGuard()),
     }
     precisions = {"stage": "bf16-true", "fp16": "16-true"}
     found = {}
@@ -410,7 +411,7 @@ def refused() -> dict[str, str]:
         try:
             train(Student(), engine, guard, count=1, precision=precisions.get(name))
         except ConflictError as error:  # noqa: PERF203
-            found[name] = str(error)
+            found[name] = {"said": str(error), "is_built": hasattr(engine.model, "fp16_enabled")}
     return found
 
 

@@ -378,18 +378,46 @@ def rolled_back(directory: Path | None, *, originals: bool) -> dict[str, Any]:
     return faulty(action="rollback", originals=originals, at=4, rollback=settings, engine=engine)
 
 
+class WithLBFGS(Student):
+    """Needs each parameter whole."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Three evaluations a step."""
+        return torch.optim.LBFGS(self.trainer.model.parameters() if self.flat else self.parameters(), lr=0.1, max_iter=3)
+
+
 def refused() -> str:
-    """LBFGS."""
-
-    class WithLBFGS(Student):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.LBFGS(self.parameters())
-
+    """LBFGS on shards."""
     try:
         train(WithLBFGS(), strategy(), GradGuard(), count=1)
     except ConflictError as error:
         return str(error)
     return "not refused"
+
+
+def lbfgs(*, originals: bool) -> dict[str, Any]:
+    """LBFGS on what isn't sharded: four steps with a guard and without, and four with a NaN loss on rank 1 in the third."""
+
+    class Weights(Callback):
+        def __init__(self) -> None:
+            self.seen: list[list[float]] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.seen.append(torch.cat([parameter.detach().flatten() for parameter in pl_module.parameters()]).tolist())
+
+    def run(*callbacks: Any, spoil: Any = None) -> list[list[float]]:
+        weights = Weights()
+        module = WithLBFGS(flat=not originals, spoil=spoil)
+        train(module, strategy("NO_SHARD", originals=originals), *callbacks, weights, count=4)
+        return weights.seen
+
+    guard = GradGuard()
+    spoiled = run(guard, spoil=lambda index, rank, loss: loss * math.nan if (index, rank) == (2, 1) else loss)
+    return {
+        "same": run(GradGuard()) == run(),
+        "moved": [before != after for before, after in itertools.pairwise(spoiled)],
+        "alerts": [[alert.kind, alert.action.value, alert.step, alert.rank] for alert in guard.alerts],
+    }
 
 
 def play(names: list[str], folder: str = "") -> dict[str, Any]:
@@ -442,6 +470,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
             "bf16": functools.partial(mixed, "bf16-mixed"),
             "fp16": functools.partial(mixed, "16-mixed"),
             "rollback": functools.partial(rolled_back, None),
+            "lbfgs": lbfgs,
         }.items()
         for originals in (True, False)
     },

@@ -179,15 +179,15 @@ def test_deepspeed_resumed_run_clips_and_trains_as_in_one_go(stage, played):
         ("clip", "`gradient_clipping` must be unset where GradGuard clips, got 1.0"),
         ("histograms", "`histograms_of` must be 'raw' where DeepSpeed clips, got 'clipped'"),
         ("fp16", "`clip` must be None under DeepSpeed in fp16"),
+        ("nvme", "`offload_optimizer.device` must be 'cpu' or 'none' for GradGuard, got 'nvme'"),
         ("stage", "must be of stage 1, 2 or 3 for GradGuard in bf16 and fp16, got an optimizer of type"),
     ],
 )
 def test_deepspeed_refuses_what_it_does_itself_or_hides(what, message, played):
-    """With the setting to change."""
-    if what == "fp16" and not HAS_FP16:
-        pytest.skip("needs a processor with fp16")
+    """With the setting to change; by the config alone, where that says it, before a model is built."""
     for rank in played("refused"):
-        assert message in rank[what]
+        assert message in rank[what]["said"]
+        assert rank[what]["is_built"] == (what == "stage")
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,9 @@ CLIPPED = [
     for way in ("FULL_SHARD-original-layers", "FULL_SHARD-flat-root", "NO_SHARD-original-layers", "HYBRID_SHARD-flat-layers")
 ]
 _OTHERS = ["accumulation", "watched", "refused", "resumed-disk", "rollback-disk"]
-_OTHERS += [f"{what}-{kind}" for what in ("collectives", "bf16", "fp16", "rollback") for kind in ("original", "flat")]
+_OTHERS += [
+    f"{what}-{kind}" for what in ("collectives", "bf16", "fp16", "rollback", "lbfgs") for kind in ("original", "flat")
+]
 
 
 @pytest.fixture(scope="module")
@@ -185,7 +187,17 @@ def test_fsdp1_names_no_culprit(played):
         assert rank["culprits"] == [None]
 
 
-def test_fsdp1_refuses_lbfgs(played):
-    """With the reason."""
+def test_fsdp1_refuses_lbfgs_on_shards(played):
+    """With the reason, and what to do."""
     for message in played("refused"):
-        assert message.startswith("`configure_optimizers` must not return LBFGS under FSDPStrategy")
+        assert message.startswith("`configure_optimizers` must not return LBFGS where FSDPStrategy shards")
+        assert "Use DDPStrategy" in message
+
+
+@pytest.mark.parametrize("kind", ["original", "flat"])
+def test_fsdp1_lbfgs_without_sharding_is_guarded(kind, played):
+    """There each rank holds everything whole."""
+    for rank in played(f"lbfgs-{kind}"):
+        assert rank["same"]
+        assert rank["moved"] == [True, False, True]
+        assert rank["alerts"] == [["nonfinite", "skip", 2, 1]]

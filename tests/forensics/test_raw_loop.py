@@ -139,14 +139,13 @@ def test_guard_without_replay_says_how_to_learn_the_culprit():
     assert "`Guard(..., replay=lambda: loss_of(batch))`" in alert.remedy
 
 
-def test_replay_that_sees_no_module_says_so():
-    """Its state could not be put back."""
-
-    def make(net, now, step):
-        return lambda: torch.zeros((), requires_grad=True)
-
+@pytest.mark.parametrize(
+    "replay", [lambda: torch.zeros((), requires_grad=True), functools.partial(torch.zeros, (), requires_grad=True)]
+)
+def test_replay_that_sees_no_module_says_so(replay):
+    """Its state could not be put back; of a function that is not Python's nothing can be seen."""
     with pytest.warns(GuardWarning, match="`replay` refers to no module"):
-        alerts, _ = train(make)
+        alerts, _ = train(lambda net, now, step: replay)
     assert alerts[0].culprit is None
 
 
@@ -200,51 +199,6 @@ def test_replay_draws_pythons_random_numbers_again():
     (alert,) = guard.step().alerts
     assert alert.culprit.op == "div"
     assert alert.culprit.reproduced
-
-
-def test_replay_of_several_modules_finds_all_of_them():
-    """Together they have the parameters that are watched."""
-    encoder, decoder = nn.Linear(6, 4), nn.Linear(4, 1)
-    batch = torch.ones(8, 6)
-    parameters = [*encoder.named_parameters("encoder"), *decoder.named_parameters("decoder")]
-
-    def loss():
-        return decoder(encoder(batch) / 0.0).square().mean()
-
-    guard = Guard(parameters, replay=loss)
-    loss().backward()
-    guard.step()
-    assert guard.alerts[0].culprit.op == "div"
-
-
-def test_damage_that_the_replay_does_not_show_has_no_culprit():
-    """Somebody has written to the gradients."""
-    net = nn.Linear(6, 1)
-    guard = Guard(net.named_parameters(), replay=functools.partial(_loss_of, net, torch.ones(8, 6)))
-    _loss_of(net, torch.ones(8, 6)).backward()
-    net.weight.grad[0, 0] = torch.nan
-    guard.step()
-    assert guard.alerts[0].culprit is None
-
-
-def _loss_of(net, x):
-    return net(x).square().mean()
-
-
-def test_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows():
-    """The one that follows the rows sees something else, which is not mixed with it."""
-    net, calls = nn.Linear(6, 1), []
-
-    def loss():
-        calls.append(1)
-        hidden = net(torch.ones(8, 6)).square()
-        return (hidden / 0.0 if len(calls) % 2 else torch.log(-hidden)).mean()
-
-    guard = Guard(net.named_parameters(), replay=loss)
-    loss().backward()
-    guard.step()
-    assert guard.alerts[0].culprit.op == "log"
-    assert not guard.alerts[0].culprit.samples
 
 
 @pytest.mark.parametrize("kind", ["variable", "attribute", "argument"])
@@ -314,3 +268,48 @@ def test_damage_that_the_step_does_not_make_again_is_said_to_come_from_elsewhere
     assert "cause: foreign; the same step run again gives the same loss and finite gradients" in alert.message
     assert "`on_after_backward`" in alert.remedy
     assert alert.culprit.op == ""
+
+
+def test_replay_of_several_modules_finds_all_of_them():
+    """Together they have the parameters that are watched."""
+    encoder, decoder = nn.Linear(6, 4), nn.Linear(4, 1)
+    batch = torch.ones(8, 6)
+    parameters = [*encoder.named_parameters("encoder"), *decoder.named_parameters("decoder")]
+
+    def loss():
+        return decoder(encoder(batch) / 0.0).square().mean()
+
+    guard = Guard(parameters, replay=loss)
+    loss().backward()
+    guard.step()
+    assert guard.alerts[0].culprit.op == "div"
+
+
+def test_damage_that_the_replay_does_not_show_has_no_culprit():
+    """Somebody has written to the gradients."""
+    net = nn.Linear(6, 1)
+    guard = Guard(net.named_parameters(), replay=functools.partial(_loss_of, net, torch.ones(8, 6)))
+    _loss_of(net, torch.ones(8, 6)).backward()
+    net.weight.grad[0, 0] = torch.nan
+    guard.step()
+    assert guard.alerts[0].culprit is None
+
+
+def _loss_of(net, x):
+    return net(x).square().mean()
+
+
+def test_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows():
+    """The one that follows the rows sees something else, which is not mixed with it."""
+    net, calls = nn.Linear(6, 1), []
+
+    def loss():
+        calls.append(1)
+        hidden = net(torch.ones(8, 6)).square()
+        return (hidden / 0.0 if len(calls) % 2 else torch.log(-hidden)).mean()
+
+    guard = Guard(net.named_parameters(), replay=loss)
+    loss().backward()
+    guard.step()
+    assert guard.alerts[0].culprit.op == "log"
+    assert not guard.alerts[0].culprit.samples

@@ -127,10 +127,10 @@ def test_update_ratio_that_settles_is_no_hit():
 
 def test_update_ratio_that_comes_near_is_measured_at_each_step():
     """What grows is found soon after."""
-    detector = UpdateRatio(every_n_steps=50)
-    for step in range(60):
+    detector = UpdateRatio()
+    for step in range(1, 161):
         detector.observe(measurement([1.0]))
-        assert detector.needs_update() == (step < 9 or step == 49)
+        assert detector.needs_update() == (step < 10 or step == 150 or (step % 10 == 0 and step <= 100))
     judged(detector, [0.12])
     assert detector.needs_update()
     judged(detector, [0.05])

@@ -145,8 +145,9 @@ class Trial(TorchFunctionMode):
                 exec(re.sub("out = .*", "out = line()", code), scope)  # noqa: S102
                 return scope["out"]
             return _run(code, name, args, kwargs)
-        except Exception:
-            self._is_unsure = True  # the remedy is not written for such a line
+        except Exception as error:
+            # The remedy is not written for such a line; but a checkpoint ends its recomputation by an exception.
+            self._is_unsure |= type(error).__module__ != "torch.utils.checkpoint"
             raise
 
     def _is_here(self) -> bool:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
 from lightning_gradguard.forensics.nonfinite.proof import Proof
 from lightning_gradguard.forensics.nonfinite.report import culprit_of, culprit_outside
@@ -69,7 +69,7 @@ class Investigation:
         self._trainer = trainer
         self._module = module
         self._window = window
-        self.replay = self._replay = Replay(trainer, module, window, buffers)
+        self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
         self._sample_dim = sample_dim
         self._known: Culprit | None = None
@@ -261,7 +261,7 @@ def _outside(looked: _Look, measurement: Measurement, rank: int) -> Culprit | No
 
 
 def _warn(error: Exception) -> str:
-    failure = f"{type(error).__name__}: {error}"
+    failure = type_and_text(error)
     _warn_of(failure)
     return failure
 

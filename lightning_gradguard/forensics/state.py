@@ -142,7 +142,9 @@ class State:
 def _local(tensor: Tensor) -> Tensor:
     # `.data` has a version counter of its own, so that a graph that somebody keeps does not take the tensor for changed.
     live: Tensor = getattr(tensor.data, "_local_tensor", tensor.data)
-    if live.layout is torch.strided and not live.is_nested and 0 in live.stride():  # each element once, however often an expanded tensor repeats it
+    if (
+        live.layout is torch.strided and not live.is_nested and 0 in live.stride()
+    ):  # each element once, however often an expanded tensor repeats it
         return live[tuple(slice(None if stride else 1) for stride in live.stride())]
     return live
 

@@ -1,7 +1,7 @@
 """What `UpdateRatio` costs: one measured update, over a plain training step, and beside a copy of all weights.
 
 A measured update is the sample before the optimizer's step, the ratios after it, their way to the host, and the detector.
-After the first ten steps one step in ten is measured.
+After the first hundred steps one step in fifty is measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from lightning_gradguard.measure.updates import UpdateMeter
 from lightning_gradguard.record import Measurement
 
 ROUNDS, WARMUP, MAX_SECONDS = 100, 5, 20.0
-EVERY = 10
+EVERY = 50
 STEP, SAMPLE, COPY = "training step, AdamW", "measured update", "copy of all matrices, and its norms"
 _SMALL = 64
 

@@ -81,7 +81,7 @@ def main(log_dir: str = "logs", max_epochs: int = MAX_EPOCHS) -> dict[str, tuple
     for name, (figures, guard) in results.items():
         print(
             f"{name}: test loss {figures['loss']:.2f}, {figures['accuracy']:.1%} right; {guard.num_steps} steps, "
-            f"{guard.num_clipped} clipped, {guard.num_skipped} skipped, {len(guard.alerts)} alerts."
+            f"{guard.num_clipped} clipped, {guard.num_skipped} skipped, alerts: {len(guard.alerts)}."
         )
         if guard.alerts:
             print(f"  first: {guard.alerts[0].message}")

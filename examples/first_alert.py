@@ -1,6 +1,6 @@
 """A training that one bad row would ruin, and the alert that names row and line: the tutorial's (docs/tutorial.md).
 
-Run `python examples/first_alert.py`: a few seconds. `--cured` trains the same with the head that the alert asks for.
+Run `python examples/first_alert.py`: a few seconds. `--cured` trains the same with another head.
 """
 
 import sys
@@ -46,6 +46,11 @@ class Model(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def cured() -> Model:
+    """The model with the other head: what `gradguard replay` runs the bad step on."""
+    return Model(CuredHead())
+
+
 def main(head: nn.Module) -> GradGuard:
     """Train on 64 rows, of which one was written in another unit."""
     seed_everything(0)
@@ -57,7 +62,7 @@ def main(head: nn.Module) -> GradGuard:
     guard = GradGuard(clip=1.0)
     trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[guard], enable_checkpointing=False, logger=False)
     trainer.fit(model, DataLoader(TensorDataset(rows), batch_size=8))
-    print(f"{guard.num_steps} steps, {guard.num_skipped} skipped, {len(guard.alerts)} alerts")
+    print(f"{guard.num_steps} steps, {guard.num_skipped} skipped, alerts: {len(guard.alerts)}")
     return guard
 
 

@@ -65,7 +65,8 @@ def main(*, saturating: bool, num_steps: int = 150) -> GradGuard:
     trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=[guard], enable_checkpointing=False, logger=False)
     trainer.fit(Gan(saturating=saturating), DataLoader(TensorDataset(ring), batch_size=64))
     name = "log(1 - D)" if saturating else "-log(D)"
-    print(f"{name}: {guard.num_steps} steps, {len(guard.alerts)} alerts, last norm {guard.last.measurement.global_norm:.1e}")
+    norm = guard.last.measurement.global_norm
+    print(f"{name}: {guard.num_steps} steps, alerts: {len(guard.alerts)}, last norm {norm:.1e}")
     return guard
 
 

@@ -84,7 +84,7 @@ def main(num_steps: int = 60) -> Guard:
         )
         Trainer(model, arguments, train_dataset=counting(512), callbacks=[callback]).train()
     guard = callback.guard
-    print(f"{guard.num_steps} steps, {guard.totals.num_skipped} skipped, {len(guard.alerts)} alerts")
+    print(f"{guard.num_steps} steps, {guard.totals.num_skipped} skipped, alerts: {len(guard.alerts)}")
     return guard
 
 

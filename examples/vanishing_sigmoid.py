@@ -73,7 +73,7 @@ def main(log_dir: str = "logs", max_epochs: int = MAX_EPOCHS) -> dict[str, tuple
     results = {activation.__name__: train(activation, log_dir, max_epochs) for activation in (nn.Sigmoid, nn.ReLU)}
     print()
     for name, (accuracy, guard) in results.items():
-        print(f"{name}: {accuracy:.1%} of the test images right, {len(guard.alerts)} alerts in {guard.num_steps} steps.")
+        print(f"{name}: {accuracy:.1%} of the test images right, alerts in {guard.num_steps} steps: {len(guard.alerts)}.")
         for alert in guard.alerts[:1]:
             print(f"  {alert.message}\n  {alert.remedy}")
     print(f"\nAlerts: {log_dir}/vanishing_sigmoid/sigmoid/gradguard/alerts.jsonl")

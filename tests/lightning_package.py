@@ -24,6 +24,7 @@ _PLACES = (
     ".plugins.environments",
     ".plugins.precision",
     ".strategies",
+    ".utilities",
     ".utilities.exceptions",
 )
 

@@ -137,6 +137,7 @@ CASES = {
     "vanishing-warmup": (lambda: Vanishing(warmup_steps=-1), "warmup_steps", ">= 0", "-1", "30"),
     "max_in_a_row": (lambda: Overflow(max_in_a_row=0), "max_in_a_row", ">= 1", "0", "10"),
     "min_scale": (lambda: Overflow(min_scale=0.0), "min_scale", "> 0", "0.0", "1.0"),
+    "detectors-one": (lambda: guard(detectors=Named()), "detectors", "a list or tuple", "<", "`detectors=[...]`"),
     "detectors-text": (own("explosion"), "detectors", "instances of Detector", "'explosion'", "Derive from"),
     "detectors-class": (own(Named), "detectors", "instances of Detector", "<class", "Derive from"),
     "detector-nameless": (own(Nameless()), "name", "a non-empty string", "''", 'name = "my_detector"'),
@@ -150,6 +151,13 @@ CASES = {
     "histogram_every": (lambda: guard(histogram_every_n_steps=0), "histogram_every_n_steps", ">= 1", "0", "pass None"),
     "callback-log_every": (lambda: GradGuard(log_every_n_steps=-1), "log_every_n_steps", ">= 0", "-1", "pass None"),
     "callback-clip": (lambda: GradGuard(clip=-1.0), "clip", "> 0", "-1.0", "pass `clip=None`"),
+    "parameters-odd": (
+        lambda: Guard([("a", 3)]),
+        "named_parameters",
+        "pairs of a name and a tensor",
+        "a tuple",
+        "model.named_parameters()",
+    ),
     "parameters-none": (lambda: Guard([]), "named_parameters", "at least one parameter", "none", "model.named_parameters()"),
 }
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from pathlib import Path
 
 import pytest
 
+import lightning_gradguard
 from lightning_gradguard import GradGuard
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -35,11 +37,43 @@ def test_page_has_snippets_that_run(path, tmp_path, monkeypatch):
             exec(code, names)
 
 
-def test_options_page_names_every_option_of_the_constructor():
-    """A new keyword without a row in the table is a mistake."""
-    options = (DOCS / "options.md").read_text(encoding="utf-8")
-    for name in inspect.signature(GradGuard.__init__).parameters:
-        assert name == "self" or re.search(rf"^\|.*`{name}`.* \| ", options, flags=re.MULTILINE)
+def defaults_of(callable_):
+    """Each argument with its default; without one, `inspect.Parameter.empty`."""
+    return {name: each.default for name, each in inspect.signature(callable_).parameters.items()}
+
+
+def code_in(cell):
+    """What stands in backticks."""
+    return re.findall(r"`(.*?)`", cell)
+
+
+def rows(page):
+    """The tables of a page, as lists of cells; bars in code are none of the table's."""
+    lines = (DOCS / page).read_text(encoding="utf-8").splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| `")]
+
+
+def test_options_page_has_every_option_with_its_default():
+    """A new keyword without a row in the table is a mistake, and so is a default that was changed."""
+    defaults = defaults_of(GradGuard)
+    said = {}
+    for names, default, *_ in rows("options.md"):
+        if re.fullmatch(r"`\w+`(, `\w+`)*", names):
+            said |= dict(zip(code_in(names), map(ast.literal_eval, code_in(default)), strict=True))
+    assert said == defaults
+
+
+def test_pages_of_detectors_and_clippers_have_their_settings():
+    """With their defaults, as far as the pages name them; clippers with all."""
+    for name, settings, *_ in rows("detectors.md"):
+        defaults = defaults_of(getattr(lightning_gradguard, code_in(name)[0]))
+        said = dict(each.split("=") for each in code_in(settings))
+        assert {key: ast.literal_eval(value) for key, value in said.items()}.items() <= defaults.items()
+    signatures = [re.fullmatch(r"`(\w+)\((.*)\)`", clipper) for clipper, *_ in rows("clippers.md")]
+    for name, arguments in [found.groups() for found in signatures if found]:
+        defaults = defaults_of(getattr(lightning_gradguard, name))
+        said = eval(f"lambda {arguments}: None")
+        assert (name, defaults_of(said)) == (name, defaults)
 
 
 def test_pages_are_all_in_the_table_of_contents():

@@ -14,6 +14,7 @@ from builders import mlp, through_checkpoint
 from torch.optim import SGD
 
 from lightning_gradguard import (
+    Action,
     ClipNorm,
     ClipValue,
     Detector,
@@ -27,6 +28,7 @@ from lightning_gradguard import (
     SinkWarning,
     Verdict,
 )
+from lightning_gradguard.report.alerting import notice
 
 OFF = {"nonfinite": None, "explosion": None, "vanishing": None, "overflow": None}
 
@@ -343,6 +345,17 @@ def test_sinks_intervals_off_are_never_due():
 
 
 @pytest.mark.smoke
+def test_notice_reaches_alerts_and_sinks():
+    """What is no finding about gradients."""
+    seen = []
+    loop = Loop(sinks=[seen.append])
+    loop.step(1.0)
+    alert = notice(Position(0), "checkpoint", Action.LOG, "It is late.", "Hurry.")
+    loop.guard.notify(alert)
+    assert loop.guard.alerts == [alert]
+    assert seen[-1].alerts == (alert,)
+
+
 def test_explosion_spike_is_found_and_skipped():
     """A hundred times the usual, after the warm-up; the limit was known before."""
     loop = Loop(explosion="skip")

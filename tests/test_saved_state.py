@@ -130,6 +130,7 @@ def test_state_that_was_just_saved_loads_without_a_word():
         (lambda state: state["judge"]["detectors"].update(explosion=[]), "state of detector `explosion` is damaged"),
         (lambda state: state["judge"]["detectors"]["explosion"]["state"].pop("baseline"), "KeyError: 'baseline'"),
         (lambda state: state["judge"]["detectors"]["explosion"].update(state={"baseline": 1}), "`explosion` is damaged"),
+        (lambda state: state["judge"]["detectors"]["explosion"].update(type="Other"), "holds Other for the detector"),
         (lambda state: state["judge"]["detectors"]["explosion"].update(streak=[1]), "streak of detector `explosion`"),
         (lambda state: state["judge"]["detectors"]["explosion"].pop("streak"), "streak of detector `explosion`"),
         (lambda state: state["judge"]["detectors"]["vanishing"]["state"].update(lasting=[1]), "`vanishing` is damaged"),
@@ -147,6 +148,14 @@ def test_damaged_part_costs_that_part(damage, said):
     assert any(said in message for message in messages), messages
     kept = "totals" not in said and "num_steps" not in said and "`totals`" not in said
     assert guard.num_steps == (41 if kept else 1)
+
+
+def test_state_of_what_is_off_by_now_is_passed_over():
+    """The history of parameters, where these are not looked at alone any more."""
+    _, state = trained()
+    guard, messages = loaded(state, explosion=Explosion(min_share=None))
+    assert messages == []
+    assert guard.num_steps == 41
 
 
 def test_nan_among_the_saved_values_never_enters_a_baseline():

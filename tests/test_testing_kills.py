@@ -25,7 +25,7 @@ def test_training_that_resumes_comes_to_the_same_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("number", [1, 100])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_training_that_is_told_to_stop_leaves_whole_files_and_resumes_to_the_same_end(number, name, tmp_path):
@@ -66,6 +66,22 @@ def test_function_that_no_other_process_can_import_is_an_error(tmp_path):
     """A function in a function."""
     with pytest.raises((AttributeError, TypeError), match=r"[Cc]an't pickle|local object"):
         kill_and_resume(lambda folder: 1, tmp_path)
+
+
+class Unreadable:
+    """A training that another process gets, but can't make of what it gets."""
+
+    def __call__(self, folder):
+        """Never begins."""
+
+    def __reduce__(self):
+        return failing, (None,)
+
+
+def test_training_whose_process_can_not_be_started_is_an_error(tmp_path):
+    """Rather than to wait for it."""
+    with pytest.raises(RuntimeError, match="could not be started"):
+        kills._Runs(Unreadable()).to_the_end(tmp_path)
 
 
 def test_arguments_out_of_range_are_refused(tmp_path):

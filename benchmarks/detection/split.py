@@ -12,7 +12,7 @@ TUNING = frozenset({
     "mlp_adam", "conv_sgd", "transformer_warmup", "autoencoder", "finetune_frozen", "large_batch", "summed_loss",
     "heavy_tail", "label_noise", "lr_restarts", "deep_tanh", "multi_task", "converged", "late_start",
     "late_relu", "zero_branches", "zero_kernels",
-    "late_bert", "late_vit", "late_deep_relu", "late_deep_tanh", "late_linear", "late_generalisation",
+    "rare_branch", "late_bert", "late_vit", "late_deep_relu", "late_deep_tanh", "late_linear", "late_generalisation",
     # explosions
     "lr_jump", "bad_batch", "data_scale_shift", "one_layer_spike", "slow_divergence", "slow_layer_growth", "rate_too_high",
     "bad_init_large", "range_test_adam", "range_test_sgd", "range_test_transformer", "inverted_decay",
@@ -20,7 +20,7 @@ TUNING = frozenset({
     "nan_element", "log_of_zero", "fp16_backward",
     # vanishing
     "deep_sigmoid_sgd", "bad_init_small", "saturating_tanh", "dead_relu_later", "detached_branch", "deep_tanh_digits",
-    "zero_init_cancer",
+    "zero_init_cancer", "discriminator_wins",
 })  # fmt: skip
 
 OPENED = frozenset({

@@ -9,7 +9,7 @@ from typing import Any
 class StandIn:
     """Stands in for a method of one object; a function is called instead, with the method as its first argument.
 
-    A copy of the object, or one that was pickled, has its own method again. Attributes are those of the method, since
+    A deep copy of the object, or one that was pickled, has its own method again. Attributes are those of the method, since
     some callers look for marks on it.
 
     Args:

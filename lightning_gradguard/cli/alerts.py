@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
@@ -14,8 +13,9 @@ from rich import box
 from rich.table import Table
 
 from lightning_gradguard.alert import KINDS, Alert
-from lightning_gradguard.cli.terminal import cell, console, fail, nearest, print_json, remark, say
+from lightning_gradguard.cli.terminal import cell, console, fail, nearest, print_json, remark, run_folder, say
 from lightning_gradguard.files.json_lines import Reader
+from lightning_gradguard.wording import counted
 
 _WIDE = 110
 _POLL_SECONDS = 0.5
@@ -33,11 +33,11 @@ class Runs:
     """The files `alerts.jsonl` below a folder, read from where they were left.
 
     Args:
-        place: the folder, or one such file.
+        place: the folder, or one such file. The folder `gradguard` itself stands for the run that it is in.
     """
 
     def __init__(self, place: Path) -> None:
-        self._place = place
+        self._place = run_folder(place)
         self._readers: dict[Path, Reader[Alert]] = {}
         self._num_remarked: dict[Path, int] = {}
         self.unreadable: set[Path] = set()
@@ -57,6 +57,11 @@ class Runs:
             if reader.left_out.count != self._num_remarked.get(path, 0):
                 self._num_remarked[path] = reader.left_out.count
                 remark(f"{path}: {reader.left_out}.")
+
+    @property
+    def has_files(self) -> bool:
+        """Whether there is one by now."""
+        return bool(self._readers)
 
     def _paths(self) -> list[Path]:
         return [self._place] if self._place.is_file() else sorted(self._place.rglob("gradguard/alerts.jsonl"))
@@ -87,11 +92,12 @@ def list_alerts(place: Path, kinds: Collection[str], last: int, *, as_json: bool
     if as_json:
         return
     if not number:
-        say(f"No alerts below {place}.")
+        why = "" if runs.has_files else ": there is no gradguard/alerts.jsonl. A run in which nothing was found has none"
+        say(f"No alerts below {place}{why}.")
         return
     console().print(_table(shown))
     left = f" The first {number - len(shown):,} are not shown; `--last 0` shows all." if number > len(shown) else ""
-    say(f"{number:,} alert{'s' * (number != 1)}.{left}")
+    say(f"{counted(number, 'alert')}.{left}")
 
 
 def follow_alerts(place: Path, kinds: Collection[str], *, as_json: bool) -> None:
@@ -99,7 +105,7 @@ def follow_alerts(place: Path, kinds: Collection[str], *, as_json: bool) -> None
     _refuse_unknown(kinds, set())
     runs = Runs(place)
     try:
-        for _ in itertools.count():
+        while True:
             for found in runs.read(is_growing=True):
                 if not kinds or found.alert.kind in kinds:
                     _print_line(found, as_json=as_json)

@@ -88,7 +88,7 @@ def _hyper_parameters(checkpoint: Path, function: Callable[..., Any]) -> dict[st
     saved = content.get("hyper_parameters") if isinstance(content, dict) else None
     if not isinstance(saved, dict):
         fail(f"{checkpoint} has no `hyper_parameters`: the module does not call `save_hyperparameters`. Use `--arg`.")
-    taken = _parameters(function)
+    taken = _parameters(function) or {}
     name = content.get("hparams_name")
     if name not in (None, "kwargs") and name in taken:
         return {name: saved}
@@ -96,15 +96,19 @@ def _hyper_parameters(checkpoint: Path, function: Callable[..., Any]) -> dict[st
     return {str(key): value for key, value in saved.items() if takes_all or key in taken}
 
 
-def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def _parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter] | None:
+    """None where that isn't known, as of some built-in types."""
     try:
         return dict(inspect.signature(function).parameters)
     except (TypeError, ValueError):
-        return {}
+        return None
 
 
 def _signature(function: Callable[..., Any]) -> str:
-    bare = [each.replace(annotation=inspect.Parameter.empty) for each in _parameters(function).values()]
+    taken = _parameters(function)
+    if taken is None:
+        return "(...)"
+    bare = [each.replace(annotation=inspect.Parameter.empty) for each in taken.values()]
     return f"({', '.join(map(str, bare))})"
 
 

@@ -18,6 +18,7 @@ from lightning_gradguard.cli.alerts import follow_alerts, list_alerts
 from lightning_gradguard.cli.explain import explain as explanation_of
 from lightning_gradguard.cli.explain import explanations
 from lightning_gradguard.cli.terminal import FOUND, cell, console, fail, make_output_safe, one_line, print_json, say, visible
+from lightning_gradguard.wording import counted
 
 if TYPE_CHECKING:
     from lightning_gradguard.forensics.bundle import Bundle
@@ -31,8 +32,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts: one object a line.")]
-_LogDir = Annotated[Path, typer.Argument(help="A run's folder, one above several, or an alerts.jsonl.", exists=True)]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts: one object a line; `report`: a list of runs.")]
+_LogDir = Annotated[
+    Path,
+    typer.Argument(
+        metavar="LOGDIR",
+        help="A run's log folder (it holds `gradguard/`), any folder above, or an alerts.jsonl.",
+        exists=True,
+    ),
+]
 _Output = Annotated[
     Path | None,
     typer.Option("--output", "-o", help="The file; `-` for standard output. Without it, report.html or report.md."),
@@ -43,7 +51,9 @@ _Kind = Annotated[
 ]
 _Last = Annotated[int, typer.Option("--last", "-n", min=0, help="How many of the last to show in the table; 0: all.")]
 _Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on printing alerts as they come; Ctrl-C ends it.")]
-_BundleFile = Annotated[Path, typer.Argument(help="`<log_dir>/gradguard/*.bundle.pt`", exists=True, dir_okay=False)]
+_BundleFile = Annotated[
+    Path, typer.Argument(metavar="BUNDLE", help="`<log_dir>/gradguard/*.bundle.pt`", exists=True, dir_okay=False)
+]
 _Build = Annotated[
     str | None,
     typer.Option("--module", "-m", help="`package.module:function` or class that makes the module; looked for here first."),
@@ -55,9 +65,13 @@ _Of = Annotated[
     Path | None,
     typer.Option("--checkpoint", "-c", help="Its `hyper_parameters` are arguments, too.", exists=True, dir_okay=False),
 ]
-_Checkpoint = Annotated[Path, typer.Argument(help="A file that `torch.save` has written.", exists=True, dir_okay=False)]
+_Checkpoint = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A file that `torch.save` has written.", exists=True, dir_okay=False)
+]
 _Trust = Annotated[bool, typer.Option("--trust", help="Let code from the file run, if it can't be read otherwise.")]
-_Name = Annotated[str | None, typer.Argument(help="An alert's kind, or its culprit's cause or phase; without it, all.")]
+_Name = Annotated[
+    str | None, typer.Argument(metavar="[NAME]", help="An alert's kind, or its culprit's cause or phase; without it, all.")
+]
 
 
 @app.callback()
@@ -129,10 +143,15 @@ def _as_dict(bundle: Bundle, again: Rerun | None) -> dict[str, Any]:
 def _print_report(bundle: Bundle) -> None:
     alert = Alert.from_dict(bundle.alert)
     say(f"{alert.kind} ({alert.action}): {alert.message}")
-    say(alert.remedy)
+    _say_remedy(alert.remedy)
     say(f"Written by {', '.join(f'{name} {version}' for name, version in bundle.versions.items())}.")
     for part in bundle.left_out:
         say(f"Left out: {part}")
+
+
+def _say_remedy(remedy: str) -> None:
+    if remedy:
+        say(f"Try: {remedy}")
 
 
 def _print_rerun(bundle: Bundle, again: Rerun | None) -> None:
@@ -151,7 +170,7 @@ def _print_rerun(bundle: Bundle, again: Rerun | None) -> None:
     say(f"{culprit.cause or culprit.phase}: {culprit.message}")
     if culprit.source:
         say(f"{culprit.file}:{culprit.line}: {culprit.source}")
-    say(culprit.remedy)
+    _say_remedy(culprit.remedy)
     if culprit.factors:
         console().print(Markdown("\n".join(map(visible, culprit.factors)), hyperlinks=False))
 
@@ -166,7 +185,7 @@ def doctor(checkpoint: _Checkpoint, trust: _Trust = False, as_json: _Json = Fals
         health = examine(read(checkpoint, trust=trust))
     except UnreadableError as error:
         fail(error)
-    looked_at = f"{health.num_tensors:,} tensors with {health.num_elements:,} elements"
+    looked_at = f"{counted(health.num_tensors, 'tensor')} with {counted(health.num_elements, 'element')}"
     if as_json:
         print_json({"is_healthy": not health.findings, **asdict(health)})
     elif not health.findings:

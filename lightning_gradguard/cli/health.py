@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.files.torch_files import UnreadableError, load_plain, parts_of
+from lightning_gradguard.wording import counted
 
 _ABSURD = 1e6
 _OUTLIER = 1e4
@@ -131,7 +132,7 @@ def _problem_of(name: str, tensor: Tensor, values: Tensor) -> str | None:
     num_nan, num_inf = int(values.isnan().sum()), int(values.isinf().sum())
     if num_nan or num_inf:
         counts = [f"{number:,} {what}" for number, what in ((num_nan, "NaN"), (num_inf, "Inf")) if number]
-        return f"{' and '.join(counts)} of {values.numel():,} elements"
+        return f"{' and '.join(counts)} of {counted(values.numel(), 'element')}"
     if "exp_avg_sq" in name and float(values.min()) < 0.0:
         return f"a second moment is negative: {float(values.min()):.3g}"
     sizes = values.abs().flatten()

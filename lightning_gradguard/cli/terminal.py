@@ -7,11 +7,14 @@ import io
 import json
 import sys
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.text import Text
+
+from lightning_gradguard.wording import counted
 
 FOUND = 1
 """Exit code: something is wrong with what was looked at."""
@@ -19,6 +22,12 @@ UNUSABLE = 2
 """Exit code: the command line, or the file, can't be used."""
 
 _MAX_CHARACTERS = 2000
+
+
+def run_folder(place: Path) -> Path:
+    """The run's folder where its folder `gradguard` was named; any other place as it is."""
+    whole = place.resolve()
+    return whole.parent if whole.name == "gradguard" and (whole / "alerts.jsonl").is_file() else place
 
 
 def visible(text: object) -> str:
@@ -31,7 +40,8 @@ def visible(text: object) -> str:
     shown = whole[:_MAX_CHARACTERS]
     if not shown.isprintable():
         shown = "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in shown)
-    return shown if len(whole) <= _MAX_CHARACTERS else f"{shown} ... ({len(whole) - _MAX_CHARACTERS:,} characters more)"
+    left = len(whole) - _MAX_CHARACTERS
+    return shown if left <= 0 else f"{shown} ... ({counted(left, 'character')} more)"
 
 
 def cell(text: object, style: str = "") -> Text:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -11,6 +12,8 @@ from lightning_gradguard.policy import require_float
 
 # torch adds it to the norm (torch/nn/utils/clip_grad.py); the same value keeps the results equal.
 _EPS = 1e-6
+_EPS_FLOAT, _ONE = np.float32(_EPS), np.float32(1.0)
+_MAX_FLOAT = float(np.finfo(np.float32).max)
 
 
 class ClipNorm(FactorClipper):
@@ -48,6 +51,13 @@ class ClipNorm(FactorClipper):
             # High powers overflow early; for p > 2 the 2-norm is an upper bound of the p-norm.
             norm = torch.where(norm.isfinite(), norm, global_norm.to(norm))
         return torch.clamp(self.max_norm / (norm + _EPS), max=1.0)
+
+    def coefficient_on_host(self, global_norm: float) -> float | None:
+        """The same in float32 of numpy, rounded as torch does: it divides by the norm, and multiplies then."""
+        if self.norm_type != 2.0 or self.max_norm > _MAX_FLOAT or type(self).coefficient is not ClipNorm.coefficient:
+            return None
+        inverse = _ONE / (np.float32(global_norm) + _EPS_FLOAT)
+        return min(float(inverse * np.float32(self.max_norm)), 1.0)
 
     def passes(self, global_norm: float) -> bool:
         """Whether the norm is safely below `max_norm`, whatever rounding does; saves the healthy step three kernels."""

@@ -98,9 +98,7 @@ class Depth:
 
 
 def slopes(values: Floats) -> Floats:
-    """That of the least-squares line through each row."""
-    if values.shape[1] < 2:
-        return np.zeros(len(values))
+    """That of the least-squares line through each row, of two values or more."""
     depth = np.arange(values.shape[1]) - (values.shape[1] - 1) / 2
     slopes: Floats = values @ depth / (depth @ depth)
     return slopes

@@ -20,6 +20,8 @@ _LOG_CEILING = math.log(4.0)  # in multiples of `ratio`
 _LOG_ABOVE_HIGH = math.log(4.0)
 _LOG_CLIMB = math.log(3.0)
 _ROUNDING = 1e-9
+_FURTHEST = 16
+_ROOM = 2.0  # over the norms of late, or a healthy one would soon be above it
 
 
 class Explosion(Detector):
@@ -149,8 +151,8 @@ class Explosion(Detector):
             limit=limit,
             message=self._describe(norm, limit),
             remedy=(
-                "Look at this batch for outliers and wrong labels. If the norm keeps growing, lower the learning rate, "
-                "warm it up for longer, or clip lower (`clip=`)."
+                "Look at this batch for outliers and wrong labels. If the norm keeps growing, lower the learning rate, or "
+                "warm it up for longer."
             ),
             parameters=measurement.largest(),
             micro_batch=measurement.last_micro_batch,
@@ -167,22 +169,24 @@ class Explosion(Detector):
             self._parameters.learn(measurement)
 
     def deferral(self) -> Deferral | None:
-        """Until a block of the trend is complete or the parameters' limits change, up to what no limit can fall below."""
+        """Until the parameters' limits change, up to what no limit can fall below, and no growth can be found at."""
         if self._growth.is_due:
             return None
-        num_steps = self._growth.num_left
+        num_steps, max_norm = _FURTHEST, min(self._max_norm, self._growth.harmless_norm(_FURTHEST))
+        if len(self._baseline) and max_norm < _ROOM * math.exp(self._baseline.latest(_LATEST)):
+            num_steps, max_norm = self._growth.num_left, self._max_norm
         if self._parameters is not None:
             num_steps = min(num_steps, self._parameters.num_left)
         if self._ratio is None:
-            return Deferral(num_steps, self._max_norm)
+            return Deferral(num_steps, max_norm)
         if (left := self._warmup_steps - len(self._baseline)) > 0:
-            return Deferral(min(num_steps, left), self._max_norm)
+            return Deferral(min(num_steps, left), max_norm)
         # In a short history few values can take the median anywhere.
         num_steps = min(num_steps, (len(self._baseline) - 1) // 2)
         if num_steps < 1:
             return None
         lowest = self._baseline.lowest_median(after=num_steps) + math.log(self._ratio) - _ROUNDING
-        return Deferral(num_steps, min(self._max_norm, math.exp(min(lowest, 700.0))))
+        return Deferral(num_steps, min(max_norm, math.exp(min(lowest, 700.0))))
 
     def can_defer(self, measurement: Measurement) -> bool:
         """Whether no parameter is above its own limit."""
@@ -253,4 +257,6 @@ class Explosion(Detector):
         if limit == self._max_norm:
             return f"the global gradient norm is {norm:.3g}, above max_norm={limit:g}"
         usual = math.exp(self._baseline.median)
+        if self._ratio is not None and limit < self._ratio * usual:  # the ceiling counts from the whole window's
+            usual = math.exp(self._baseline.whole_median)
         return f"the global gradient norm is {norm:.3g}, {norm / usual:.3g} times its usual {usual:.3g} (limit {limit:.3g})"

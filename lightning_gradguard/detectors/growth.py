@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from lightning_gradguard.record import Measurement, Verdict
@@ -32,6 +33,13 @@ class Growth:
         """Steps until it looks again, >= 1."""
         return self._trend.num_left
 
+    def harmless_norm(self, num_steps: int) -> float:
+        """Up to which norm each of so many coming steps may be without its ever having grown; 0 where that isn't known."""
+        if self._ratio is None:
+            return math.inf
+        norm = self._ratio * self._trend.lowest_start(num_steps)
+        return norm if self._trend.largest_waiting <= norm else 0.0
+
     @property
     def loss_falls(self) -> bool:
         """Whether the last few losses lie where the loss has not been before."""
@@ -54,7 +62,7 @@ class Growth:
             message=(
                 f"the global gradient norm keeps growing, from {norm_before:.3g} to {norm:.3g} over the last 64 steps{loss}"
             ),
-            remedy="Lower the learning rate, or end its warm-up earlier. Clipping alone only slows it down.",
+            remedy="Lower the learning rate, or end its warm-up earlier.",
             parameters=measurement.largest(),
             micro_batch=measurement.last_micro_batch,
             is_advisory=True,

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.record import Measurement, Verdict
 from lightning_gradguard.statistics.baselines import LogBaselines
+from lightning_gradguard.wording import counted
 
 _LOG_ABOVE_HIGHEST = math.log(4.0)
 _LOG_MIN_USUAL_SHARE = math.log(1e-5)
@@ -45,6 +46,9 @@ class ParameterOutliers:
 
     def observe(self, measurement: Measurement) -> Verdict | None:
         """An advisory verdict if parameters are out of line."""
+        if not self._is_one_heavy(measurement):
+            self._num_found, self._outside = 0, {}
+            return None
         outside = self._baselines.exceeded(measurement.log_norms, _log(measurement.global_norm))
         if not len(outside):
             self._num_found = 0
@@ -72,8 +76,8 @@ class ParameterOutliers:
         return self._baselines.num_left
 
     def can_defer(self, measurement: Measurement) -> bool:
-        """Whether no parameter is above its limit."""
-        return not self._baselines.may_be_exceeded(measurement.norms)
+        """Whether no parameter is above its limit, or none carries enough to matter."""
+        return not (self._is_one_heavy(measurement) and self._baselines.may_be_exceeded(measurement.norms))
 
     def catch_up(self, measurements: Sequence[Measurement]) -> None:
         """Take in steps that nothing was found at, and that were applied."""
@@ -97,6 +101,11 @@ class ParameterOutliers:
         self._outside = dict(state.get("outside", {}))
         self._num_found = state.get("num_found", 0)
 
+    def _is_one_heavy(self, measurement: Measurement) -> bool:
+        # Methods of the array, which take a fraction of what numpy's functions do.
+        norms = measurement.norms
+        return norms.size > 0 and norms.item(norms.argmax()) >= self._min_share * measurement.global_norm
+
     def _out_of_line(self, outside: NDArray[np.int64], measurement: Measurement) -> NDArray[np.int64]:
         heavy = outside[measurement.norms[outside] >= self._min_share * measurement.global_norm]
         heavy = heavy[self._baselines.usual_shares(heavy) > _LOG_MIN_USUAL_SHARE]
@@ -109,7 +118,8 @@ class ParameterOutliers:
         limits = self._baselines.limits()
         worst = found[np.argmax(measurement.log_norms[found] - limits[found])]
         norm, usual = float(measurement.norms[worst]), math.exp(self._baselines.median(worst))
-        others = f", as are {len(found) - 1} others" if len(found) > 1 else ""
+        count = len(found) - 1
+        others = f", as {'is' if count == 1 else 'are'} {counted(count, 'other')}" if count else ""
         return Verdict(
             kind=self._kind,
             value=norm,
@@ -119,8 +129,8 @@ class ParameterOutliers:
                 f"{usual:.3g}{others}, while the global norm {measurement.global_norm:.3g} is within its limit"
             ),
             remedy=(
-                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. Clip lower (`clip=`), "
-                "or lower the learning rate of its group."
+                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. If it lasts, lower the "
+                "learning rate of its group."
             ),
             parameters=tuple(
                 ParameterReport(measurement.names[index], float(measurement.norms[index]))

@@ -11,8 +11,10 @@ from lightning_gradguard.alert import ParameterReport
 from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.wording import counted
 
-_EARLY = 10
+_EARLY, _EARLY_EACH = 10, 1
+_YOUNG, _YOUNG_EACH = 100, 10
 _WATCHED = 1.0 / 3.0  # of `lasting_ratio`: above it each step is measured
 _SETTLED = 0.5
 # In the first steps a healthy optimizer of Adam's family may move a matrix by 0.85 of its size, and by 0.3 four times.
@@ -29,8 +31,9 @@ class UpdateRatio(Detector):
     one after from making it worse.
 
     It is off unless it is among `detectors`. Of each matrix and kernel (not of vectors) it keeps some 512 evenly spaced
-    elements from one step to the next, and estimates the ratio from them. Measured are the first ten steps, then one in
-    `every_n_steps`, and each one as long as the ratio is above a third of `lasting_ratio`; the others cost nothing.
+    elements from one step to the next, and estimates the ratio from them. Measured are the first ten steps, of the first
+    hundred one in ten at least, then one in `every_n_steps`, and each one as long as the ratio is above a third of
+    `lasting_ratio`; the others cost nothing. A rate that is far too high shows at any step.
 
     Why these defaults: over 51 healthy and 36 exploding trainings no healthy run had an update of 0.3 three times in a row,
     or one of 1; of the exploding ones 15 and 18 had. The first steps of Adagrad and RMSprop are longer, but each is shorter
@@ -44,7 +47,7 @@ class UpdateRatio(Detector):
         min_ratio: what the largest ratio of `persistence` measured steps in a row may not stay below, > 0: the weights
             hardly move. None: no lower limit, since schedules that end at a rate of zero get there in health.
         persistence: how many measured steps that takes, >= 1.
-        every_n_steps: how often a step is measured, >= 1.
+        every_n_steps: how often a step is measured after the first hundred, >= 1.
         patience, cooldown, stop_after: see `Detector`. Steps that are not measured are no hits. After an alert, 50 steps
             of silence.
 
@@ -68,7 +71,7 @@ class UpdateRatio(Detector):
         lasting_ratio: float = 0.3,
         min_ratio: float | None = None,
         persistence: int = 3,
-        every_n_steps: int = 10,
+        every_n_steps: int = 50,
         patience: int = 1,
         cooldown: int = 50,
         stop_after: int | None = None,
@@ -79,7 +82,7 @@ class UpdateRatio(Detector):
         if min_ratio is not None:
             require_float("min_ratio", min_ratio, above=0.0, up_to=lasting_ratio, remedy="For no lower limit pass None.")
         require_int("persistence", persistence, at_least=1, remedy="The default is 3.")
-        require_int("every_n_steps", every_n_steps, at_least=1, remedy="The default is 10.")
+        require_int("every_n_steps", every_n_steps, at_least=1, remedy="The default is 50.")
         self._max_ratio = max_ratio
         self._lasting_ratio = lasting_ratio
         self._min_ratio = min_ratio or 0.0
@@ -94,7 +97,7 @@ class UpdateRatio(Detector):
 
     def needs_update(self) -> bool:
         """Early, at its turn, and where the last ratio was high, or low in a row."""
-        is_due = self._num_seen < _EARLY or self._num_seen % self._every_n_steps == 0
+        is_due = self._num_seen % self._interval == 0
         return is_due or self._last > _WATCHED * self._lasting_ratio or self._num_low > 0
 
     def observe(self, measurement: Measurement) -> Verdict | None:
@@ -123,14 +126,14 @@ class UpdateRatio(Detector):
         elif self._num_high >= in_a_row and largest >= _SETTLED * self._first_high:
             limit = self._lasting_ratio
             message = (
-                f"{self._num_high} measured steps in a row have moved a weight by more than {limit:g} of its size; the last "
-                f"one `{worst}` by {largest:.3g}"
+                f"{_in_a_row(self._num_high)} moved a weight by more than {limit:g} of its size; the last one "
+                f"`{worst}` by {largest:.3g}"
             )
         elif self._num_low >= self._persistence:
             limit = self._min_ratio
             message = (
-                f"{self._num_low} measured steps in a row have moved no weight by {limit:g} of its size; the last one moved "
-                f"`{worst}` most, by {largest:.3g}"
+                f"{_in_a_row(self._num_low)} moved no weight by {limit:g} of its size; the last one moved `{worst}` "
+                f"most, by {largest:.3g}"
             )
         else:
             return None
@@ -153,12 +156,18 @@ class UpdateRatio(Detector):
 
     def deferral(self) -> Deferral | None:
         """Until just before the step after which a measurement is asked for."""
-        num_steps = 0 if self.needs_update() else self._every_n_steps - self._num_seen % self._every_n_steps - 1
+        num_steps = 0 if self.needs_update() else self._interval - self._num_seen % self._interval - 1
         return Deferral(num_steps) if num_steps > 0 else None
 
     def catch_up(self, measurements: Sequence[Measurement]) -> None:
         """Count the steps: nothing was measured."""
         self._num_seen += len(measurements)
+
+    @property
+    def _interval(self) -> int:
+        if self._num_seen < _EARLY:
+            return _EARLY_EACH
+        return min(self._every_n_steps, _YOUNG_EACH) if self._num_seen < _YOUNG else self._every_n_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Counts of steps, and of findings in a row."""
@@ -177,3 +186,7 @@ class UpdateRatio(Detector):
         # An earlier version did not count what it measured: nearly each of the first steps.
         self._num_measured = state.get("num_measured", self._num_seen)
         self._first_high, self._last = state.get("first_high", 0.0), state.get("last", 0.0)
+
+
+def _in_a_row(number: int) -> str:
+    return "1 measured step has" if number == 1 else f"{counted(number, 'measured step')} in a row have"

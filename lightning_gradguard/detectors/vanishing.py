@@ -4,36 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import compress
 from typing import Any
 
 import numpy as np
 
 from lightning_gradguard.detectors.base import Deferral, Detector
 from lightning_gradguard.detectors.depth import Depth, slopes
+from lightning_gradguard.detectors.level import Level
+from lightning_gradguard.detectors.lives import Lives
 from lightning_gradguard.layout import Bools, Floats
 from lightning_gradguard.policy import Action, ActionName, require_float, require_int
 from lightning_gradguard.record import Measurement, Verdict
+from lightning_gradguard.wording import counted
 
 _MIN_DEPTH = 4
 _MIN_DECADES = 2.0
-_MAX_UNUSED = 0.5
 _MIN_SQUARED, _MAX_SQUARED = 1e-140, 1e140
 
 
 class Vanishing(Detector):
     """Fires when gradients stay away from some modules for many steps.
 
-    Three symptoms, each of which must last for `persistence` steps without a break; a module counts by the rms of
+    Four symptoms, each of which must last for `persistence` steps without a break; a module counts by the rms of
     its matrices' and kernels' gradient elements, and what is frozen (has no gradient) does not count at all:
 
     - *decay*: over the depth of the model, in the order of its modules, the rms falls towards the input, either by
       `slope` decades a module (and two decades in all), or so that the first two modules both lie below `min_ratio` of the
       last two. It needs four modules.
     - *dead*: a module's gradient is exactly zero while that of another parameter is not, as behind dead ReLU units or a
-      `detach()`, or where all weights are zero and only the last bias learns.
+      `detach()`, or where all weights are zero and only the last bias learns. One that has rested before, as an embedding
+      that few batches look up, must be zero for longer than is likely for it.
     - *floor*: the whole gradient is below `min_norm`, while the loss is not zero, as where fp16 has underflowed. Nothing is
       learned as long as it lasts, so it is reported again after 25, 50, 100, 200, ... steps.
+    - *sunk*: the whole gradient has fallen to a ten-thousandth of what it was, and the loss has not fallen with it, as that
+      of a generator whose discriminator has won. It needs the loss, and counts whole blocks of 16 steps.
 
     A module whose gradient has been zero since the first step has not died: it may be a branch that is not in use. Where
     that is so for at most half of the modules, it is one note, which is only logged.
@@ -94,9 +98,8 @@ class Vanishing(Detector):
         # A least-squares line rises at most 1.5 times as far as what it is fitted to.
         self._even_decades = min(_MIN_DECADES / 1.5, -math.log10(min_ratio))
         self._num_seen = 0
-        self._has_lived: Bools | None = np.zeros(0, dtype=np.bool_)
-        """Which modules with a matrix have ever had a gradient that is not zero; None: all of them."""
-        self._is_noted = False
+        self._lives = Lives(persistence)
+        self._level = Level(persistence)
         self._may_note = True
         """Whether a step like the last one may still call for a note."""
         self._had_grad = np.zeros(0, dtype=np.bool_)
@@ -110,15 +113,16 @@ class Vanishing(Detector):
             return None
         self._num_seen += 1
         self._had_grad, self._may_note = measurement.has_grad, False
+        self._level.add(measurement.global_norm, measurement.loss)
         depth = Depth(measurement)
         symptoms = []
         if depth.is_even(self._even_decades):
-            self._has_lived = None
+            self._lives.see_even()
         else:
-            unused = self._unused(depth)
-            self._may_note = self._has_unlived(depth)
-            if unused and not self._is_noted and self._num_seen >= self._persistence:
-                self._is_noted = True
+            unused = self._lives.see(depth)
+            self._may_note = self._lives.may_note(depth)
+            if unused and not self._lives.is_noted and self._num_seen >= self._persistence:
+                self._lives.is_noted = True
                 return self._note(unused, depth)
             symptoms = [f"dead:{module}" for module in depth.dead if module not in unused]
             if self._fade(depth.decades[None, :]).any():
@@ -126,16 +130,14 @@ class Vanishing(Detector):
         if measurement.global_norm < self._min_norm and measurement.loss != 0.0:
             symptoms.append("floor")
         self._lasting = {symptom: self._lasting.get(symptom, 0) + 1 for symptom in symptoms}
-        lasting = [symptom for symptom, steps in self._lasting.items() if steps >= self._persistence]
-        if self._num_seen <= self._warmup_steps and "decay" in lasting:
-            lasting.remove("decay")
-        if not lasting:
-            return None
-        return self._verdict(lasting, depth, measurement)
+        lasting = [name for name, steps in self._lasting.items() if steps >= self._persistence and self._is_new(name, depth)]
+        if lasting or self._level.is_lost:
+            return self._verdict(lasting, depth, measurement)
+        return None
 
     def deferral(self) -> Deferral | None:
         """Until a symptom can have lasted for long enough; none while a note may be due."""
-        num_steps = self._persistence - max(self._lasting.values(), default=0) - 1
+        num_steps = min(self._persistence - max(self._lasting.values(), default=0), self._level.num_left) - 1
         if self._may_note:
             num_steps = min(num_steps, self._persistence - self._num_seen - 1)
         return Deferral(num_steps) if num_steps > 0 else None
@@ -148,32 +150,32 @@ class Vanishing(Detector):
         """Count the symptoms; where no step has any, at once."""
         layout = measurements[0].layout
         # A module that has never lived may have begun to, also after the note about it.
-        is_told = self._has_lived is None or bool(self._has_lived[layout.weights.any(measurements[0].has_grad)].all())
+        is_told = self._lives.has_no_unlived(layout.weights.any(measurements[0].has_grad))
         is_plain = is_told and not self._lasting and all(it.layout is layout for it in measurements)
         if is_plain and self._have_no_symptom(measurements):
             self._num_seen += len(measurements)
+            for measurement in measurements:
+                self._level.add(measurement.global_norm, measurement.loss)
             return
         for measurement in measurements:
             self.observe(measurement)
 
     def state_dict(self) -> dict[str, Any]:
-        """How long each symptom has lasted, and which modules have never had a gradient."""
-        has_lived = None if self._has_lived is None else self._has_lived.tolist()
+        """How long each symptom has lasted, which modules have had a gradient, and how large it was."""
         return {
             "num_seen": self._num_seen,
             "lasting": dict(self._lasting),
-            "has_lived": has_lived,
-            "is_noted": self._is_noted,
+            **self._lives.state_dict(),
+            "level": self._level.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._num_seen = state["num_seen"]
         self._lasting = dict(state["lasting"])
-        # An earlier version told no difference: what is dead then, was reported already.
-        has_lived = state.get("has_lived")
-        self._has_lived = None if has_lived is None else np.array(has_lived, dtype=np.bool_)
-        self._is_noted = state.get("is_noted", False)
+        self._lives.load_state_dict(state)
+        if "level" in state:  # an earlier version kept none
+            self._level.load_state_dict(state["level"])
         self._may_note, self._had_grad = True, np.zeros(0, dtype=np.bool_)
 
     def _have_no_symptom(self, measurements: Sequence[Measurement]) -> bool:
@@ -189,7 +191,7 @@ class Vanishing(Detector):
         each = members / layout.member_roots
         are_even = each.max(axis=1) < 10.0**self._even_decades * each.min(axis=1)
         if are_even.any():
-            self._has_lived = None
+            self._lives.see_even()
             if are_even.all():
                 return True
         trained = layout.weights.any(has_grad)
@@ -199,27 +201,23 @@ class Vanishing(Detector):
             return False
         return not self._fade(np.log10(rms)).any()
 
-    def _unused(self, depth: Depth) -> tuple[str, ...]:
-        """Modules that have had a gradient of zero since the first step, if they are at most half of all."""
-        if self._has_lived is None:
-            return ()
-        if len(self._has_lived) != len(depth.alive):
-            self._has_lived = np.zeros(len(depth.alive), dtype=np.bool_)
-        self._has_lived |= depth.alive
-        unused = tuple(compress(depth.names, (depth.trained & ~self._has_lived).tolist()))
-        return unused if depth.dead and len(unused) <= _MAX_UNUSED * depth.trained.sum() else ()
-
-    def _has_unlived(self, depth: Depth) -> bool:
-        """Whether a module that is trained has never had a gradient, and no note has said so."""
-        return not self._is_noted and self._has_lived is not None and bool((depth.trained & ~self._has_lived).any())
+    def _is_new(self, symptom: str, depth: Depth) -> bool:
+        """Whether a symptom that lasts is more than a module that rests, or than what recurrent nets begin with."""
+        if symptom == "decay":
+            return self._num_seen > self._warmup_steps
+        module = symptom.removeprefix("dead:")
+        return symptom == "floor" or not self._lives.is_resting(module, self._lasting[symptom], self._num_seen, depth)
 
     def _note(self, unused: Sequence[str], depth: Depth) -> Verdict:
-        others = f" and {len(unused) - 1} other modules" if len(unused) > 1 else ""
+        others = f" and {counted(len(unused) - 1, 'other module')}" if len(unused) > 1 else ""
         return Verdict(
             self.name,
             value=0.0,
             limit=math.ulp(0.0),
-            message=f"the gradient of `{unused[0]}`{others} has been exactly zero since the first of {self._num_seen} steps",
+            message=(
+                f"the gradient of `{unused[0]}`{others} has been exactly zero since the first of "
+                f"{counted(self._num_seen, 'step')}"
+            ),
             remedy="If this branch is meant to learn, look whether its output reaches the loss; else freeze or remove it.",
             parameters=depth.reports(unused),
             is_note=True,
@@ -236,18 +234,24 @@ class Vanishing(Detector):
         return fades
 
     def _verdict(self, lasting: list[str], depth: Depth, measurement: Measurement) -> Verdict:
-        dead = [symptom.removeprefix("dead:") for symptom in lasting if symptom.startswith("dead:")]
-        for_steps = max(self._lasting[symptom] for symptom in lasting)
-        if "floor" in lasting:
-            value, limit = measurement.global_norm, self._min_norm
-            modules: Sequence[str] = depth.modules
-            message = f"the global gradient norm is {value:.3g} and has been below {limit:g} for {for_steps} steps"
+        dead = tuple(symptom.removeprefix("dead:") for symptom in lasting if symptom.startswith("dead:"))
+        for_steps = counted(max((self._lasting[symptom] for symptom in lasting), default=0), "step")
+        if not lasting:
+            value, limit, modules = self._level.norm_ends[1], self._level.limit, depth.modules
+            message = self._level.describe()
+            remedy = (
+                "If another network is trained against this one, it may have won: let it take fewer or smaller steps, or "
+                "use a loss that doesn't saturate. Else look for units that are saturated."
+            )
+        elif "floor" in lasting:
+            value, limit, modules = measurement.global_norm, self._min_norm, depth.modules
+            message = f"the global gradient norm is {value:.3g} and has been below {limit:g} for {for_steps}"
             remedy = "Check that the loss depends on the parameters, and the initialisation for zeros and saturation."
         elif dead:
             value, limit = 0.0, math.ulp(0.0)
             modules = dead[::-1]
-            others = f" and {len(dead) - 1} module{'s' * (len(dead) > 2)} before it" if len(dead) > 1 else ""
-            message = f"the gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps} steps"
+            others = f" and {counted(len(dead) - 1, 'module')} before it" if len(dead) > 1 else ""
+            message = f"the weight gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps}"
             remedy = (
                 "Look behind this module for units that never fire (dead ReLU), a `detach()`, or a branch whose output "
                 "is not used."

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, NoReturn, TypeVar
 
+from lightning_gradguard.wording import counted
+
 T = TypeVar("T")
 
 MAX_LINE_BYTES = 8 * 2**20
@@ -57,7 +59,7 @@ class LeftOut:
         """For instance `2 lines left out, the first is line 7: not JSON (2)`."""
         what = ", ".join(f"{reason} ({count})" for reason, count in self.reasons.most_common(5))
         more = ", and other reasons" if len(self.reasons) > 5 else ""
-        return f"{self.count:,} line{'s' * (self.count != 1)} left out, the first is line {self.first_line:,}: {what}{more}"
+        return f"{counted(self.count, 'line')} left out, the first is line {self.first_line:,}: {what}{more}"
 
 
 def append(path: Path, entry: Mapping[str, Any], *, sync: bool = False) -> None:
@@ -85,7 +87,7 @@ def append(path: Path, entry: Mapping[str, Any], *, sync: bool = False) -> None:
         line = b"\n" + line if _ends_inside_a_line(descriptor) else line
         num_written = os.write(descriptor, line)
         if num_written < len(line):
-            raise OSError(errno.ENOSPC, f"Only {num_written} of {len(line)} bytes could be written", str(path))
+            raise OSError(errno.ENOSPC, f"Only {num_written} of {counted(len(line), 'byte')} could be written", str(path))
         if sync:
             os.fsync(descriptor)
     finally:
@@ -134,7 +136,7 @@ class Writer:
                 append(self.path, self._waiting[0], sync=self._sync)
             except OSError as error:
                 number = len(self._waiting)
-                waiting = "1 line waits" if number == 1 else f"{number:,} lines wait"
+                waiting = f"{counted(number, 'line')} {'waits' if number == 1 else 'wait'}"
                 raise OSError(error.errno, f"{error.strerror or error}; {waiting} to be written", str(self.path)) from error
             except ValueError:
                 self._give_up()

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from lightning_gradguard.wording import counted
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -92,7 +94,7 @@ def _check_archive(path: Path, num_bytes: int) -> None:
         if any(part.compress_type != zipfile.ZIP_STORED for part in parts):
             raise UnreadableError(f"{path} is compressed, which torch.save never does.")
         if sum(part.file_size for part in parts) > num_bytes:
-            raise UnreadableError(f"{path} claims to hold more than its {num_bytes:,} bytes.")
+            raise UnreadableError(f"{path} claims to hold more than its {counted(num_bytes, 'byte')}.")
         sizes = {part.filename.partition("/")[2]: part.file_size for part in parts}
         pickles = [part for part in parts if part.filename.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -144,7 +146,7 @@ class _Storages(pickle._Unpickler):
         _, kind, key, _, numel, *_ = pid
         num_bytes = numel * _element_size(kind.name)
         if not 0 <= num_bytes <= self._sizes.get(f"data/{key}", 0):
-            raise UnreadableError(f"{self._path} claims a tensor of {num_bytes:,} bytes and does not hold them.")
+            raise UnreadableError(f"{self._path} claims a tensor of {counted(num_bytes, 'byte')} and does not hold them.")
         return _Inert()
 
 
@@ -179,7 +181,7 @@ def _check_content(path: Path, content: Any, num_bytes: int) -> None:
 
     count(content, 0)
     if (claimed := sum(storages.values())) > num_bytes:
-        raise UnreadableError(f"{path} claims {claimed:,} bytes of tensors, and has {num_bytes:,}.")
+        raise UnreadableError(f"{path} claims {counted(claimed, 'byte')} of tensors, and has {num_bytes:,}.")
 
 
 def _note_storages(tensor: Tensor, storages: dict[int, int]) -> None:

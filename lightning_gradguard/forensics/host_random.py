@@ -64,7 +64,9 @@ class HostRandomNotes:
         seen = b"" if self._numpy_words is None else self._numpy_words.raw
         # With one of a pair of normal values left over, a draw would not show.
         if not seen or seen != self._seen or self._numpy is None or self._numpy[3]:
-            self._numpy = np.random.get_state()  # noqa: NPY002
+            # As a tuple, of which the fourth is that one; numpy warns where another generator is asked for such a tuple.
+            is_twister = self._numpy_words is not None
+            self._numpy = np.random.get_state() if is_twister else np.random.get_state(legacy=False)  # noqa: NPY002
             self._seen = seen
         return self._numpy
 

@@ -208,12 +208,12 @@ class RandomState:
         has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._cuda = torch.cuda.get_rng_state_all() if has_cuda else []
         self._python = random.getstate()
-        self._numpy = np.random.get_state()  # noqa: NPY002 - the global generator is what user code may use
+        self._numpy = np.random.get_state(legacy=False)  # noqa: NPY002 - the global generator is what user code may use
 
     def restore(self) -> None:
         """Put them back."""
         torch.set_rng_state(self._torch)
-        if self._cuda:
+        if self._cuda:  # pragma: no cover - needs a GPU
             torch.cuda.set_rng_state_all(self._cuda)
         random.setstate(self._python)
         np.random.set_state(self._numpy)  # noqa: NPY002

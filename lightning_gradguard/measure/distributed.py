@@ -31,8 +31,8 @@ class Ranks:
     @classmethod
     def current(cls) -> Ranks:
         """Those of torch's default process group; this one alone without a group."""
-        if not (dist.is_available() and dist.is_initialized()):
-            return cls()
+        if not (_IS_AVAILABLE and dist.is_initialized()):
+            return _ALONE
         return cls(dist.get_rank(), dist.get_world_size())
 
     def sum_(self, tensor: Tensor) -> Tensor:
@@ -51,6 +51,10 @@ class Ranks:
             return tensor.copy_(on_gpu)
         dist.all_reduce(tensor, op)
         return tensor
+
+
+_IS_AVAILABLE = dist.is_available()
+_ALONE = Ranks()
 
 
 def is_sharded(tensors: Sequence[Parameter]) -> bool:

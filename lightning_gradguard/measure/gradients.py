@@ -121,13 +121,19 @@ class Gradients:
         norms = self.norms(norm_type)
         if self.shares is None:
             return norms
-        # Over all parameters, also those without a gradient here, so that all ranks reduce vectors of one length.
-        present = torch.from_numpy(np.flatnonzero(self.present)).to(norms.device, non_blocking=True)
-        rows = norms.new_zeros(len(self.present))
+        present, rows = self.rows_of_all(norms)
         if norm_type == math.inf:
             return self.ranks.max_(rows.index_copy_(0, present, norms)).index_select(0, present)
         rows.index_copy_(0, present, norms**norm_type * self.shares)
         return self.ranks.sum_(rows).index_select(0, present) ** (1.0 / norm_type)
+
+    def sum_shards(self, table: Tensor) -> Tensor:
+        """Sum of what each rank counted of its part of each gradient, [num_tensors, n]. No sync; a collective if sharded."""
+        if self.shares is None:
+            return table
+        present, rows = self.rows_of_all(table)
+        rows.index_copy_(0, present, table * self.shares[:, None])
+        return self.ranks.sum_(rows).index_select(0, present)
 
     def norms(self, norm_type: float = 2.0, *, wide: bool = False) -> Tensor:
         """Norm of what this rank holds of each gradient, on one device, [num_tensors]. No sync.
@@ -205,6 +211,14 @@ class Gradients:
             if id(tensor) in self._coalesced:
                 parameter, grad = self._coalesced[id(tensor)]
                 parameter.grad = grad
+
+    def rows_of_all(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the gradients' rows are among those of all parameters, and such rows, empty.
+
+        Also of those without a gradient here, so that all ranks reduce tensors of one length.
+        """
+        present = torch.from_numpy(np.flatnonzero(self.present)).to(table.device, non_blocking=True)
+        return present, table.new_zeros(len(self.present), *table.shape[1:])
 
     def _by_kind(self) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
         if self._is_uniform and self.tensors:

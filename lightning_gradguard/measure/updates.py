@@ -46,7 +46,6 @@ class UpdateMeter:
             self._plan = _Plan.of(parameters)
         self._before = self._plan.sample()
 
-    @torch.no_grad()
     def read_(self, parameters: Sequence[Parameter]) -> Tensor | None:
         """After the step: the ratio of each parameter, NaN for vectors, float32 [num_parameters]; the sample is dropped.
 
@@ -65,10 +64,11 @@ class UpdateMeter:
         plan = self._plan
         if before is None or plan is None or not plan.is_of(parameters):
             return None
-        after = plan.sample()
-        if after is None or after.numel() != before.numel():
-            return None
-        return plan.ratios(before, after)
+        with torch.no_grad():
+            after = plan.sample()
+            if after is None or after.numel() != before.numel():
+                return None
+            return plan.ratios(before, after)
 
     def state_dict(self, parameters: Sequence[Parameter]) -> dict[str, Any]:
         """The update that has been measured since the last step, as plain floats. A sync if there is one."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.judge.judge import Judgement
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.policy import Action
+from lightning_gradguard.policy import Action, is_due
 from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import alerts_of
 from lightning_gradguard.report.summary import add_alert, count, without_last_step
@@ -24,8 +24,7 @@ MAX_ALERTS = 1000
 """Alerts of an optimizer that are held in memory, the last ones; files hold all of them."""
 
 
-@dataclass(frozen=True, eq=False)
-class DecidedStep:
+class DecidedStep(NamedTuple):
     """All that is to be told of a step.
 
     Attributes:
@@ -70,6 +69,7 @@ class Reporter:
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
         hint: what the remedy of NaN and Inf says besides where no culprit is named.
+        is_clipped: whether something clips the gradients.
     """
 
     def __init__(
@@ -82,6 +82,7 @@ class Reporter:
         archive: Archive | None = None,
         clips_later: bool = False,
         hint: str = "",
+        is_clipped: bool = True,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
@@ -90,11 +91,14 @@ class Reporter:
         self._archive = archive
         self._clips_later = clips_later
         self._hint = hint
+        self._is_clipped = is_clipped
         self._notices: list[Alert] = []
         self._totals = Totals()
         self._noted: DecidedStep | None = None
         self._num_noted = 0
         self._num_noted_clipped = 0
+        self.num_steps = 0
+        """Steps so far."""
         self._last: Record | None = None
         self.alerts: list[Alert] = []
         """Reported findings, oldest first, at most the last `MAX_ALERTS`."""
@@ -116,11 +120,6 @@ class Reporter:
         return self._last is not None
 
     @property
-    def num_steps(self) -> int:
-        """Steps so far."""
-        return self._totals.num_steps + self._num_noted
-
-    @property
     def totals(self) -> Totals:
         """Counts so far."""
         if self._num_noted:
@@ -138,17 +137,18 @@ class Reporter:
         """The last step; its record is made now if it has only been noted."""
         step, self._noted = self._noted, None
         if step is not None:
-            self._last = self._record(replace(step, judgement=Judgement(self._limit(), (), Decision())), ())
+            self._last = self._record(step._replace(judgement=Judgement(self._limit(), (), Decision())), ())
         return self._last
 
     def note(self, step: DecidedStep) -> None:
         """Count a step that nobody wants to be told of: it was applied, and nothing was found."""
         self._noted = step
         self._num_noted += 1
+        self.num_steps += 1
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
-        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None:
+        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None or not alert.remedy:
             return alert
         return replace(alert, remedy=f"{alert.remedy} {self._hint}")
 
@@ -167,11 +167,13 @@ class Reporter:
             coef = None if self._last is None else self._last.clip_coef
             self._totals = without_last_step(self.totals, was_clipped=coef is not None and coef < 1.0)
         judgement = step.judgement
-        found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        decision, is_clipped = judgement.decision, self._is_clipped
+        found = alerts_of(step.position, judgement.verdicts, decision, step.culprit, is_clipped=is_clipped)
         found = tuple(self._with_hint(alert) for alert in found)
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
         self._totals = count(self.totals, step.measurement, judgement.decision, alerts, is_clipped=step.clip_coef < 1.0)
+        self.num_steps = self._totals.num_steps
         record = self._last = self._record(step, alerts)
         if self._listener is not None:
             self._listener(record)
@@ -208,6 +210,7 @@ class Reporter:
         Returns:
             The alert, with what the archive adds.
         """
+        alert = self._with_hint(alert)
         if self._archive is not None and not is_archived:
             (alert,) = self._archive((alert,), is_alone=is_alone)
         if self.last is None:
@@ -235,6 +238,7 @@ class Reporter:
         _ = self.last  # which stays
         self._num_noted = self._num_noted_clipped = 0
         self._totals = Totals(**state)
+        self.num_steps = self._totals.num_steps
 
     def close(self) -> None:
         """Let the sinks write out what they hold. They can be used on."""
@@ -254,8 +258,3 @@ class Reporter:
             # Also where warnings are errors, and the console has just raised one.
             if strongest is not None and strongest.action is Action.RAISE:
                 raise GradientError(strongest)
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether something that happens every so many steps, counted from 0, happens at this one; never at an interval of 0."""
-    return interval > 0 and (step + 1) % interval == 0

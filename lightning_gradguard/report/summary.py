@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.record import Decision, Measurement, Totals
+from lightning_gradguard.wording import counted
 
 
 def count(
@@ -39,7 +40,7 @@ def add_alert(totals: Totals, alert: Alert) -> Totals:
     return replace(totals, num_alerts=totals.num_alerts + 1, alerts_by_kind=by_kind)
 
 
-def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
+def summarize(totals: Iterable[Totals], stopped_by: Alert | None, *, is_manual: bool = False) -> str:
     """Counts of all optimizers together, and why the run stopped.
 
     >>> summarize([Totals(num_steps=1200, num_clipped=7, num_alerts=1, alerts_by_kind={"explosion": 1})], None)
@@ -56,12 +57,10 @@ def summarize(totals: Iterable[Totals], stopped_by: Alert | None) -> str:
     calibration = f" ({overflows:,} of them while the GradScaler looked for its scale)" if overflows else ""
     num_steps = sum(entry.num_steps for entry in each)
     counts = (
-        f"GradGuard: {num_steps:,} steps, {sum(entry.num_clipped for entry in each):,} clipped, "
+        f"GradGuard: {counted(num_steps, 'step')}, {sum(entry.num_clipped for entry in each):,} clipped, "
         f"{sum(entry.num_skipped for entry in each):,} skipped{calibration}; alerts: {alerts}{silent}."
     )
     if num_steps == 0:
-        return (
-            "GradGuard: no optimizer step was seen. In manual optimization step with `self.optimizers().step()`; Lightning "
-            "does not tell of steps on `optimizer.optimizer`."
-        )
+        hint = " Step with `self.optimizers().step()`; Lightning does not tell of steps on `optimizer.optimizer`."
+        return f"GradGuard: no optimizer step was seen.{hint if is_manual else ''}"
     return counts if stopped_by is None else f"{counts}\nTraining was stopped: {stopped_by.message}"

@@ -9,12 +9,13 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 from lightning_gradguard.alert import KEPT, KINDS, Alert
 from lightning_gradguard.errors import GradientWarning
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Record
+from lightning_gradguard.sinks.bars import bars_aside
 
 _logger = logging.getLogger("lightning_gradguard")
 
@@ -51,7 +52,7 @@ class ConsoleSink:
                 continue
             self._num_of_kind[alert.kind] += 1
             warning = GradientWarning(text)
-            with _bars_aside(), _shown_as(warning, self._shown(alert)):
+            with bars_aside(), _shown_as(warning, self._shown(alert)):
                 # A place in this file would tell nobody anything; the step takes the line number's place.
                 warnings.warn_explicit(warning, GradientWarning, "gradguard", alert.step)
 
@@ -133,12 +134,3 @@ def _shown_as(warning: Warning, text: str) -> Iterator[None]:
     finally:
         if warnings.formatwarning is formatted:
             warnings.formatwarning = usual
-
-
-def _bars_aside() -> AbstractContextManager[None]:
-    """Take tqdm's bars off the terminal for a moment, where there are any. Rich's are moved by whatever is written."""
-    tqdm = sys.modules.get("tqdm")
-    if tqdm is None or sys.stderr is None:
-        return nullcontext()
-    aside: AbstractContextManager[None] = tqdm.tqdm.external_write_mode(file=sys.stderr)
-    return aside

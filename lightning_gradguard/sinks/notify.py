@@ -231,10 +231,14 @@ def in_words(run: str, alerts: Sequence[Alert]) -> tuple[str, str]:
     strongest = max(alerts, key=lambda alert: alert.action)
     title = f"GradGuard: {strongest.kind} at step {strongest.step}, {strongest.action} ({run})"
     shown = sorted(range(len(alerts)), key=lambda index: -alerts[index].action.severity)[:_MAX_SHOWN]
-    paragraphs = [f"{alerts[index].message} {alerts[index].remedy}".rstrip() for index in sorted(shown)]
+    paragraphs = [_paragraph(alerts[index]) for index in sorted(shown)]
     left = len(alerts) - len(shown)
     more = [f"And {left:,} more; alerts.jsonl has them all."] if left else []
     return title, "\n\n".join([*paragraphs, *more, f"Run: {run}"])
+
+
+def _paragraph(alert: Alert) -> str:
+    return f"{alert.message}\nTry: {alert.remedy}" if alert.remedy else alert.message
 
 
 def _addresses(urls: str | Sequence[str] | None) -> list[str]:
@@ -254,7 +258,8 @@ def _services(addresses: Sequence[str]) -> list[Service]:
         apprise = importlib.import_module("apprise")
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            "`Notify` needs apprise. Install it with `pip install 'lightning-gradguard[notify]'`.", name="apprise"
+            '`Notify` needs apprise, which the extra `notify` brings: pip install "lightning-gradguard[notify]"',
+            name="apprise",
         ) from None
     asset = apprise.AppriseAsset(app_id="GradGuard", app_desc="GradGuard")
     with _unlogged(), warnings.catch_warnings():

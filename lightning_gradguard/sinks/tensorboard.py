@@ -15,6 +15,7 @@ from lightning_gradguard.sinks.event_files import LastingRecordWriter, make_last
 from lightning_gradguard.sinks.summaries import custom_scalars, histograms_of, metadata, scalar, text
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.sinks.tags import LoggedNorms, description, scalars, tag_prefix
+from lightning_gradguard.wording import counted
 
 _FREE_BYTES, _BYTES_PER_STEP = 40_000, 20
 """What the histograms of the standard panel may take: of large models they would be most of the file, so those are written
@@ -123,14 +124,15 @@ class TensorBoardSink:
     def _distributions(self, histograms: Histograms, prefix: str) -> list[Summary.Value]:
         folder = "gradients" + prefix.removeprefix("gradguard")
         tags = [f"{folder}/{name}" for name in histograms.names]
+        after = " after clipping" if histograms.clipped else ""
         apart = zip(histograms.num_zero, histograms.num_nan, histograms.num_inf, strict=True)
         values = zip(histograms_of(tags, histograms.edges, histograms.counts), apart, strict=True)
         return [
             self._describe(
                 value,
                 "histograms",
-                "log10 of the absolute gradient elements. Counted apart in the first of these histograms: "
-                f"{num_zero:,.0f} zeros, {num_nan:,.0f} NaN, {num_inf:,.0f} Inf.",
+                f"log10 of the absolute gradient elements{after}. Counted apart in the first of these histograms: "
+                f"{counted(int(num_zero), 'zero')}, {num_nan:,.0f} NaN, {num_inf:,.0f} Inf.",
             )
             for value, (num_zero, num_nan, num_inf) in values
         ]

@@ -69,7 +69,8 @@ class LogBaselines:
             return True
         if self._safe is None:
             self._safe = np.exp(np.minimum(self._limits - _ROUNDING, _MAX_LOG))
-        return bool((norms > self._safe).any())
+        is_above = norms > self._safe
+        return bool(is_above.item(is_above.argmax()))  # half the time of `any`
 
     def exceeded(self, logs: NDArray[np.float64], total: float) -> NDArray[np.int64]:
         """Indices of those that have left their history upwards, by themselves and against the rest.

@@ -6,12 +6,14 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 from lightning_gradguard.statistics.baseline import median
 
 _BLOCK = 8
 _BLOCKS = 8
+_EARLIER = 24
 _OLD = 2
 
 
@@ -22,6 +24,9 @@ class Trend:
     block medians, however, grow without a pause; so do those of a model that starts to learn late, but then the loss falls.
     The test for both is Mann and Kendall's: of the 28 pairs of blocks, how many more rise than fall. It knows ranks alone,
     so that multiplying the loss by a constant, or adding one, changes nothing.
+
+    What a norm rises to has to be new, too: above all blocks of the 192 steps before those. A rate that goes up and down
+    takes the norm along, as high each time as the time before.
 
     A loss falls if its last 8 steps lie below all blocks but the last two by more than neighbouring blocks usually differ.
     Without that margin a flat, noisy loss seems to fall in every seventh step; with it, in every twentieth.
@@ -41,6 +46,8 @@ class Trend:
         self._losses: list[float] = []
         self._norm_blocks: deque[float] = deque(maxlen=_BLOCKS)
         self._loss_blocks: deque[float] = deque(maxlen=_BLOCKS)
+        self._earlier: deque[float] = deque(maxlen=_EARLIER)
+        """Of the norm, before those 8."""
         self._new_low = -math.inf
 
     @property
@@ -66,6 +73,17 @@ class Trend:
         """Steps until a block is complete, as far as none is left out, >= 1."""
         return _BLOCK - len(self._norms)
 
+    def lowest_start(self, num_steps: int) -> float:
+        """The lowest median that the norm of a later block is compared with in so many coming steps; infinite if none is."""
+        num_after = len(self._norm_blocks) + (len(self._norms) + num_steps) // _BLOCK
+        first = max(len(self._norm_blocks) + 1 - _BLOCKS, 0)
+        return min(islice(self._norm_blocks, first, max(num_after + 1 - _BLOCKS, first)), default=math.inf)
+
+    @property
+    def largest_waiting(self) -> float:
+        """The largest norm of the block that is not complete yet; 0 where it is empty."""
+        return max(self._norms, default=0.0)
+
     def grows(self, by: float) -> bool:
         """Whether norm and loss have both been rising over all 64 steps, the norm by more than this factor."""
         return self.norm_grows(by) and _net_rises(self._loss_blocks) >= _MIN_LOSS_RISES
@@ -75,6 +93,7 @@ class Trend:
         return (
             len(self._norm_blocks) == _BLOCKS
             and self._norm_blocks[-1] > by * self._norm_blocks[0]
+            and self._norm_blocks[-1] > max(self._earlier, default=0.0)
             and _net_rises(self._norm_blocks) >= _MIN_NORM_RISES
         )
 
@@ -100,6 +119,8 @@ class Trend:
             self._losses.append(loss)
         if len(self._norms) < _BLOCK:
             return False
+        if len(self._norm_blocks) == _BLOCKS:
+            self._earlier.append(self._norm_blocks[0])
         self._norm_blocks.append(median(self._norms))
         self._norms.clear()
         if len(self._losses) >= _BLOCK:
@@ -115,7 +136,7 @@ class Trend:
 
     def restart(self) -> None:
         """Forget what was."""
-        for values in (self._norms, self._losses, self._norm_blocks, self._loss_blocks):
+        for values in (self._norms, self._losses, self._norm_blocks, self._loss_blocks, self._earlier):
             values.clear()
         self._new_low = -math.inf
 
@@ -126,6 +147,7 @@ class Trend:
             "losses": list(self._losses),
             "norm_blocks": list(self._norm_blocks),
             "loss_blocks": list(self._loss_blocks),
+            "earlier": list(self._earlier),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -133,6 +155,7 @@ class Trend:
         self._norms, self._losses = list(state["norms"]), list(state["losses"])
         self._norm_blocks = deque(state["norm_blocks"], maxlen=_BLOCKS)
         self._loss_blocks = deque(state["loss_blocks"], maxlen=_BLOCKS)
+        self._earlier = deque(state.get("earlier", ()), maxlen=_EARLIER)  # an earlier version did not keep them
         self._find_new_low()
 
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_gradguard.policy import require_int
+from lightning_gradguard.wording import counted
 
 Train = Callable[[Path], Any]
 
@@ -70,7 +71,7 @@ class KillReport:
             shown = outcome.differences[:_MAX_SHOWN]
             more = len(outcome.differences) - len(shown)
             lines += [f"killed after {outcome.killed_after:.2f} s: {difference}" for difference in shown]
-            lines += [f"killed after {outcome.killed_after:.2f} s: {more} more differences"] * (more > 0)
+            lines += [f"killed after {outcome.killed_after:.2f} s: {counted(more, 'more difference')}"] * (more > 0)
         return "\n".join(lines)
 
 
@@ -149,10 +150,10 @@ class _Runs:
             process.join(seconds)
             if signal_number is None:
                 process.kill()
-            elif process.exitcode is None:
+            elif process.exitcode is None:  # pragma: no branch - it may be over by now
                 os.kill(process.pid, signal_number)
             process.join(_PATIENCE_SECONDS)
-            if process.exitcode is None:
+            if process.exitcode is None:  # pragma: no cover - a training that hangs for minutes
                 process.kill()
                 raise RuntimeError(f"The training in {folder} did not end within {_PATIENCE_SECONDS} s of its signal.")
             if not (folder / _RESULT).exists():
@@ -215,4 +216,4 @@ def _differences_of_tensors(left: Tensor, right: Tensor) -> list[str]:
         return [f"{left.dtype} {list(left.shape)} against {right.dtype} {list(right.shape)}"]
     pair = [tensor.detach().cpu().contiguous().reshape(-1, 1).view(torch.uint8) for tensor in (left, right)]
     number = int((pair[0] != pair[1]).any(dim=1).sum())
-    return [f"{number:,} of {left.numel():,} elements differ"] if number else []
+    return [f"{number:,} of {counted(left.numel(), 'element')} {'differs' if number == 1 else 'differ'}"] if number else []

@@ -63,8 +63,7 @@ class ScaledClipping:
             self._has_warned = True
             warnings.warn(
                 "`clip_gradients` is called on gradients that are still multiplied by the GradScaler's scale, "
-                f"{self._scaler.get_scale():g}. Its limit then holds for the scaled numbers. Call "
-                "`self.trainer.precision_plugin.scaler.unscale_(optimizer)` before it, or let the guard clip: "
+                f"{self._scaler.get_scale():g}. Its limit then holds for the scaled numbers. Let the guard clip: "
                 "`GradGuard(clip=...)`, which sees true gradients.",
                 GuardWarning,
                 stacklevel=3,

@@ -23,7 +23,7 @@ from lightning_gradguard.trainer.conflicts import can_quarantine
 from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options
-from lightning_gradguard.trainer.packages import is_no_optimizer, rank_zero_info
+from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.precision import scaler_of
 from lightning_gradguard.trainer.progress import log_interval, request_stop
 from lightning_gradguard.trainer.raised import RaisedSteps
@@ -52,7 +52,7 @@ class Fit:
         history: what it may go on from.
 
     Raises:
-        ConflictError: for a strategy that can't be guarded.
+        ConflictError: for a strategy that can't be guarded, or not with these settings.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Fit:
         self._trainer = trainer
         self._module = module
         self._engine = engine_of(trainer)
+        self._engine.refuse_settings(settings)
         self._settings = settings
         self._options = options
         self._history = history
@@ -156,8 +157,9 @@ class Fit:
 
     def begin_batch(self, batch: Any, batch_idx: int) -> None:
         """Note where we are."""
-        if self.guards is None or self._incidents is None or self._skipped is None:
-            return
+        assert self.guards is not None
+        assert self._incidents is not None
+        assert self._skipped is not None
         self.guards.follow()
         self._skipped.forget()
         if self._step.begins:
@@ -180,21 +182,20 @@ class Fit:
 
     def step(self, optimizer: Optimizer) -> None:
         """Have the guard decide about a step, write a bad one down, and stop the training where that was decided."""
-        if self.guards is None or is_no_optimizer(optimizer) or not self._engine.is_step():
+        if self.guards is None or not self._engine.is_step() or self._step.is_skipped_by_lightning():
             return
-        if self._step.is_skipped_by_lightning():
+        if (index := self.guards.index_of(optimizer)) is None:
             return
-        index = self.guards.index_of(optimizer)
+        assert self._incidents is not None
+        assert self._skipped is not None
         guard = self.guards[index]
         try:
             guard.decide(self._step.position(index, self.guards))
         finally:
             self._step.end()
             self._last_guard = guard
-            if self._incidents is not None:
-                self._incidents.look_back(optimizer, guard)
-            if self._skipped is not None:
-                self._skipped.show(guard.hand_over_taken())
+            self._incidents.look_back(optimizer, guard)
+            self._skipped.show(guard.hand_over_taken())
         if guard.stopped_by is not None:
             request_stop(self._trainer)
         guard.leave()
@@ -204,8 +205,8 @@ class Fit:
         for part in (self._recovery, self._quarantine):
             if part is not None:
                 part.after_batch()
-        if self._incidents is not None:
-            self._incidents.close()
+        assert self._incidents is not None
+        self._incidents.close()
 
     def flush(self) -> None:
         """Learn of the last step.
@@ -231,7 +232,8 @@ class Fit:
         self.guards.close()
         if self._recovery is not None:
             self._recovery.detach()
-        rank_zero_info(summarize(self.totals, self.stopped_by))
+        is_manual = not self._module.automatic_optimization
+        rank_zero_info(summarize(self.totals, self.stopped_by, is_manual=is_manual))
 
     def take_down(self, *, in_exception: bool = False) -> None:
         """Leave nothing on Trainer, optimizers and callbacks.

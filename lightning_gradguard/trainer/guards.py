@@ -76,14 +76,15 @@ class Guards(Sequence[Pipeline]):
     def __getitem__(self, index: int | slice) -> Pipeline | Sequence[Pipeline]:
         return self._guards[index]
 
-    def index_of(self, optimizer: Optimizer) -> int:
-        """Number of an optimizer; a new one is taken in first."""
-        for _ in range(2):
-            for index, known in enumerate(self._optimizers):
-                if known is optimizer:
-                    return index
-            self.follow(optimizer)
-        raise AssertionError("an optimizer that was taken in is known")
+    def index_of(self, optimizer: Optimizer) -> int | None:
+        """Number of an optimizer; a new one is taken in first. None for what stands in where there is none."""
+        for index, known in enumerate(self._optimizers):
+            if known is optimizer:
+                return index
+        if is_no_optimizer(optimizer):
+            return None
+        self.follow(optimizer)
+        return next(index for index, known in enumerate(self._optimizers) if known is optimizer)
 
     def follow(self, stepping: Optimizer | None = None) -> None:
         """Look whether the Trainer has other optimizers by now. A fraction of a microsecond where it has not.
@@ -134,8 +135,7 @@ class Guards(Sequence[Pipeline]):
     @property
     def num_steps(self) -> int:
         """Decisions so far, those included of which the host has yet to learn."""
-        guards = self._all
-        return guards[0].num_steps if len(guards) == 1 else sum([guard.num_steps for guard in guards])
+        return sum([guard.num_steps for guard in self._all])
 
     def flush(self) -> None:
         """Learn of the last steps.

@@ -15,6 +15,8 @@ from contextlib import suppress
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+from lightning_gradguard.sinks.bars import bars_aside
+
 if TYPE_CHECKING:
     import lightning.pytorch as pl
     from lightning.pytorch.callbacks import Checkpoint
@@ -80,7 +82,17 @@ def tell_of_checkpoint(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
 def rank_zero_info(message: str) -> None:
     """Write to Lightning's log, on the first rank."""
     # The two share this function, and the rank that it knows; which of their logs it writes to, the one loaded last decides.
-    _find(_loaded()[0], "utilities.rank_zero_info")(message, stacklevel=_CALLER)
+    with bars_aside():
+        _find(_loaded()[0], "utilities.rank_zero_info")(message, stacklevel=_CALLER)
+
+
+def silences_loggers() -> bool:
+    """Whether Lightning's loggers stand for nothing in this process, since its rank is not the first's.
+
+    Not what the Trainer says of itself: each process that DDP starts runs the whole script again, and in it a fit on one
+    device, too, whose Trainer believes to be the first.
+    """
+    return bool(_find(_loaded()[0], "utilities.rank_zero_only").rank)
 
 
 def classes(path: str) -> tuple[type, ...]:
@@ -129,8 +141,8 @@ def _import_first() -> str:
         else:
             return package
     raise ModuleNotFoundError(
-        "GradGuard needs `lightning` or `pytorch-lightning`, got neither. Install one of them, for example with "
-        "`pip install 'lightning-gradguard[lightning]'`. `Guard`, for a loop of your own, needs neither.",
+        "GradGuard needs `lightning` or `pytorch-lightning`, got neither; extras of these names bring one: "
+        'pip install "lightning-gradguard[lightning]". `Guard`, for a loop of your own, needs neither.',
         name=PACKAGES[0],
     )
 

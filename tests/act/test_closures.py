@@ -11,6 +11,7 @@ from builders import mlp
 from torch.optim import SGD
 
 from lightning_gradguard import AutoClip, GradientError, Guard
+from lightning_gradguard.act import choice
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -128,8 +129,10 @@ def _loss(run):
     return loss
 
 
-def test_sam_each_evaluation_is_clipped():
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "queued"])
+def test_sam_each_evaluation_is_clipped(devices, monkeypatch):
     """Where torch's own clipping inside of the closure would clip."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", devices)
     run = Run(SAM, clip=0.01)
     run.step()
     assert run.norms == pytest.approx([0.01, 0.01], rel=1e-4)

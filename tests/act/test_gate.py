@@ -81,6 +81,17 @@ def test_lbfgs_bad_evaluation_undoes_the_whole_step(bad):
     assert not torch.equal(before[0], model[0].weight)
 
 
+def test_lbfgs_bad_gradients_outside_of_a_step_are_taken_away():
+    """There is nothing to put back then."""
+    model = mlp(3, 2)
+    guard = Guard(model.named_parameters(), LBFGS(model.parameters()))
+    before = [parameter.clone() for parameter in model.parameters()]
+    (model(torch.ones(2, 3)).sum() * math.nan).backward()
+    assert guard.step().decision.skip
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_alert_in_a_trainers_loop_says_where():
     """Epoch, batch and optimizer, where they are known."""
     parameter = torch.nn.Parameter(torch.ones(2))

@@ -16,7 +16,9 @@ from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.gate import Gate
 from lightning_gradguard.act.on_device import OnDevice
 from lightning_gradguard.act.queued import Queued
+from lightning_gradguard.clippers import FactorClipper
 from lightning_gradguard.judge.judge import SkipThreshold
+from lightning_gradguard.measure.logged import Logged
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.step import StepMeter
 
@@ -27,9 +29,20 @@ FUSED = {
     "adamw": lambda parameters: AdamW(parameters, lr=1e-3, fused=True),
     "adagrad": lambda parameters: Adagrad(parameters, lr=1e-3, fused=True),
 }
+
+
+class OwnClip(FactorClipper):
+    """One of the user's, which minds a norm that is not finite."""
+
+    def coefficient(self, gradients, global_norm):
+        """To 0.5."""
+        return 0.5 / global_norm.clamp(min=0.5)
+
+
 SETTINGS = {
     "defaults": dict,
     "clip": lambda: {"clip": 0.5},
+    "own clip": lambda: {"clip": OwnClip()},
     "skip": lambda: {"clip": 1.0, "explosion": "skip"},
     "patience": lambda: {"explosion": Explosion("skip", patience=2)},
     "max_norm": lambda: {"explosion": Explosion("skip", max_norm=50.0), "nonfinite": "warn"},
@@ -102,6 +115,77 @@ def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
     torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
 
 
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        (1e25, "the norm of the gradient of `0` is infinite: an element is, or float32 can't hold the sum of their squares"),
+        (9e18, "the global gradient norm is beyond what float32 can hold, although that of each gradient is not"),
+        (math.nan, "the gradient of `0` holds NaN; the norms of 1 more of 2 gradients are not finite"),
+    ],
+)
+def test_device_that_has_skipped_a_step_by_its_norm_is_said_to_and_nothing_is_counted(element, said, monkeypatch):
+    """The gradients are gone by then: whether their elements are finite is not known."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = AdamW(parameters, lr=0.1, fused=True)
+    guard = Guard([(str(index), parameter) for index, parameter in enumerate(parameters)], optimizer)
+    for step in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.full((4,), element if step == 2 else 1.0)
+        before = parameters[0].detach().clone()
+        guard.step()
+        optimizer.step()
+    guard.flush()
+    assert torch.equal(parameters[0].detach(), before)
+    assert guard.last.totals.num_skipped == 1
+    assert said in guard.alerts[-1].message
+    assert "The step is skipped." in guard.alerts[-1].message
+    assert not guard.last.measurement.is_counted
+
+
+def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one(monkeypatch):
+    """Those of the parameters are known by then."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    parameters = [nn.Parameter(torch.zeros(1)) for _ in range(2)]
+    optimizer = AdamW(parameters, fused=True)
+    guard = Guard([("p", parameters[0]), ("q", parameters[1])], optimizer, nonfinite="warn", explosion=None)
+    for value in (1.0, 3e38):  # the first step is decided at once
+        for parameter in parameters:
+            parameter.grad = torch.full((1,), value)
+        guard.step()
+        optimizer.step()
+    assert guard.is_pending
+    guard.flush()
+    assert not guard.is_pending
+    assert guard.last.measurement.overflowed
+    assert guard.last.measurement.nonfinite == ()
+    assert guard.last.measurement.global_norm == pytest.approx(3e38 * math.sqrt(2.0))
+
+
+@pytest.mark.parametrize("devices", [set(), {"cpu"}], ids=["at once", "deferred"])
+def test_window_with_a_loss_that_is_nan_is_skipped_also_where_gradients_are_finite(devices, monkeypatch):
+    """The device compares what it was told of each of the two backward passes."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", devices)
+    torch.manual_seed(0)
+    model, seen = nn.Linear(4, 1), []
+    optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
+    guard = Guard(model.named_parameters(), optimizer, sinks=[lambda record: seen.append(record.decision.skip)])
+    weights = []
+    for step in range(5):
+        weights.append(model.weight.detach().clone())
+        for micro_batch in range(2):
+            loss = model(torch.randn(3, 4)).square().mean() + (math.nan if (step, micro_batch) == (3, 0) else 0.0)
+            guard.before_backward(loss)
+            loss.backward()
+        guard.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.flush()
+    assert seen == [False, False, False, True, False]
+    assert torch.equal(weights[4], weights[3])
+    assert not torch.equal(weights[3], weights[2])
+
+
 class Always(Detector):
     """Skips every step, by its own reasons."""
 
@@ -133,7 +217,7 @@ def meta_step(optimizer_of, clipper):
         parameter.grad = torch.empty_like(parameter)
     watched = WatchedParameters(model.named_parameters(), optimizer)
     gate = Gate(watched, clipper, Buffers(model.named_buffers()), uses_scaler=False)
-    meter = StepMeter(watched, None)
+    meter = StepMeter(watched, None, Logged())
     meter.before_backward(torch.empty((), device="meta"))
     return choice.executor_for(gate, watched), meter.measure(Position(step=0))
 

@@ -17,6 +17,7 @@ pytest.importorskip("typer")
 
 from typer.testing import CliRunner
 
+from lightning_gradguard.cli.alerts import Runs
 from lightning_gradguard.cli.commands import app
 
 ALERT = {
@@ -71,6 +72,14 @@ def test_file_that_can_not_be_read_is_exit_code_2(tmp_path):
     written(tmp_path / "b", ALERT)
     done = call("alerts", tmp_path)
     assert (done.exit_code, "1 alert." in done.stdout, "can't be read" in done.stderr) == (0, True, True)
+
+
+def test_file_that_can_not_be_read_is_said_once_while_it_is_followed(tmp_path, capsys):
+    """Not with every look at it."""
+    (tmp_path / "a" / "gradguard" / "alerts.jsonl").mkdir(parents=True)
+    runs = Runs(tmp_path)
+    assert [list(runs.read(is_growing=True)) for _ in range(3)] == [[], [], []]
+    assert capsys.readouterr().err.count("can't be read") == 1
 
 
 def test_names_are_shown_as_they_are_and_escape_codes_are_made_visible(tmp_path):

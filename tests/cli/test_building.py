@@ -91,6 +91,7 @@ def test_checkpoint_gives_its_hyper_parameters(tmp_path):
         ("some_nets:Net", (), "takes (width, depth=1, name='n')"),
         ("some_nets:Net", ("width",), "`--arg` must look like name=value, got 'width'"),
         ("builtins:dict", ("a=1",), "gave an object of type dict"),
+        ("builtins:type", ("a=1",), "takes (...)"),
     ],
 )
 def test_module_that_can_not_be_made_is_said(path, arguments, said, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from lightning_gradguard.cli import main
 from lightning_gradguard.cli.commands import app
+from lightning_gradguard.cli.terminal import make_output_safe
 from lightning_gradguard.forensics.bundle import Bundle, versions
 
 ALERT = {
@@ -92,7 +94,15 @@ def test_alerts_can_be_chosen_by_kind(call, tmp_path):
     written(tmp_path / "run", ALERT, {**ALERT, "kind": "explosion"}, {**ALERT, "kind": "vanishing"})
     assert "1 alert." in call("alerts", "run", "--kind", "explosion").output
     assert "2 alerts." in call("alerts", "run", "-k", "explosion", "-k", "vanishing").output
-    assert "No alerts below" in call("alerts", "run", "--kind", "overflow").output
+    assert "No alerts below run.\n" in call("alerts", "run", "--kind", "overflow").output
+
+
+def test_alerts_of_the_folder_gradguard_are_those_of_its_run(call, tmp_path):
+    """It is the folder that people find; and where there is none, that is said."""
+    written(tmp_path / "run", ALERT)
+    assert "1 alert." in call("alerts", "run/gradguard").output
+    (tmp_path / "empty").mkdir()
+    assert "there is no gradguard/alerts.jsonl" in call("alerts", "empty").output.replace("\n", " ")
 
 
 def test_replay_without_a_module_prints_the_report(call, tmp_path):
@@ -143,6 +153,25 @@ def test_replay_says_what_is_wrong_with_the_module(call, tmp_path, module, match
     done = call("replay", saved_bundle(tmp_path), "--module", module)
     assert done.exit_code == 2
     assert match in done.output.replace("\n", " ")
+
+
+@pytest.mark.parametrize("option", [("--arg", "width=3"), ("--checkpoint", "last.ckpt")])
+def test_replay_refuses_arguments_without_a_module(call, tmp_path, option):
+    """They would be for nothing."""
+    (tmp_path / "last.ckpt").touch()
+    done = call("replay", saved_bundle(tmp_path), *option)
+    assert done.exit_code == 2
+    assert "`--arg` and `--checkpoint` are for `--module`" in done.output
+
+
+def test_output_is_made_safe_also_where_it_is_no_file(monkeypatch):
+    """A notebook has a stream of its own, which takes any character."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    make_output_safe()
+    sys.stdout.write("\u00e9")
+    sys.stderr.write("\u00e9")
+    assert (sys.stdout.getvalue(), sys.stderr.errors) == ("\u00e9", "backslashreplace")
 
 
 def test_replay_of_another_file_is_refused(call, tmp_path):

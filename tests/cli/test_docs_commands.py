@@ -56,6 +56,7 @@ def run(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.syspath_prepend(str(ROOT / "examples"))
+        patch.syspath_prepend(str(ROOT))
         first_alert = importlib.import_module("first_alert")
         with pytest.warns(GradientWarning, match="Nonfinite"):
             first_alert.main(first_alert.Head())
@@ -77,10 +78,13 @@ def test_command_of_the_package_runs(command, run):
         "KIND": "explosion",
         "package.module:function": "my_pkg:build",
     }
+    page = " ".join((ROOT / "docs" / "tutorial.md").read_text(encoding="utf-8").split())
     for text in {re.sub(r"\[.*?\]", "", command), re.sub(r"[\[\]]", "", command)}:
         _, *arguments = shlex.split(text)
         result = CliRunner(env={"COLUMNS": "80"}).invoke(app, [names.get(each, each) for each in arguments])
         assert result.exit_code == 0, f"{text}: {result.output}"
+        if ":cured" in text:  # the tutorial shows what it says in the end
+            assert " ".join(result.output.partition("Replayed:")[2].split()) in page
 
 
 def is_known(command):

@@ -82,6 +82,22 @@ def test_object_in_a_file_is_not_run_unless_trusted(tmp_path):
     assert isinstance(read(path, trust=True)["a"], nn.Linear)
 
 
+class Bomb:
+    """Its own code fails when it is read."""
+
+    def __setstate__(self, state):
+        raise RuntimeError("no such device\nmore")
+
+
+def test_trusted_file_whose_own_code_fails_is_said_so(tmp_path):
+    """In one line."""
+    bomb = Bomb()
+    bomb.value = 1
+    torch.save({"a": bomb}, tmp_path / "bomb.pt")
+    with pytest.raises(UnreadableError, match=r"can't be read: RuntimeError: no such device$"):
+        read(tmp_path / "bomb.pt", trust=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive"])
 def test_file_that_is_no_checkpoint_is_said_so(tmp_path, content):
     """Empty, or broken off."""

@@ -22,8 +22,9 @@ from toys import Net, make_batches
 
 from lightning_gradguard import Culprit, GradGuard, GradientWarning
 from lightning_gradguard.cli.commands import app
-from lightning_gradguard.cli.report.content import read
-from lightning_gradguard.cli.report.render import ranges, to_html
+from lightning_gradguard.cli.report.content import RunReport, read
+from lightning_gradguard.cli.report.figures import unfolded
+from lightning_gradguard.cli.report.render import MAX_RUNS, at_length, ranges, to_html
 
 HOSTILE = "</script><img src=x onerror=alert(1)>"
 
@@ -127,7 +128,7 @@ def test_report_of_a_folder_without_runs_says_what_a_run_is(tmp_path):
     """And writes nothing."""
     done = run(tmp_path, "-o", tmp_path / "r.html")
     assert done.exit_code == 2
-    assert "There is no run with data of GradGuard" in " ".join(done.output.split())
+    assert "There is no run with data of GradGuard in or below" in " ".join(done.output.split())
     assert not (tmp_path / "r.html").exists()
 
 
@@ -163,6 +164,41 @@ def test_report_without_plotly_leaves_the_plots_out_and_says_so(logs, monkeypatc
     assert "nonfinite at step 12" in text
 
 
+def test_report_of_an_alerts_file_is_that_of_its_run(logs):
+    """Whichever of the two is named."""
+    (report,) = read(logs / "bare" / "gradguard" / "alerts.jsonl")
+    (expected,) = read(logs / "bare")
+    assert report.to_dict() == expected.to_dict()
+    assert len(report.alerts) == 1
+
+
+def test_report_of_many_runs_tells_of_those_with_alerts():
+    """The first of the others follow."""
+    reports = [RunReport(str(number), {}, [{}] * (number == MAX_RUNS), {}, (), Path()) for number in range(MAX_RUNS + 1)]
+    assert [report.name for report in at_length(reports)] == [str(MAX_RUNS), *map(str, range(MAX_RUNS - 1))]
+    assert at_length(reports[:2]) == reports[:2]
+
+
+def test_report_of_a_flat_model_shows_as_many_parameters_as_there_is_room_for(tmp_path):
+    """There is no module to fold them into."""
+    layout = layout_of(*(f"p{index}" for index in range(9)))
+    write_for_tab(tmp_path / "run", [record_at(0, layout, np.arange(1.0, 10.0))])
+    (report,) = read(tmp_path)
+    snapshot = report.series[0].snapshot()
+    assert [snapshot.tree.paths[node] for node in unfolded(snapshot, most=3)] == ["p0", "p1", "p2"]
+
+
 def test_ranges_many_stretches_are_cut():
     """A run that skips every other step is no page of numbers."""
     assert ranges(range(0, 1000, 2), most=2) == "0, 2 and 498 more stretches"
+
+
+@pytest.mark.parametrize("format_", ["html", "md"])
+def test_report_of_half_a_surrogate_pair_is_written(format_, tmp_path):
+    """JSON can hold one, UTF-8 can't."""
+    path = tmp_path / "run" / "gradguard" / "alerts.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"step": 1, "kind": "nonfinite", "action": "skip", "message": "NaN in \ud800."}))
+    outcome = run(tmp_path / "run", "--format", format_, "--output", tmp_path / "report")
+    assert outcome.exit_code == 0, outcome.output
+    assert "ud800" in (tmp_path / "report").read_text("utf-8")

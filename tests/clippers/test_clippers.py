@@ -52,6 +52,26 @@ def test_clip_norm_float32_equals_torch_to_the_last_bit(norm_type, max_norm):
     assert_close(ours, theirs, rel=0)
 
 
+def test_factor_on_the_host_is_that_of_the_kernels_to_the_last_bit():
+    """Over all sizes of norms, and limits around them."""
+    norms = torch.exp(torch.empty(5000).uniform_(-30.0, 60.0))
+    for norm, share in zip(norms, torch.empty(5000).uniform_(0.001, 1.1).tolist(), strict=True):
+        clipper = ClipNorm(share * float(norm))
+        assert clipper.coefficient_on_host(float(norm)) == float(clipper.coefficient(Gradients([]), norm))
+
+
+def test_subclass_with_a_rule_of_its_own_keeps_it():
+    """The host doesn't compute the one that it replaces."""
+
+    class Half(ClipNorm):
+        def coefficient(self, gradients, global_norm):
+            return torch.full_like(global_norm, 0.5)
+
+    (parameter,) = with_grads(torch.ones(4))
+    assert clip(Half(1.0), [parameter]).coef == 0.5
+    assert parameter.grad.tolist() == [0.5] * 4
+
+
 # torch takes the norm of half-precision gradients in half precision and rounds it there: half of eps of that dtype, for
 # each of up to three roundings. Ours stays in float32, and the products are rounded once more.
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float64: 0.0, torch.complex64: 0.0}

@@ -414,9 +414,9 @@ def test_grouped_damaged_group_leaves_the_others_clipped():
 
 def test_grouped_changed_groups_start_afresh_with_a_warning():
     """Groups that are as they were keep their history."""
-    saved = Grouped({"a": AutoClip(), "b": ZClip()})
+    saved = Grouped({"a": AutoClip(), "b": ZClip(), "d": None})
     clip(saved, with_grads(torch.ones(1), torch.ones(1)), names=["a", "b"])
-    resumed = Grouped({"a": AutoClip(), "b": AutoClip(), "c": 1.0})
+    resumed = Grouped({"a": AutoClip(), "b": AutoClip(), "c": 1.0, "d": None})
     with pytest.warns(GuardWarning) as warned:
         resumed.load_state_dict(through_checkpoint(saved.state_dict()))
     messages = [str(one.message) for one in warned]

@@ -222,7 +222,7 @@ def test_vanishing_floor_fires_unless_the_loss_is_zero(loss, fires):
     verdict = detector.observe(measurement([1e-14, 1e-14], loss=loss))
     assert (verdict is not None) == fires
     if fires:
-        assert "has been below 1e-12 for 1 steps" in verdict.message
+        assert "has been below 1e-12 for 1 step" in verdict.message
 
 
 def test_vanishing_biases_and_gains_do_not_count():
@@ -388,8 +388,63 @@ def test_vanishing_branch_that_lived_and_died_is_an_alert():
     """Also where it was noted before."""
     unused, used = measurement([1.0, 0.0, 1.0, 1.0], loss=1.0), measurement([1.0, 1.0, 1.0, 1.0], loss=1.0)
     detector = Vanishing()
-    assert hits(detector, [unused] * 30 + [used] * 5 + [unused] * 25) == [19, 54, 55, 56, 57, 58, 59]
+    assert hits(detector, [unused] * 30 + [used] * 60 + [unused] * 25) == [19, 109, 110, 111, 112, 113, 114]
     assert not detector.observe(unused).is_note
+
+
+def test_vanishing_module_that_few_batches_use_rests_and_may_die_all_the_same():
+    """One step in twenty has a gradient, as of an embedding of something rare; then none has, and then it takes longer."""
+    uses = np.random.default_rng(0).random(1000) < 0.05
+    steps = [measurement([1.0, float(used), 1.0, 1.0], loss=1.0) for used in uses]
+    detector = Vanishing()
+    found = hits(detector, steps)
+    assert found in ([], [19])  # a note where the first 20 steps don't use it
+    died = hits(detector, [measurement([1.0, 0.0, 1.0, 1.0], loss=1.0)] * 600)
+    assert 150 < died[0] < 500
+
+
+def sinking(loss_after):
+    """A norm that falls to a ten-millionth, and a loss that then is what it is."""
+    random = np.random.default_rng(0)
+    norms = [1.0] * 40 + [1e-7] * 100
+    losses = [-0.7] * 40 + [loss_after] * 100
+    noise = 1.0 + 0.05 * random.standard_normal((2, 140))
+    return [
+        measurement([norm * one] * 4, loss=loss * other)
+        for norm, loss, one, other in zip(norms, losses, *noise.tolist(), strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("loss", "is_found"), [(-1e-8, True), (-0.7, True), (-0.9, False)])
+def test_vanishing_norm_that_sinks_is_a_finding_unless_the_loss_falls_with_it(loss, is_found):
+    """A generator whose discriminator wins has a loss that rises to zero; a training that converges one that falls."""
+    steps = sinking(loss)
+    detector = Vanishing()
+    verdicts = [judge(detector, step) for step in steps]
+    assert [at for at, verdict in enumerate(verdicts) if verdict is not None] == (list(range(79, 140)) if is_found else [])
+    if is_found:
+        assert "has fallen from 1.98 to 2.02e-07" in verdicts[-1].message
+        assert verdicts[-1].value < verdicts[-1].limit
+
+
+def test_explosion_usual_norm_in_a_message_is_the_one_that_the_limit_counts_from():
+    """Where a norm rises fast, the last few steps are above the limit of the whole window."""
+    detector = Explosion()
+    verdicts = [judge(detector, measurement([1.2**step], loss=1.0)) for step in range(65)]
+    assert verdicts[:64] == [None] * 64
+    usual = float(verdicts[64].message.partition("its usual ")[2].partition(" ")[0])
+    assert usual < verdicts[64].limit < verdicts[64].value
+
+
+def test_explosion_rate_that_goes_up_and_down_is_no_growth():
+    """The norm rises ninefold within 40 steps, but no higher than before."""
+    random = np.random.default_rng(1)
+    waves = 3.0 ** np.sin(2.0 * np.pi * np.arange(600) / 80.0)
+    noise = np.exp(0.2 * random.standard_normal(600))
+    steps = [
+        measurement([norm], loss=float(loss)) for norm, loss in zip(waves * noise, 1.0 + 0.1 * np.log(waves), strict=True)
+    ]
+    assert hits(Explosion(), steps) == []
 
 
 def test_vanishing_most_of_the_network_without_gradient_is_an_alert():

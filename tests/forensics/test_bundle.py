@@ -159,3 +159,41 @@ def test_rerun_says_what_does_not_fit(module, batches, match):
     """Before anything is run."""
     with pytest.raises(ValueError, match=match):
         rerun(module, Bundle(ALERT, batches=batches))
+
+
+class Raises(Divides):
+    """Does not bear NaN."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if bool(loss.isnan()):
+            raise ValueError("NaN")
+        return loss
+
+
+def test_rerun_of_a_step_that_raises_names_the_operator():
+    """Its loss counts as NaN, as the guard has counted it."""
+    torch.manual_seed(0)
+    again = rerun(Raises(), Bundle(ALERT, batches=[entry(bad_batch())]))
+    assert [math.isnan(loss) for loss in again.losses] == [True]
+    assert again.culprit.op == "div"
+
+
+class Picky(Divides):
+    """Refuses a batch without anything large."""
+
+    def training_step(self, batch, batch_idx):
+        if float(batch[1].max()) < 100.0:
+            raise ValueError("nothing large")
+        return super().training_step(batch, batch_idx)
+
+
+def test_rerun_of_an_explosion_whose_sample_can_not_be_exchanged_goes_on_without_that():
+    """What the step itself shows is there."""
+    torch.manual_seed(0)
+    x, y = torch.rand(6, 4) + 0.5, torch.zeros(6, 1)
+    y[4] = 1000.0
+    again = rerun(Picky(), Bundle({**ALERT, "kind": "explosion"}, batches=[entry((x, y))]))
+    assert len(again.losses) == 1
+    assert again.norm > 100.0
+    assert again.culprit is None or again.culprit.samples is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import UserDict, deque
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gradguard.forensics.comparison import compare_gradients
 from lightning_gradguard.forensics.nonfinite.layout import layout_of, leaves_of
 from lightning_gradguard.forensics.nonfinite.proof import Proof
 from lightning_gradguard.forensics.nonfinite.samples import Batch, exchanged
@@ -196,6 +197,40 @@ def test_proof_finds_the_samples(bad):
 def test_proof_does_not_hold_where_samples_fail_only_together():
     """Two that are equal, say: neither is enough."""
     assert not Proof(lambda rows: {1, 2} <= {*rows}, 8, 24).holds([1, 2])
+
+
+def test_proof_does_not_hold_for_nobody_or_for_most_of_the_batch():
+    """Nothing is run for that."""
+    proof = Proof(lambda rows: pytest.fail("asked"), 8, 24)
+    assert [proof.holds(suspects) for suspects in ([], [0, 1, 2, 3, 4])] == [False, False]
+
+
+def test_exchange_in_a_mapping_of_its_own_kind_keeps_the_kind():
+    """As tokenized texts have one."""
+    batch = UserDict(x=torch.arange(3.0), names=["a"])
+    other = exchanged(batch, layout_of(batch), [2, 1, 0])
+    assert type(other) is UserDict
+    assert other["x"].tolist() == [2.0, 1.0, 0.0]
+    assert batch["x"].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_gradients_of_another_shape_or_that_are_gone_are_not_alike():
+    """There is nothing to compare."""
+    parameters = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    assert compare_gradients({}, parameters) == (False, None)
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
+    assert compare_gradients({id(parameters[0]): torch.ones(2)}, parameters) == (False, None)
+    assert compare_gradients({id(it): torch.ones(3) for it in parameters}, parameters) == (False, None)
+    assert compare_gradients({id(it): torch.ones(2) for it in parameters}, parameters) == (True, 0.0)
+
+
+def test_array_that_has_become_read_only_is_left_as_it_is():
+    """Nobody can have written to it since."""
+    module = Rich()
+    with unchanged(module):
+        module.array.flags.writeable = False
+    assert module.array.tolist() == [0.0, 0.0]
 
 
 def test_proof_gives_up_where_no_samples_are_to_blame():

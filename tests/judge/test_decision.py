@@ -228,3 +228,10 @@ def test_decide_hit_after_silence_is_reported(hits, cooldown):
             assert not told[step]
         num_reported += told[step]
         last = step if hit else last
+
+
+def test_streak_of_a_damaged_state_reminds_of_nothing():
+    """When it was told is missing."""
+    streak = Streak(began_at=0, last_at=3, num_found=4, num_recent=1, alerted_action=Action.WARN)
+    after, action, is_told = streak.hit(900, Policy(Action.WARN, cooldown=1000), replace(HIT, is_dire=True))
+    assert (after.num_found, action, is_told) == (5, Action.WARN, False)

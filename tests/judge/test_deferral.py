@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from lightning_gradguard.alert import ParameterReport
-from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, UpdateRatio, Vanishing
+from lightning_gradguard.detectors.base import Deferral
 from lightning_gradguard.judge.judge import Judge
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.record import Damage, Measurement, Verdict
@@ -33,6 +34,10 @@ def _growth(norms, step, random):
     return norms * 1.06 ** max(step - 150, 0)
 
 
+def _waves(norms, step, random):
+    return norms * np.exp(2.5 * np.sin(step / 25.0))
+
+
 def _dies(norms, step, random):
     norms[2] *= step < 100
     return norms
@@ -46,6 +51,15 @@ def _unused(norms, step, random):
 def _branch(norms, step, random):
     norms[2] *= 100 <= step < 106 + random.integers(3)
     return norms
+
+
+def _rests(norms, step, random):
+    norms[2] *= random.random() < 0.1
+    return norms
+
+
+def _sinks(norms, step, random):
+    return norms * (1e-6 if step >= 150 else 1.0)
 
 
 def _fades(norms, step, random):
@@ -70,9 +84,12 @@ CHANGES = {
     "spikes": _spikes,
     "one parameter": _one_parameter,
     "growth": _growth,
+    "waves": _waves,
     "dies": _dies,
     "unused": _unused,
     "branch": _branch,
+    "rests": _rests,
+    "sinks": _sinks,
     "fades": _fades,
     "unfreezes": _unfreezes,
     "damage": _damage,
@@ -86,6 +103,7 @@ def steps(kind, seed):
     for step in range(NUM_STEPS):
         norms = scales * np.exp(random.normal(0.0, 0.8 if kind == "noisy" else 0.2, len(scales)))
         loss = float(3.0 * np.exp(-step / 200.0) + random.normal(0.0, 0.1) + 0.01 * (kind == "growth") * max(step - 150, 0))
+        loss += 3.0 * (kind == "sinks" and step >= 150)
         if (change := CHANGES[kind]) is not None:
             norms = change(norms, step, random)
         has_grad = np.ones(len(norms), dtype=np.bool_)
@@ -100,6 +118,26 @@ def steps(kind, seed):
             damage=Damage(0) if bad else None,
             nonfinite=bad,
         )
+
+
+class OwnLimit(Detector):
+    """One of the user's that says how far it can wait, and leaves the rest as it is."""
+
+    name = "own"
+
+    def __init__(self):
+        super().__init__("warn")
+        self.num_seen = 0
+
+    def observe(self, measurement: Measurement) -> Verdict | None:
+        self.num_seen += 1
+        return Verdict("own", measurement.global_norm, 40.0, "large", "none") if measurement.global_norm > 40.0 else None
+
+    def deferral(self) -> Deferral | None:
+        return Deferral(7, 40.0)
+
+    def state_dict(self):
+        return {"num_seen": self.num_seen}
 
 
 @pytest.mark.parametrize("kind", CHANGES)
@@ -125,6 +163,55 @@ def test_deferred_steps_lead_to_the_same_verdicts_limits_and_state(kind, seed):
             assert [verdict.message for verdict in again.verdicts] == [verdict.message for verdict in judgement.verdicts]
     assert deferring.state_dict() == plain.state_dict()
     assert num_deferred > (NUM_STEPS // 2 if CHANGES[kind] is None else 0)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: Explosion("stop", max_norm=30.0, ratio=None),
+        lambda: Explosion(min_share=None, adapt_after=3),
+        lambda: Explosion(window=4, warmup_steps=2),
+        UpdateRatio,
+        OwnLimit,
+    ],
+    ids=["absolute", "norm alone", "short", "update ratio", "own"],
+)
+@pytest.mark.parametrize("kind", ["calm", "growth", "spikes", "one parameter"])
+def test_deferred_steps_lead_to_the_same_with_other_settings(made, kind):
+    """Whatever a detector looks at, and with the default way to catch up."""
+    plain, deferring = Judge([made()]), Judge([made()], can_defer=True)
+    num_deferred = 0
+    for measurement in steps(kind, 0):
+        expected = plain.judge(measurement)
+        if deferring.defer(measurement):
+            num_deferred += 1
+            assert (expected.verdicts, expected.decision.skip) == ((), False)
+        else:
+            assert deferring.judge(measurement).decision == expected.decision
+    assert deferring.state_dict() == plain.state_dict()
+    assert num_deferred
+
+
+def test_own_detector_without_a_word_about_it_defers_nothing():
+    """So that nothing escapes it."""
+    assert OwnLimit().can_defer(next(steps("calm", 0)))
+    assert Detector.deferral(OwnLimit()) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "shapes", "scale"),
+    [(["a.scale", "b.bias"], [(8,), (8,)], 1.0), (["a.weight"], [(8, 8)], 1e150), (["a.weight"], [(8, 8)], 1e-14)],
+)
+def test_vanishing_looks_at_unusual_models_and_norms_as_if_nothing_had_been_deferred(names, shapes, scale):
+    """No module that could die, a norm that float64 can't square, and one as small as that of a loss at its end."""
+    layout = Layout.of(names, shapes)
+    plain, deferring = Judge([Vanishing()]), Judge([Vanishing()], can_defer=True)
+    for step in range(60):
+        norms = np.full(len(names), scale * (1.0 + step % 3))
+        measurement = Measurement(layout, norms, np.ones(len(names), dtype=np.bool_), float(norms.max()), loss=0.0)
+        assert plain.judge(measurement).verdicts == ()
+        assert deferring.defer(measurement) or deferring.judge(measurement).verdicts == ()
+    assert deferring.state_dict() == plain.state_dict()
 
 
 def test_state_that_is_saved_amid_deferred_steps_resumes_to_the_same_end():

@@ -127,10 +127,10 @@ def test_update_ratio_that_settles_is_no_hit():
 
 def test_update_ratio_that_comes_near_is_measured_at_each_step():
     """What grows is found soon after."""
-    detector = UpdateRatio(every_n_steps=50)
-    for step in range(60):
+    detector = UpdateRatio()
+    for step in range(1, 161):
         detector.observe(measurement([1.0]))
-        assert detector.needs_update() == (step < 9 or step == 49)
+        assert detector.needs_update() == (step < 10 or step == 150 or (step % 10 == 0 and step <= 100))
     judged(detector, [0.12])
     assert detector.needs_update()
     judged(detector, [0.05])
@@ -244,3 +244,29 @@ def test_update_meter_leaves_out_what_holds_no_plain_numbers():
     found = meter.read_(parameters)
     assert found[0].isnan()
     assert float(found[1]) == pytest.approx(1.0)
+
+
+def test_update_of_matrices_of_several_precisions_is_measured_together():
+    """Each by its own definition."""
+    layers = [torch.nn.Linear(3, 4), torch.nn.Linear(4, 2).double()]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    meter = UpdateMeter()
+    meter.start_(parameters)
+    before = copy.deepcopy(parameters)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.mul_(1.25).add_(0.1)
+    found = meter.read_(parameters)
+    assert found[[0, 2]].tolist() == pytest.approx(
+        [expected(before[index], parameters[index]) for index in (0, 2)], rel=1e-4
+    )
+
+
+def test_update_of_a_matrix_of_another_size_by_now_is_not_known():
+    """Somebody has put other data into it."""
+    layer = torch.nn.Linear(3, 4)
+    parameters = list(layer.parameters())
+    meter = UpdateMeter()
+    meter.start_(parameters)
+    layer.weight.data = torch.ones(5, 3)
+    assert meter.read_(parameters) is None

@@ -56,6 +56,14 @@ def test_copy_into_earlier_copy_uses_its_memory():
     assert isinstance(second[1], HostTensor)
 
 
+def test_copy_of_a_sparse_tensor_comes_back():
+    """Nothing of it can be written in place."""
+    live = torch.tensor([0.0, 2.0]).to_sparse()
+    saved = copy_to_host([live])
+    (back,) = put_back(saved, [torch.zeros(2).to_sparse()])
+    assert back.to_dense().tolist() == [0.0, 2.0]
+
+
 def test_num_bytes_of_a_tree_counts_its_tensors():
     """And of a copy the same."""
     assert num_bytes(TREE) == 6 * 4 + 8 + 2 * 2 == num_bytes(copy_to_host(TREE))
@@ -121,6 +129,10 @@ def test_quarantine_file_with_half_a_line_gives_the_others(tmp_path):
     with (tmp_path / "deep" / "quarantine.jsonl").open("a") as raw:
         raw.write('{"epoch": 1, "sam')
     assert file.read()[0] == {3, 4}
+    with (tmp_path / "deep" / "quarantine.jsonl").open("a") as raw:
+        raw.write('\n{"epoch": 2}\n{"samples": "7"}\n{"samples": [8, 9.5]}\n{"samples": [5]}\n')
+    samples, left_out = file.read()
+    assert (samples, left_out.count) == ({3, 4, 5}, 4)
     assert "quarantine.jsonl" in repr(file)
 
 
@@ -149,6 +161,7 @@ def test_rollback_in_a_guard_without_a_trainer_is_refused():
         Guard(nn.Linear(2, 1).named_parameters(), nonfinite="rollback")
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:Sparse CSR tensor support")
 def test_nonfinite_tensors_are_named():
     """NaN and Inf, in any dtype; what is large is not."""
     big = torch.full((3,), torch.finfo(torch.float32).max)
@@ -160,8 +173,14 @@ def test_nonfinite_tensors_are_named():
         "float8": torch.ones(2).to(torch.float8_e4m3fn),
         "empty": torch.zeros(0),
         "whole": torch.ones(2, dtype=torch.int64),
+        "coo": torch.tensor([0.0, float("nan")]).to_sparse(),
+        "csr": torch.tensor([[0.0, float("nan")]]).to_sparse_csr(),
+        "mkldnn": torch.tensor([0.0, float("inf")]).to_mkldnn(),
+        "nested": torch.nested.nested_tensor([torch.ones(2), torch.tensor([float("nan")])]),
+        "jagged": torch.nested.nested_tensor([torch.ones(2), torch.tensor([float("nan")])], layout=torch.jagged),
         "nan": torch.tensor([[0.0, float("nan")]]),
     }
-    assert find_nonfinite(tensors.items()) == ["half", "complex", "nan"]
+    layouts = ["coo", "csr", "mkldnn", "nested", "jagged"]
+    assert find_nonfinite(tensors.items()) == ["half", "complex", *layouts, "nan"]
     masks = {"mask": torch.tensor([0.0, -float("inf")]), "damaged": torch.tensor([-float("inf"), float("nan")])}
     assert find_nonfinite(masks.items(), may_be_infinite=True) == ["damaged"]

@@ -25,7 +25,8 @@ def test_summary_without_alerts_says_none():
 def test_summary_without_a_step_says_why():
     """Otherwise a guard that never saw one looks like a healthy run."""
     assert "no optimizer step was seen" in summarize([], None)
-    assert "self.optimizers().step()" in summarize([Totals()], None)
+    assert summarize([Totals()], None) == "GradGuard: no optimizer step was seen."
+    assert "self.optimizers().step()" in summarize([Totals()], None, is_manual=True)
 
 
 def test_summary_of_a_stopped_run_ends_with_the_reason():

@@ -127,3 +127,25 @@ def test_console_other_ways_to_show_warnings_are_left_alone(record, shown, monke
     monkeypatch.setattr(warnings, "formatwarning", lambda message, *_: f"own: {message}")
     ConsoleSink().write(record)
     assert shown[-1].startswith("own: Nonfinite at step 3: `w` has 1 NaN element; culprit:")
+
+
+def test_console_without_tqdm_or_a_terminal_warns_all_the_same(record, shown, monkeypatch):
+    """There are no bars then; a program without a console has no stderr."""
+    with monkeypatch.context() as without:
+        without.delitem(sys.modules, "tqdm")
+        ConsoleSink().write(record)
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: shown.append(str(message)))
+    monkeypatch.setattr(sys, "stderr", None)
+    ConsoleSink().write(record)
+    assert ["Nonfinite at step 3" in text for text in shown] == [True, True]
+
+
+def test_console_format_that_somebody_sets_in_the_meantime_stays(record, monkeypatch):
+    """As another thread may."""
+    usual, other = warnings.formatwarning, lambda message, *_: f"other: {message}"
+    monkeypatch.setattr(warnings, "formatwarning", usual)
+    monkeypatch.setattr(warnings, "showwarning", lambda *_: setattr(warnings, "formatwarning", other))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        ConsoleSink().write(record)
+    assert warnings.formatwarning is other

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 from raw_loop import records
@@ -235,6 +235,8 @@ def test_wandb_gets_histograms_and_a_table_of_alerts():
     (sent,) = metrics.sent
     assert (sent["title"], sent["level"]) == ("GradGuard: nonfinite, skip", "WARN")
     assert sent["text"].startswith("Nonfinite at step 3")
+    write_all(sink, records(nonfinite="warn"))
+    assert (len(metrics.sent), len(metrics.tables[-1]["data"])) == (1, 2)  # what is only warned of is no message
 
 
 def test_mlflow_gets_the_alerts_as_a_file():
@@ -249,8 +251,6 @@ def test_mlflow_gets_the_alerts_as_a_file():
 @quiet
 def test_tensorboard_alert_with_markup_in_it_stays_a_table(tmp_path):
     """Names and messages can't break out of their cells."""
-    from dataclasses import replace  # noqa: PLC0415
-
     record = records()[3]
     culprit = Culprit("forward", "a|b", "aten::log", "m.py", 3, samples=(1, 2))
     (alert,) = record.alerts
@@ -268,16 +268,16 @@ def test_tensorboard_alert_with_markup_in_it_stays_a_table(tmp_path):
 @quiet
 def test_tensorboard_alert_with_code_in_it_shows_it_as_written(tmp_path):
     """Underscores of names and paths; markup is in quotes, and stays harmless."""
-    from dataclasses import replace  # noqa: PLC0415
-
     record = records()[3]
-    alert = replace(record.alerts[0], message="see `version_0/a*b.pt` in my_run, not `a<b|c`", remedy="one ` alone_")
+    message = "see `version_0/a*b.pt` in my_run, not `a<b|c`"
+    alert = replace(record.alerts[0], message=message, remedy="one ` alone_", parameters=())
     with SummaryWriter(tmp_path) as writer:
         TensorBoardSink(writer).write(replace(record, alerts=(alert,)))
     events = EventAccumulator(str(tmp_path)).Reload()
     text = events.Tensors("gradguard/alerts")[0].tensor_proto.string_val[0].decode()
     assert '**see `version_0/a*b.pt` in my&#95;run, not "a&lt;b&#124;c"**' in text
     assert "| what to try | one ` alone&#95; |" in text
+    assert "| parameter |" not in text
 
 
 def test_scalars_hold_the_contract():
@@ -287,6 +287,8 @@ def test_scalars_hold_the_contract():
     assert {"global_norm", "clipped_norm", "clip_coef", "num_skipped", "num_clipped", "num_alerts"} <= first.keys()
     assert {"norm/0", "norm/2"} <= first.keys()
     assert "explosion_limit" not in first
+    unknown = scalars(replace(run[0], clip_coef=None, clipped_norm=None))
+    assert first.keys() - unknown.keys() == {"clipped_norm", "clip_coef", "num_clipped"}
     assert {"num_zero", "num_nan", "num_inf"} <= with_histogram.keys() - first.keys()
     assert scalars(run[3])["num_nan"] == 26.0
     from lightning_gradguard import Explosion  # noqa: PLC0415
@@ -323,8 +325,6 @@ def test_tensorboard_file_holds_the_contracts_tags(tmp_path):
 @quiet
 def test_tensorboard_two_optimizers_have_tags_of_their_own(tmp_path):
     """Scalars and distributions."""
-    from dataclasses import replace  # noqa: PLC0415
-
     sink = TensorBoardSink(SummaryWriter(tmp_path))
     for record in records(histogram_every_n_steps=1):
         sink.write(replace(record, position=Position(0, optimizer=1, num_optimizers=2)))
@@ -340,3 +340,25 @@ def test_tensorboard_lazy_without_a_due_step_makes_no_folder(tmp_path):
     sink.write(records(log_every_n_steps=0, histogram_every_n_steps=None)[0])
     sink.close()
     assert not (tmp_path / "logs").exists()
+
+
+def test_sink_that_can_not_even_say_what_failed_is_one_warning():
+    """Neither its name nor its error's text can be had."""
+
+    class SilentError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    class Broken:
+        def write(self, record):
+            raise SilentError
+
+        close = write
+
+        def __repr__(self):
+            raise RuntimeError
+
+    sink = SafeSink(Broken())
+    with pytest.warns(SinkWarning, match="Broken failed .SilentError: it has no text") as caught:
+        write_all(sink, records())
+    assert len(caught) == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+import sys
 import time
 import warnings
 from dataclasses import replace
@@ -15,6 +16,7 @@ from raw_loop import records
 
 from lightning_gradguard import Action, Culprit, Notify, SinkWarning
 from lightning_gradguard.sinks.base import SafeSink
+from lightning_gradguard.sinks.notify import _Outbox
 
 pytest.importorskip("apprise")
 
@@ -187,3 +189,28 @@ def test_notify_copy_sends_what_it_gets_itself(make, record):
         assert "run 7" in server.messages.get(timeout=ENOUGH_S)["title"]
         other.close()
         sink.close()
+
+
+class Raises:
+    """A service that fails with an error of its own, which may hold the key."""
+
+    service_name = "own"
+
+    def notify(self, **message):
+        raise KeyError(SECRET)
+
+
+def test_notify_service_that_raises_is_one_that_did_not_take_it(record):
+    """Its words are not shown."""
+    outbox = _Outbox(Raises(), 1.0)
+    outbox.put("run 7", record.alerts)
+    outbox.hurry()
+    outbox.wait(time.monotonic() + ENOUGH_S)
+    assert outbox.take_error() == "own did not take a message"
+
+
+def test_notify_without_apprise_says_what_to_install(monkeypatch):
+    """When it is made, and not when there is something to tell."""
+    monkeypatch.setitem(sys.modules, "apprise", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-gradguard\[notify\]'"):
+        Notify("json://localhost")

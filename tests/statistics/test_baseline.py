@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gradguard.statistics.baseline import MAD_TO_SIGMA, LogBaseline
+from lightning_gradguard.statistics.baselines import LogBaselines
 
 VALUES = st.lists(st.floats(1e-30, 1e30), min_size=1, max_size=40)
 UNUSABLE = st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -0.0, -1.0])
@@ -132,3 +133,31 @@ def test_baseline_restored_into_a_shorter_window_keeps_the_last():
     resumed = LogBaseline(window=3, recent=2)
     resumed.load_state_dict(filled(range(1, 10)).state_dict())
     assert resumed.state_dict()["values"] == [math.log(value) for value in (7, 8, 9)]
+
+
+def many(window=8):
+    """Baselines of two parts, filled."""
+    baselines = LogBaselines(window=window, warmup=2, ratio=5.0, z=8.0)
+    baselines.add(np.log([3.0, 3.0]), math.log(3.0 * math.sqrt(2.0)))
+    baselines.add_each(np.log(np.full((31, 2), 3.0)), np.log(np.full(31, 3.0 * math.sqrt(2.0))))
+    return baselines
+
+
+def test_baselines_of_many_take_several_steps_up_to_a_refresh_and_of_as_many_parts():
+    """Limits would be of another time, or of other parts."""
+    baselines = many()
+    for shape in ((33, 2), (1, 3)):
+        with pytest.raises(ValueError, match="must lie between two refreshes"):
+            baselines.add_each(np.zeros(shape), np.zeros(shape[0]))
+    assert np.exp(baselines.limits()) == pytest.approx([15.0, 15.0])
+
+
+def test_baselines_of_many_restored_into_another_window_start_afresh():
+    """Into the same one they go on."""
+    state = through_checkpoint(many().state_dict())
+    same, other = LogBaselines(window=8, warmup=2, ratio=5.0, z=8.0), LogBaselines(window=4, warmup=2, ratio=5.0, z=8.0)
+    same.load_state_dict(state)
+    other.load_state_dict(state)
+    assert same.state_dict() == state
+    assert other.limits().tolist() == [math.inf, math.inf]
+    assert other.num_left == 32

@@ -186,3 +186,21 @@ def test_sparse_embedding_is_measured_clipped_and_skipped(tmp_path):
         fit(tmp_path, Sparse({5: "nan"}), guard, snapshots)
     assert guard.num_clipped == 11
     assert same(snapshots.weights[5], snapshots.weights[4])
+
+
+class Joins(Callback):
+    """Brings another callback into a fit that is running already."""
+
+    def __init__(self, other):
+        self.other = other
+
+    def on_train_start(self, trainer, pl_module):
+        trainer.callbacks.append(self.other)
+
+
+def test_guard_that_joins_a_running_fit_takes_no_part(tmp_path):
+    """Lightning sets up only callbacks that are there when a fit begins."""
+    guard = GradGuard(clip=0.1)
+    trainer = fit(tmp_path, Net(), Joins(guard))
+    assert trainer.global_step == 12
+    assert (guard.num_steps, guard.alerts, guard.last) == (0, [], None)

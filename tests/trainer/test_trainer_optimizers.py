@@ -182,3 +182,37 @@ def test_second_fit_with_another_module_starts_without_the_first_ones_history(tm
     plain = seeded(Net)
     fit(tmp_path, plain, batches=make_batches(4))
     assert same(weights_of(other), weights_of(plain))
+
+
+def test_optimizer_that_joins_has_a_guard_and_the_first_one_keeps_its_own(tmp_path):
+    """Counts go on."""
+
+    def join(net):
+        net.trainer.optimizers = [*net.trainer.optimizers, torch.optim.SGD(net.head.parameters(), lr=0.01)]
+
+    guard = GradGuard()
+    fit(tmp_path, Changing(join, {8: "nan"}), guard)
+    assert (guard.num_steps, guard.num_skipped) == (12, 1)
+    assert [(alert.step, alert.optimizer) for alert in guard.alerts] == [(8, 0)]
+    assert guard.last.position.num_optimizers == 2
+
+
+def test_optimizer_that_the_trainer_does_not_know_is_guarded_when_it_steps(tmp_path):
+    """As a module's own, which it steps by the strategy."""
+
+    class OwnOptimizer(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.trainer.strategy.optimizer_step(self.own, lambda: None)
+            self.own.zero_grad()
+
+        def configure_optimizers(self):
+            self.own = torch.optim.SGD(self.head.parameters(), lr=0.01)
+            return torch.optim.SGD(self.body.parameters(), lr=0.01)
+
+    net, guard = OwnOptimizer({5: "nan"}), GradGuard(max_replays=0)
+    fit(tmp_path, net, guard)
+    assert (guard.num_steps, guard.num_skipped) == (12, 1)
+    assert net.head.weight.isfinite().all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from lightning_package import MixedPrecision
@@ -105,3 +107,26 @@ def test_float64_training_is_measured_in_float64(tmp_path):
     fit(tmp_path, plain, precision="64-true", gradient_clip_val=0.5)
     assert guarded.head.weight.dtype == torch.float64
     assert same(weights_of(guarded), weights_of(plain))
+
+
+def test_fp16_clipping_by_the_module_before_unscaling_is_pointed_out_once(tmp_path):
+    """Its limit holds for numbers that are a thousand times as large."""
+
+    class Clips(Net):
+        automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+            optimizer.step()
+
+    norms = []
+    guard = GradGuard(sinks=[lambda record: norms.append(record.measurement.global_norm)])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(tmp_path, Clips(), guard, plugins=[_fp16()], batches=make_batches(3))
+    about = [str(each.message) for each in caught if "still multiplied by the GradScaler's scale, 1024" in str(each.message)]
+    assert len(about) == 1
+    assert max(norms) == pytest.approx(0.5 / SCALE, rel=0.01)

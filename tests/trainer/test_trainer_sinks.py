@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import sys
+import types
 from pathlib import Path
 
 import pytest
-from lightning_package import CSVLogger, TensorBoardLogger
+from lightning_package import CSVLogger, Logger, TensorBoardLogger, rank_zero_only
 from message_server import ENOUGH_S, serving
 from toys import Net, fit, make_batches, read_alerts
 
@@ -126,6 +128,13 @@ def test_several_loggers_all_get_the_scalars(tmp_path):
     assert len(read_alerts(tmp_path / "board" / "version_0")) == 1
 
 
+def test_loggers_that_lightning_silences_get_no_records(tmp_path, monkeypatch):
+    """A child of DDP runs the whole script, and a fit on one device in it believes to be the first rank: no warning."""
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    _bad(tmp_path, logger=[TensorBoardLogger(tmp_path, name="board"), CSVLogger(tmp_path, name="table")])
+    assert len(read_alerts(tmp_path / "board" / "version_0")) == 1
+
+
 def test_fast_dev_run_leaves_no_file(tmp_path):
     """One batch, and nothing on disk, an alert included."""
     guard = _bad(tmp_path, faults={0: "nan"}, fast_dev_run=True, logger=True)
@@ -197,3 +206,57 @@ def test_notify_service_that_hangs_delays_the_end_of_a_fit_by_no_more_than_asked
             guard = _bad(tmp_path, GradGuard(sinks=[Notify(server.url, max_wait_s=0.1)]))
         assert server.messages.get(timeout=ENOUGH_S)
     assert (guard.num_steps, guard.num_skipped) == (12, 1)
+
+
+class Own(Logger):
+    """One of the user's, which saves nothing on this machine."""
+
+    name, version, save_dir, run_id = "own", 0, None, "7"
+
+    def __init__(self):
+        super().__init__()
+        self.tags, self.texts = set(), []
+
+    @property
+    def experiment(self):
+        return self
+
+    def log_metrics(self, metrics, step=None):
+        self.tags |= metrics.keys()
+
+    def log_hyperparams(self, *args, **kwargs):
+        """Nothing."""
+
+    def log_text(self, run_id, text, path):
+        self.texts.append((run_id, path, len(text.splitlines())))
+
+
+class MLFlowLogger(Own):
+    """Is told from others by its name."""
+
+
+@pytest.mark.parametrize(("make", "texts"), [(Own, []), (MLFlowLogger, [("7", "gradguard/alerts.jsonl", 1)])])
+def test_logger_without_a_folder_gets_the_scalars_and_nothing_is_written(make, texts, tmp_path):
+    """There is no place for files."""
+    logger = make()
+    guard = _bad(tmp_path, logger=logger)
+    assert {"gradguard/global_norm", "gradguard/alerts/nonfinite"} <= logger.tags
+    assert logger.texts == texts
+    assert len(guard.alerts) == 1
+    assert not list(tmp_path.rglob("gradguard"))
+
+
+def test_warning_of_a_logger_is_an_error_where_that_was_asked_for(tmp_path, monkeypatch):
+    """It is not said again as one of the guard's."""
+
+    class WandbLogger(Own):
+        pass
+
+    def get(name):
+        raise DeprecationWarning("wandb is late")
+
+    module = types.ModuleType("wandb")
+    module.__getattr__ = get
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    with pytest.raises(DeprecationWarning, match="wandb is late"):
+        fit(tmp_path, Net(), GradGuard(), logger=WandbLogger())

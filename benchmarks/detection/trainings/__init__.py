@@ -1,6 +1,6 @@
 """Small labelled trainings on real data: healthy ones, and ones with a known fault from a known step on."""
 
-from benchmarks.detection.trainings import explosions, fresh, healthy, late, nonfinite, second, third, vanishing
+from benchmarks.detection.trainings import adversarial, explosions, fresh, healthy, late, nonfinite, second, third, vanishing
 from benchmarks.detection.trainings.base import KINDS, STEPS, Kind, Training
 
 __all__ = [
@@ -8,6 +8,7 @@ __all__ = [
     "STEPS",
     "Kind",
     "Training",
+    "adversarial",
     "explosions",
     "fresh",
     "healthy",

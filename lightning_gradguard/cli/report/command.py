@@ -6,6 +6,8 @@ from pathlib import Path
 
 from lightning_gradguard.cli.report.content import read
 from lightning_gradguard.cli.report.render import at_length, to_html, to_json, to_markdown
+from lightning_gradguard.cli.terminal import run_folder
+from lightning_gradguard.wording import counted
 
 
 def write_report(log_dir: Path, output: Path | None = None, format_: str = "html") -> str:
@@ -24,10 +26,11 @@ def write_report(log_dir: Path, output: Path | None = None, format_: str = "html
         ValueError: if there is no run with data of GradGuard.
         OSError: if the file can't be written.
     """
+    log_dir = run_folder(log_dir)
     reports = read(log_dir)
     if not reports:
         raise ValueError(
-            f"There is no run with data of GradGuard in {log_dir}. A run has event files of TensorBoard, or "
+            f"There is no run with data of GradGuard in or below {log_dir}. A run has event files of TensorBoard, or "
             "gradguard/alerts.jsonl, in its folder."
         )
     title = f"GradGuard report of {log_dir.resolve().name}"
@@ -35,8 +38,9 @@ def write_report(log_dir: Path, output: Path | None = None, format_: str = "html
     if output == Path("-") or (output is None and format_ == "json"):
         return text
     path = Path(f"report.{format_}") if output is None else output
-    path.write_text(text, encoding="utf-8")
+    content = text.encode(errors="backslashreplace")  # half a surrogate pair in a message of an alert is no UTF-8
+    path.write_bytes(content)
     left_out = len(reports) - len(at_length(reports))
     some = f", {len(reports) - left_out} of them at length" if left_out and format_ != "json" else ""
-    size = len(text.encode()) / 1e6
-    return f"{path}: {len(reports):,} run{'s' * (len(reports) != 1)}{some}, {size:.1f} MB.\n"
+    size = len(content) / 1e6
+    return f"{path}: {counted(len(reports), 'run')}{some}, {size:.1f} MB.\n"

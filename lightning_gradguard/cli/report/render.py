@@ -13,6 +13,7 @@ import jinja2
 
 from lightning_gradguard.cli.report.content import MAX_LISTED, RunReport
 from lightning_gradguard.tensorboard_plugin.assets import compressed, plotly_path
+from lightning_gradguard.wording import counted
 
 MAX_RUNS = 20
 """Runs that are told at length; a table has all."""
@@ -71,7 +72,7 @@ def _render(template: str, reports: Sequence[RunReport], shown: Sequence[RunRepo
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "spans": _spans, "cell": _cell, "ranges": ranges}
+    environment.filters |= {"number": _number, "spans": _spans, "cell": _cell, "ranges": ranges, "counted": counted}
     return environment.get_template(template).render(
         title=title, reports=reports, shown=shown, max_listed=MAX_LISTED, **more
     )
@@ -109,5 +110,5 @@ def ranges(steps: Sequence[int], most: int = 100) -> str:
         else:
             joined.append([step, step])
     texts = [f"{first:,}" if first == last else f"{first:,}-{last:,}" for first, last in joined[:most]]
-    more = f" and {len(joined) - most:,} more stretches" if len(joined) > most else ""
+    more = f" and {counted(len(joined) - most, 'more stretch', 'more stretches')}" if len(joined) > most else ""
     return ", ".join(texts) + more

@@ -112,7 +112,6 @@ class WeightHistory:
         self._samples: dict[int, WeightSamples] = {}
         self._num_steps = 0
 
-    @torch.no_grad()
     def note(self, optimizer: Optimizer, measurement: Measurement | None = None, *, is_applied: bool = True) -> None:
         """A step has been decided, and is about to be applied or skipped. No sync.
 
@@ -127,7 +126,9 @@ class WeightHistory:
             self._look()
             self._close_decays()
         if is_applied:
-            rates = [_detached(group["lr"]) for group in optimizer.param_groups]
+            rates = [group["lr"] for group in optimizer.param_groups]
+            if any(isinstance(rate, Tensor) for rate in rates):  # it is changed in place
+                rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
             self._applied.append(_Applied(self._num_steps, optimizer, rates, measurement))
             self._open_decays.append((optimizer, rates))
             samples = self._samples.get(id(optimizer))
@@ -182,6 +183,7 @@ class WeightHistory:
         grad_norm = None if applied is None or applied.measurement is None else applied.measurement.by_name.get(name)
         return None if not grad_norm else decay / grad_norm
 
+    @torch.no_grad()
     def _look(self) -> None:
         parameters = [parameter for _, parameter in self._named]
         norms = _norms(parameters)
@@ -253,10 +255,6 @@ class WeightHistory:
         rounding = 2.0 * torch.finfo(parameter.dtype).eps * size
         most = _SLACK * float(update.norm()) + decay + rounding
         return moved / size, max(moved - most, 0.0) / size
-
-
-def _detached(rate: Any) -> Any:
-    return rate.detach().clone() if isinstance(rate, Tensor) else float(rate)
 
 
 def _grad_norm(measurement: Measurement | None, name: str) -> float | None:

@@ -32,8 +32,6 @@ def moved(names: Sequence[str]) -> Callable[[Call], list[Label]]:
         if sum(it.numel() for it in call.outputs) > MAX_ELEMENTS and not call.func.is_view:
             return [unknown(it) for it in call.outputs]
         made = {name: _labels_in(call, value) if name in names else _on_host(value) for name, value in call.args.items()}
-        if "padding_value" in made:
-            made["padding_value"] = float(NONE)
         positional = [made.pop(argument.name) for argument in call.func._schema.arguments if not argument.kwarg_only]
         result = _functional(call)(*positional, **{key: value for key, value in made.items() if key != "out"})
         return [compressed(it) for it in tensors_in(result)]

@@ -232,7 +232,6 @@ _RULES: dict[str, Callable[[Call], list[Label]]] = {
     **_named(scattered, "scatter"),
     **_named(moved(("self", "source")), "index_copy masked_scatter"),
     **_named(moved(("input",)), "_pack_padded_sequence"),
-    **_named(moved(("data",)), "_pad_packed_sequence"),
 }  # fmt: skip
 """By name; what is not here is told by its schema, if at all."""
 

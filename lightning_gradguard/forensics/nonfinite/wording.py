@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lightning_gradguard.forensics.nonfinite.blame import Way
-from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation
+from lightning_gradguard.forensics.nonfinite.source_location import SourceLocation, shown_file
 
 _NUM_ROWS_SHOWN = 5
 _SELECTING = ("index", "index_select", "gather", "masked_fill", "masked_select", "nan_to_num", "where")
@@ -14,7 +14,8 @@ _SELECTING = ("index", "index_select", "gather", "masked_fill", "masked_select",
 
 def place_in_words(location: SourceLocation, root: str = "training_step", *, is_hook: bool = False) -> str:
     """As in "in `head`, model.py:11,"."""
-    where = f"in a hook on a tensor of `{location.module or root}`" if is_hook else f"in {_caller(location, root)}"
+    hooked = location.hook_on or f"a tensor of `{location.module or root}`"
+    where = f"in a hook on {hooked}" if is_hook else f"in {_caller(location, root)}"
     return where if location.line is None else f"{where}, {location.line},"
 
 
@@ -29,7 +30,8 @@ def _caller(location: SourceLocation, root: str) -> str:
 def _helper(location: SourceLocation) -> str:
     """The function whose line it is, "" where the module says as much."""
     line = location.line
-    at_line = [index for index, it in enumerate(location.frames) if line and (it.file, it.line) == (line.file, line.number)]
+    place = None if line is None else (shown_file(line.file), line.number)
+    at_line = [index for index, it in enumerate(location.frames) if (it.file, it.line) == place]
     named = [it.function for it in location.frames[at_line[0] :]] if at_line else []
     name = next((name for name in named if "<" not in name), "")  # neither a lambda nor a comprehension
     return "" if name.rpartition(".")[2] in ("forward", "training_step") else name

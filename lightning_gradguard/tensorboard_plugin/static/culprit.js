@@ -1,6 +1,6 @@
 // What is known of an alert: its culprit with the source around it, the factors layer by layer, and how to run the step again.
 
-import { count, h, number, prose } from "./dom.js";
+import { count, counted, h, number, prose } from "./dom.js";
 import { place, rowsOf, when } from "./incident.js";
 import { set } from "./state.js";
 
@@ -87,7 +87,7 @@ function copyButton(text) {
 
 function parametersOf({ parameters, num_parameters: number_ }) {
   return h("table", { class: "inner" },
-    h("caption", {}, number_ > parameters.length ? `The worst ${parameters.length} of ${count(number_)} parameters` : "Parameters, the worst first"),
+    h("caption", {}, number_ > parameters.length ? `The worst ${parameters.length} of ${counted(number_, "parameter")}` : "Parameters, the worst first"),
     h("thead", {}, h("tr", {}, ["Parameter", "Norm", "NaN", "Inf"].map((title) => h("th", { scope: "col" }, title)))),
     h("tbody", {}, parameters.map((parameter) => h("tr", {},
       h("td", { class: "name" }, h("button", { class: "link name", title: parameter.name, onclick: () => set({ parameter: parameter.name, view: "distribution" }) }, parameter.name)),

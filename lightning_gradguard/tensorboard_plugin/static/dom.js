@@ -40,6 +40,8 @@ export function prose(text) {
 
 export const count = (value) => Number(value).toLocaleString("en-US");
 
+export const counted = (number, noun) => `${count(number)} ${noun}${Number(number) === 1 ? "" : "s"}`;
+
 export function toggle(label, options, chosen, choose) {
   const select = h(
     "select",

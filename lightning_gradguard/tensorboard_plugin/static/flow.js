@@ -1,6 +1,7 @@
 // Flow: which part of the model has how large a gradient, when. Modules open and close; rows are in model order, or sorted.
 
-import { count, fill, h, number, plain, toggle } from "./dom.js";
+import { NAME_OF_ZERO } from "./api.js";
+import { count, counted, fill, h, number, plain, toggle } from "./dom.js";
 import { CHANGE_COLOURS, Heat, NORM_COLOURS } from "./heat.js";
 import { Marks } from "./kinds.js";
 import { axis, draw, heightBelow, layout, logAxis, STEP_AXIS, vertical, zooms } from "./plot.js";
@@ -10,7 +11,7 @@ import { Labels, openNodes, visibleNodes } from "./tree.js";
 
 const STRIP_PX = 70;
 const SORTS = [["", "model order"], ["norm", "largest norm"], ["change", "largest change"], ["alert", "first alert"]];
-const HINT = "Click a cell to choose its step and parameter; drag to zoom into steps, double-click to see all.";
+const HINT = "A cell reaches from its step to the next that is logged. Click it to choose step and parameter; drag to zoom into steps, double-click to see all.";
 
 const gradient = (list) => `linear-gradient(to right, ${list.join(", ")})`;
 
@@ -65,7 +66,7 @@ export class FlowView {
     if (document.activeElement !== this.search) this.search.value = state.search ?? "";
     fill(this.finder.querySelector("#sorting"), toggle("Sort by", SORTS, state.sort ?? "", (value) => set({ sort: value || null })));
     const some = rows && rows.num_found > rows.nodes.length ? `the first ${count(rows.nodes.length)} of ` : "";
-    fill(this.found, rows ? `${some}${count(rows.num_found)} parameter${rows.num_found === 1 ? "" : "s"}` : "");
+    fill(this.found, rows ? `${some}${counted(rows.num_found, "parameter")}` : "");
   }
 
   drawTools() {
@@ -79,7 +80,7 @@ export class FlowView {
       this.heat.hasSmallest &&
         toggle("Cells show the", [["largest", "largest"], ["smallest", "smallest"]], state.cell ?? "largest", (value) => set({ cell: value })),
       h("span", { class: "legend" }, ends[0], h("i", { class: "ramp", style: `background: ${gradient(isChange ? CHANGE_COLOURS() : NORM_COLOURS())}` }), ends[1]),
-      special("nan", "NaN"), special("inf", "Inf"), special("zero", "exactly 0"), special("none", "no gradient"),
+      special("nan", "NaN"), special("inf", "Inf"), special("zero", NAME_OF_ZERO), special("none", "no gradient"),
       h("span", { class: "spacer" }),
       !this.isList && [
         h("button", { onclick: () => set({ open: "all" }) }, "Open all"),
@@ -106,7 +107,7 @@ export class FlowView {
       ...marks.traces("y9"),
     ];
     const alerts = norms.marks.reduce((sum, mark) => sum + (mark.id ? mark.count : 0), 0);
-    await draw(this.strip, traces, settings, `Global gradient norm over ${count(norms.num_steps)} logged steps, ${alerts} alerts.`);
+    await draw(this.strip, traces, settings, `Global gradient norm over ${counted(norms.num_steps, "logged step")}, ${counted(alerts, "alert")}.`);
     if (this.strip.dataset.listens) return;
     this.strip.dataset.listens = "true";
     zooms(this.strip, set);

@@ -1,7 +1,7 @@
 // The heat map of the flow: one row a module or parameter, one column a step or several.
 
 import { decades, INFINITE, isFinite16, NAN, nameOf, NO_GRADIENT, unpack, ZERO } from "./api.js";
-import { count, h, number } from "./dom.js";
+import { count, counted, h, number } from "./dom.js";
 import { axis, draw, layout, vertical, zooms } from "./plot.js";
 import { set, state } from "./state.js";
 import { colour, colours } from "./theme.js";
@@ -105,8 +105,8 @@ export class Heat {
 
   describe() {
     const numBad = this.codes.largest.filter((code) => code >= INFINITE).length;
-    const what = `Heat map of gradient norms: ${count(this.flow.nodes.length)} rows by ${count(this.width)} columns of steps. Arrow keys move from cell to cell, Enter chooses one.`;
-    return numBad ? `${what} ${count(numBad)} cells are NaN or infinite.` : what;
+    const what = `Heat map of gradient norms: ${counted(this.flow.nodes.length, "row")} by ${counted(this.width, "column")} of steps. Arrow keys move from cell to cell, Enter chooses one.`;
+    return numBad ? `${what} ${counted(numBad, "cell")} with NaN or Inf.` : what;
   }
 
   textOf({ row, column }) {

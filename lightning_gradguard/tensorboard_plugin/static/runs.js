@@ -1,7 +1,7 @@
 // Runs: one row each, and the norms, limits and losses of those that are chosen in one plot.
 
 import { ask } from "./api.js";
-import { count, fill, h, number, plain } from "./dom.js";
+import { count, counted, fill, h, number, plain } from "./dom.js";
 import { badge } from "./incident.js";
 import { axis, draw, layout, logAxis, STEP_AXIS } from "./plot.js";
 import { set, state } from "./state.js";
@@ -51,7 +51,7 @@ export class RunsView {
     await this.drawPlot(curves.runs);
     const progress = Math.min(answer.progress, curves.progress);
     const alerted = this.runs.filter((run) => run.first_alert !== null).length;
-    fill(this.words, `${count(this.runs.length)} run${this.runs.length === 1 ? "" : "s"}, ${count(alerted)} with alerts; ${count(this.chosen.length)} drawn.`, progress < 1 ? ` Reading, ${Math.round(100 * progress)} % so far.` : "");
+    fill(this.words, `${counted(this.runs.length, "run")}, ${count(alerted)} with alerts; ${count(this.chosen.length)} drawn.`, progress < 1 ? ` Reading, ${Math.round(100 * progress)} % so far.` : "");
     if (progress < 1) setTimeout(() => turn === this.turn && state.view === "runs" && this.update(), 50);
   }
 
@@ -128,7 +128,7 @@ export class RunsView {
       });
       return [
         curve(run.global_norm, "norm", { line: { width: 1.6, ...line }, marker: { color: line.color } }),
-        curve(run.explosion_limit, "explosion limit", { line: { width: 1, color: line.color, dash: "dot" }, opacity: 0.55 }),
+        curve(run.explosion_limit, "explosion limit", { line: { width: 1, color: line.color, dash: "dot" }, opacity: 0.8 }),
         ...(hasLoss ? [curve(run.loss, "loss", { line: { width: 1.6, ...line }, marker: { color: line.color }, yaxis: "y2" })] : []),
       ];
     });
@@ -142,6 +142,6 @@ export class RunsView {
       ...(hasLoss ? { yaxis2: axis({ ...(isLog ? logAxis(losses, 4) : {}), title: { text: "loss", font: { size: 11 } }, domain: [0, 0.38], fixedrange: true }) } : {}),
     });
     this.plot.hidden = !runs.length;
-    if (runs.length) await draw(this.plot, traces, settings, `Gradient norm, explosion limit and loss of ${count(runs.length)} runs.`);
+    if (runs.length) await draw(this.plot, traces, settings, `Gradient norm, explosion limit and loss of ${counted(runs.length, "run")}.`);
   }
 }

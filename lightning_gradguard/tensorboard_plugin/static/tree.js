@@ -1,6 +1,6 @@
 // The rows of the flow by name: a tree of modules and parameters, or a list where someone searches or sorts.
 
-import { count, fill, h } from "./dom.js";
+import { counted, fill, h } from "./dom.js";
 import { set, state } from "./state.js";
 
 const MAX_ROWS_UNFOLDED = 200;
@@ -70,7 +70,7 @@ export class Labels {
           {
             role: "treeitem", class: ["row", isModule && "module", isGuilty && "guilty"].filter(Boolean).join(" "),
             style: `height: ${rowHeight}px; padding-left: ${open ? 8 + Math.min(14 * depths[node], width / 3) : 8}px`, "data-node": node,
-            title: isModule ? paths[node] : `${paths[node]} (${count(numels[node])} elements)`, tabindex: node === stopNode ? 0 : -1,
+            title: isModule ? paths[node] : `${paths[node]} (${counted(numels[node], "element")})`, tabindex: node === stopNode ? 0 : -1,
             "aria-level": open ? depths[node] + 1 : 1, "aria-expanded": isModule ? String(isOpen) : null,
             "aria-selected": String(paths[node] === state.parameter), onclick: () => this.choose(node),
           },

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
@@ -19,6 +19,7 @@ from lightning_gradguard.trainer.recovery.run_state import RunState
 from lightning_gradguard.trainer.recovery.skipping_batches import skip_batches
 from lightning_gradguard.trainer.recovery.snapshot_storage import InMemory, OnDisk, SnapshotStorage
 from lightning_gradguard.trainer.strategies import engine_of
+from lightning_gradguard.wording import counted
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -86,7 +87,10 @@ class Recovery:
         text = self._storage.describe(self._settings.keep)
         if isinstance(self._storage, InMemory) and not self._agree(self._fits()):
             self._is_off = True
-            self._report(f"No room for {text}: there is less memory than that. Training goes on without rollback.")
+            self._report(
+                f"No room for {text}: there is less memory than that. Training goes on without rollback.",
+                "Free some memory, or keep snapshots on a disk: `rollback=Rollback(directory=...)`.",
+            )
         else:
             self._take(is_first=True)
             if self._ring.entries:
@@ -94,7 +98,7 @@ class Recovery:
                     self._storage.keep_only([entry.content for entry in self._ring.entries])
         if self.progress.cooldown_left:
             self._lower_learning_rates()
-        return f"GradGuard keeps {text}, one every {self._settings.every_n_steps} steps."
+        return f"GradGuard keeps {text}, one every {counted(self._settings.every_n_steps, 'step')}."
 
     def note(self, record: Record) -> None:
         """A step was decided."""
@@ -172,7 +176,10 @@ class Recovery:
         while (entry := self._ring.good) is not None and not self._load(entry):
             self._ring.drop(entry)
         if entry is None:
-            self._report("There is no good state to go back to. The step is skipped and training goes on.")
+            self._report(
+                "There is no good state to go back to. The step is skipped and training goes on.",
+                "Look at the alerts before it: what damages the steps?",
+            )
             return
         self._storage.restore(entry.content)
         entry.num_returns += 1
@@ -180,7 +187,7 @@ class Recovery:
         self._num_in_a_row += 1
         back = self._num_steps - entry.step
         self._steps_since = 0
-        message = f"Training is back in the state from {back} steps ago"
+        message = f"Training is back in the state from {counted(back, 'step')} ago"
         if self._num_in_a_row > self._settings.max_rollbacks:
             self._tell(
                 Action.STOP,
@@ -194,7 +201,7 @@ class Recovery:
         num_passed = skip_batches(self._trainer, self._settings.skip_batches)
         self.progress.cooldown_left = self._settings.cooldown_steps
         self._lower_learning_rates()
-        also = f", {num_passed} batches are passed over" if num_passed else ""
+        also = f", {counted(num_passed, 'batch', 'batches')} passed over" if num_passed else ""
         self._tell(Action.ROLLBACK, f"{message}{also}.", "Nothing, if it stays at this.", value=back)
 
     def _load(self, entry: Entry[Any]) -> bool:
@@ -239,17 +246,14 @@ class Recovery:
                 self.detach()
 
     def _report_failure(self, error: Exception | None) -> None:
-        reason = "on another rank" if error is None else f"{type(error).__name__}: {error}"
-        self._report(f"A snapshot could not be kept ({reason}). Training goes on without it.")
+        reason = "on another rank" if error is None else type_and_text(error)
+        self._report(
+            f"A snapshot could not be kept ({reason}). Training goes on without it.", "Free some room, or change `rollback`."
+        )
 
-    def _report(self, message: str) -> None:
+    def _report(self, message: str, remedy: str) -> None:
         if not self._has_failed:
-            self._tell(
-                Action.WARN,
-                message,
-                "Free some room, or change `rollback`. Further failures are not shown.",
-                kind="snapshot",
-            )
+            self._tell(Action.WARN, message, f"{remedy} Further failures are not shown.", kind="snapshot")
         self._has_failed = True
 
     def _tell(self, action: Action, message: str, remedy: str, *, kind: str = "rollback", value: float = 0.0) -> None:

@@ -67,7 +67,7 @@ class RunState:
             with_clock: whether learning rates, schedulers and random states go back as well, to train on the same batches
                 once more. Without it time goes on, as if the steps since had been skipped.
         """
-        if torch.cuda.is_available():
+        if torch.cuda.is_available():  # pragma: no cover - needs a GPU
             torch.cuda.synchronize()
         self._put_back_tensors(state["tensors"])
         for guard, saved in zip(self._guards, state["guards"], strict=False):  # an optimizer may have come since
@@ -196,7 +196,7 @@ def set_random_states(states: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(tuple(states["numpy"]))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"] is not None:
+    if states["cuda"] is not None:  # pragma: no cover - needs a GPU
         torch.cuda.set_rng_state(states["cuda"])
 
 

@@ -44,17 +44,16 @@ class SaveGate:
         self._was_refused = False
         self._is_in_hook = False
         self._callbacks = [callback for callback in callbacks_of(trainer) if is_checkpoint(callback)]
-        self._save: StandIn | None = None
-        self._hooks: list[StandIn] = []
+        self._stand_ins: list[StandIn] = []
         self._ends_with: Callback | None = None
         self._exempt: set[str] = set()
         self._exempt = set(self._damaged(weights_only=False))
 
     def attach(self) -> None:
         """Stand in for `trainer.save_checkpoint` and for the hooks of the callbacks that save."""
-        self._save = StandIn(self._trainer, "save_checkpoint", self._look_first)
-        self._hooks = [
-            StandIn(callback, name, partial(self._run, callback)) for callback in self._callbacks for name in _HOOKS
+        self._stand_ins = [
+            StandIn(self._trainer, "save_checkpoint", self._look_first),
+            *(StandIn(callback, name, partial(self._run, callback)) for callback in self._callbacks for name in _HOOKS),
         ]
 
     def detach(self, *, after_exception: bool = False) -> None:
@@ -66,9 +65,8 @@ class SaveGate:
         """
         self._ends_with = self._callbacks[-1] if after_exception and self._callbacks else None
         if self._ends_with is None:
-            for stand_in in (self._save, *self._hooks):
-                if stand_in is not None:
-                    stand_in.remove()
+            for stand_in in self._stand_ins:
+                stand_in.remove()
 
     def _look_first(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         filepath = kwargs.get("filepath", args[0] if args else None)

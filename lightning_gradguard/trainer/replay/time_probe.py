@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import distributed, nn
 
 from lightning_gradguard.alert import Alert, Culprit
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.flow.flow import FlowMeter
 from lightning_gradguard.forensics.flow.recurrence import recurrences
 from lightning_gradguard.forensics.flow.report import culprit_of
@@ -81,9 +81,7 @@ class TimeProbe:
         if count != LOOKS[-1]:
             return None
         position = outcome.position
-        where = f"step {position.step}"
-        if position.epoch is not None:
-            where += f" (epoch {position.epoch}, batch {position.batch_idx})"
+        where = f"step {position.step} (epoch {position.epoch}, batch {position.batch_idx})"
         message = f"Vanishing in time at {where}: cause: recurrence; {culprit.message}. The step is applied."
         return replace(notice(position, "vanishing", self._action, message, culprit.remedy), culprit=culprit)
 
@@ -99,7 +97,7 @@ class TimeProbe:
             return self._measure(optimizer, rank)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             warnings.warn(
-                f"The step could not be replayed ({type(error).__name__}: {error}), so whether gradients vanish in time is "
+                f"The step could not be replayed ({type_and_text(error)}), so whether gradients vanish in time is "
                 "not known. Training goes on. `max_replays=0` turns replays off.",
                 GuardWarning,
                 stacklevel=2,

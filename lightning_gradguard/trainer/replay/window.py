@@ -45,7 +45,7 @@ class MicroBatch(NamedTuple):
     def restore_rng(self) -> None:
         """Put all random states back to where the call began."""
         torch.set_rng_state(self.rng)
-        if self.cuda_rng is not None:
+        if self.cuda_rng is not None:  # pragma: no cover - needs a GPU
             torch.cuda.set_rng_state(self.cuda_rng)
         self.host_random.restore()
 

@@ -125,6 +125,34 @@ def test_recurrence_in_a_loop_is_one_weight_used_again():
     assert (found.num_steps, round(found.factor, 4)) == (12, 0.5)
 
 
+def test_recurrence_without_any_gradient_says_nothing():
+    """There is nothing that could fade or grow."""
+    rnn = nn.RNN(1, 4)
+    meter = FlowMeter(rnn)
+    with meter.watch():
+        (rnn(torch.rand(20, 3, 1))[0].sum() * 0.0).backward()
+    assert recurrences(meter.flow) == []
+
+
+def test_layer_that_several_ways_lead_from_is_found_once():
+    """And one whose weight is none of the module's has none."""
+    first, second, table = nn.Linear(3, 4), nn.Linear(4, 2), torch.ones(2, 2)
+
+    class Diamond(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = first, second
+
+        def forward(self, x):
+            hidden = first(x).tanh()
+            return F.linear(second(hidden.sin() + hidden.cos()), table)
+
+    layers = measured(Diamond(), torch.rand(5, 3)).layers
+    last = next(layer for layer in layers if layer.weight == "second.weight")
+    assert len(last.before) == 1
+    assert layers[-1].weight is None
+
+
 @pytest.mark.parametrize("make", [nn.LSTM, nn.GRU])
 def test_recurrent_layers_of_all_kinds_are_measured(make):
     """Also a packed sequence, whose rows of all steps lie one behind the other."""

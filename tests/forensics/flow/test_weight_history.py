@@ -13,6 +13,7 @@ from torch import nn
 from lightning_gradguard import Guard
 from lightning_gradguard.forensics.flow.updates import AppliedStep, reach
 from lightning_gradguard.forensics.flow.weight_history import INTERVAL, WeightHistory
+from lightning_gradguard.forensics.flow.weight_samples import WeightSamples
 
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, 0.1),
@@ -89,6 +90,7 @@ def test_no_optimizer_carries_a_weight_beyond_its_reach(make, scales):
     lambda p: torch.optim.Adam(p, 0.1, betas=(0.99, 0.9)),
     lambda p: type("Own", (torch.optim.Adam,), {})(p, 0.1),
     lambda p: torch.optim.SGD(p, 0.1, weight_decay=20.0),
+    lambda p: torch.optim.SGD(p, 0.1, momentum=0.9, dampening=-0.5),
 ])  # fmt: skip
 def test_reach_of_an_unknown_optimizer_is_not_known(make):
     """No bound is better than a wrong one; then no jump is claimed either."""
@@ -188,6 +190,15 @@ def test_weight_in_new_storage_is_not_compared():
     run.step()
     run.layer.weight.data = torch.ones(3, 4)
     assert run.growth().update == 0.0
+
+
+@pytest.mark.parametrize("make", [torch.Tensor.to_sparse, lambda it: it.repeat(1, 2)[:, ::2]])
+def test_weight_that_is_sparse_or_has_gaps_is_not_compared(make):
+    """Its elements don't lie one behind the other."""
+    weight = torch.nn.Parameter(make(torch.ones(3, 4)))
+    samples = WeightSamples([("weight", weight)], torch.optim.SGD([weight], 0.1))
+    samples.take()
+    assert samples.compare(weight) is None
 
 
 def test_group_added_later_is_followed_from_then_on():

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.forensics.nonfinite import row_moves
 from lightning_gradguard.forensics.nonfinite.layout import check_sample_dim, iterators_in, layout_of
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.row_rules import _RULES, _along, _gathered
@@ -84,6 +85,11 @@ ONES = torch.ones(D, D)
         lambda x: F.embedding(x.long().clamp(0, 2), torch.ones(3, 2)),
         lambda x: x.as_strided((B, 2), (D, 1)),
         lambda x: F.one_hot(x.long().clamp(0, 2), 3).float() * 1.0,
+        lambda x: torch.cdist(torch.ones(1, 2, D).expand(B, 2, D), x[:, None]),
+        lambda x: x @ torch.ones(D),
+        lambda x: x + torch.ones(2 * D).view(2, D)[0],
+        lambda x: torch.zeros(B, D).index_copy_(0, torch.arange(B), x),
+        lambda x: x.clone().tril_(D),
     ],
 )
 def test_rows_stay_with_their_samples(function):
@@ -114,6 +120,7 @@ def test_rows_stay_with_their_samples(function):
         (lambda x: torch.zeros(B, D).scatter_add(0, torch.tensor([[1] * D]), x[2:3]), [(), (2,), (), ()]),
         (lambda x: x.gather(0, torch.tensor([[3] * D, [0] * D])), [(3,), (0,)]),
         (lambda x: torch.zeros(3, D).index_put((torch.tensor([2, 0]),), x[:2]), [(1,), (), (0,)]),
+        (lambda x: torch.zeros(B, D).scatter_add(0, torch.zeros(2, D, dtype=torch.long), x), [None, (), (), ()]),
         (lambda x: x.sum(1).topk(4)[0][:, None] * 1, None),
         (lambda x: F.pad(x, (0, 0, 1, 0)), [(), *EACH]),
     ],
@@ -149,6 +156,19 @@ def test_rows_of_packed_sequences_are_those_of_the_batch():
     assert samples(batch, lambda batch: pack(batch).data) == [(index,) for index in longest]
     back = samples(batch, lambda batch: pad_packed_sequence(pack(batch), batch_first=True)[0][:, :1] * 1.0)
     assert back == EACH
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.flip(0),
+        lambda x: torch.zeros(B, D).index_add(0, torch.arange(B), x),
+    ],
+)
+def test_rows_of_very_large_tensors_are_not_followed_element_by_element(function, monkeypatch):
+    """It would take too long; then nothing is said of them."""
+    monkeypatch.setattr(row_moves, "MAX_ELEMENTS", 4)
+    assert samples(torch.rand(B, D), function) == [None] * B
 
 
 @pytest.mark.parametrize("layer", [nn.LSTM, nn.GRU, nn.RNN])
@@ -239,9 +259,34 @@ def test_layout_of_graphs_follows_their_vector():
     assert "batch.ptr" not in layout.labels
 
 
+def test_layout_of_graphs_needs_them_one_behind_the_other():
+    """Else it is a vector that is called so by chance; what belongs to no graph has no label."""
+    mixed = graph()
+    mixed._parts["batch"] = torch.tensor([0, 1, 0, 1, 1])
+    assert not layout_of(mixed).is_unique
+    more = graph()
+    more._parts["table"] = torch.rand(7, 2)
+    assert "batch.table" not in layout_of(more).labels
+
+
+def test_layout_of_packed_sequences_follows_their_lengths():
+    """One time step lies behind the other, the longest sample first; what there is one of for each sample beside it."""
+    packed = pack_padded_sequence(torch.rand(3, 4, D), torch.tensor([2, 4, 1]), batch_first=True, enforce_sorted=False)
+    layout = layout_of({"x": packed, "y": torch.zeros(3)})
+    assert (layout.size, layout.is_unique, layout.can_exchange) == (3, True, False)
+    assert layout.labels["batch['x'].data"].flatten().tolist() == [2, 1, 3, 2, 1, 2, 2]
+    assert layout.labels["batch['y']"].tolist() == [1, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("batch", "size", "dims", "is_unique"),
     [
+        (
+            (torch.zeros(4, 4, 3), torch.zeros(4, 7), torch.zeros(4)),
+            4,
+            {"batch[0]": 0, "batch[1]": 0, "batch[2]": 0},
+            False,
+        ),
         (Pair(torch.zeros(4, 3), torch.zeros(4)), 4, {"batch.x": 0, "batch.y": 0}, True),
         ((torch.zeros(5, 4, 3), torch.zeros(4)), 4, {"batch[0]": 1, "batch[1]": 0}, True),
         ((torch.zeros(5, 4, 3), torch.zeros(5, 4)), 5, {"batch[0]": 0, "batch[1]": 0}, False),
@@ -312,6 +357,10 @@ def test_batch_that_refers_to_itself_is_read_all_the_same():
             raise KeyError(name)
 
     assert layout_of(Loop()).size == 4
+    assert not any(iterators_in(Loop()))
+    lists = [torch.zeros(4, 3), torch.zeros(5, 2)]
+    lists.append(lists)
+    assert {leaf.shape[0] for _, leaf in layout_of(lists).leaves} == {4, 5}
     assert layout_of(Lazy()).size == 0
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from toys import Net, fit, make_batches, make_trainer
 
-from lightning_gradguard import GradGuard, Rollback
+from lightning_gradguard import Detector, GradGuard, NonFinite, Rollback, Verdict
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.recovery import quarantine
@@ -242,3 +242,74 @@ def test_batches_long_ago_are_forgotten(tmp_path, monkeypatch):
     fit(tmp_path, Line(), Sizes(), guard, batches=loader(shuffle=False))
     assert max(sizes) == 2
     assert [line["samples"] for line in listed(tmp_path)] == [[12, 13, 14, 15]]
+
+
+@pytest.mark.filterwarnings("ignore:.*`dataloader_iter`")
+def test_module_that_fetches_its_own_batches_is_refused_or_warned_of(tmp_path):
+    """Nobody knows what it has seen."""
+
+    class Fetches(Net):
+        def training_step(self, dataloader_iter):
+            batch, batch_idx, _ = next(dataloader_iter)
+            return super().training_step(batch, batch_idx)
+
+    with pytest.raises(ConflictError, match="`training_step` takes `dataloader_iter`"):
+        fit(tmp_path, Fetches(), GradGuard(quarantine="skip"))
+    with pytest.warns(GuardWarning, match="No batches are listed in quarantine"):
+        fit(tmp_path, Fetches({3: "nan"}), GradGuard(quarantine="list"))
+    assert listed(tmp_path) == []
+
+
+def test_bad_batch_is_listed_where_nothing_is_replayed(tmp_path):
+    """Its number is known all the same."""
+    fit(tmp_path, Net({3: "nan"}), GradGuard(quarantine="list", max_replays=0), batches=make_batches(6))
+    assert [line["batch_idx"] for line in listed(tmp_path)] == [3]
+
+
+class Warns(Detector):
+    """Has something to say of each step."""
+
+    name = "warns"
+
+    def observe(self, measurement):
+        return Verdict(self.name, 1.0, 0.0, "as always", "none")
+
+
+def test_batch_is_listed_for_the_finding_that_skips_its_step(tmp_path):
+    """Another one that only warns of it is no reason."""
+    fit(tmp_path, Line(), GradGuard(quarantine="list", detectors=[Warns("warn")]), batches=loader())
+    assert [line["reason"] for line in listed(tmp_path)] == ["nonfinite"]
+
+
+def test_lines_that_can_not_be_read_are_said_when_the_list_is_taken_up_again(tmp_path):
+    """All others count."""
+    (tmp_path / "gradguard").mkdir()
+    (tmp_path / "gradguard" / "quarantine.jsonl").write_text('{"samples": [1]}\n{"sam\n')
+    model = Line()
+    with pytest.warns(GuardWarning, match=r"1 line left out.*All other lines count"):
+        fit(tmp_path, model, GradGuard(quarantine="skip"), batches=loader())
+    assert 1 not in {sample for samples in model.seen for sample in samples}
+
+
+class TwoBad(Samples):
+    """Another sample has a NaN as well."""
+
+    def __getitem__(self, index):
+        number, features = super().__getitem__(index)
+        return number, features * (torch.nan if index == 5 else 1.0)
+
+
+class Raising(Line):
+    """Does not bear NaN."""
+
+    def training_step(self, batch, batch_idx):
+        _, features = batch
+        return -torch.distributions.Normal(self.net(features), 1.0).log_prob(torch.zeros(())).mean()
+
+
+def test_rows_of_a_step_that_raised_are_kept_out_also_where_no_alert_tells_of_it(tmp_path):
+    """The second exception is within the cooldown of the first."""
+    guard = GradGuard(quarantine="skip", nonfinite=NonFinite("skip", cooldown=100))
+    fit(tmp_path, Raising(), guard, batches=DataLoader(TwoBad(), batch_size=BATCH_SIZE))
+    assert (guard.num_skipped, len(guard.alerts)) == (2, 1)
+    assert [line["samples"] for line in listed(tmp_path)] == [[5], [BAD]]

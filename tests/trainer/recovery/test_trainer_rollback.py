@@ -183,6 +183,50 @@ def test_rollback_lowers_learning_rates_while_optimizers_step(tmp_path):
     assert not optimizer._optimizer_step_post_hooks
 
 
+def test_lowered_rates_go_on_in_a_resumed_run(tmp_path):
+    """From a checkpoint in the middle of `cooldown_steps`."""
+    rates = []
+
+    class Recording(torch.optim.SGD):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    class Recorded(Net):
+        def configure_optimizers(self):
+            return Recording(self.parameters(), lr=0.08)
+
+    class Saves(Checkpoint):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 8:
+                trainer.save_checkpoint(tmp_path / "kept.ckpt")
+
+    batches = ResumableBatches(make_batches(14).batches)
+    fit(tmp_path, Recorded({6: "nan"}), rolling(lr_factor=0.25, cooldown_steps=5), Saves(), batches=batches)
+    assert rates == [0.08] * 7 + [0.02] * 5 + [0.08] * 2
+    rates.clear()
+    trainer = make_trainer(tmp_path, rolling(lr_factor=0.25, cooldown_steps=5))
+    trainer.fit(Recorded(), ResumableBatches(batches.batches), ckpt_path=tmp_path / "kept.ckpt")
+    assert rates == [0.02] * 3 + [0.08] * 2
+
+
+def test_rollback_puts_back_a_buffer_that_was_assigned_since(tmp_path):
+    """The tensor itself, where the other one has another shape."""
+
+    class Grows(Net):
+        def __init__(self, faults):
+            super().__init__(faults)
+            self.register_buffer("seen", torch.zeros(1))
+
+        def training_step(self, batch, batch_idx):
+            self.seen = torch.cat([self.seen, batch[0].float().reshape(1)])
+            return super().training_step(batch, batch_idx)
+
+    net = Grows({10: "nan"})
+    fit(tmp_path, net, rolling(looks_into=False))
+    assert net.seen.tolist() == [0.0, *map(float, range(8)), 11.0]
+
+
 def test_rollback_again_and_again_stops_in_the_last_good_state(tmp_path):
     """Two are allowed, the third ends the training."""
     guard, after = rolling(max_rollbacks=2), After()

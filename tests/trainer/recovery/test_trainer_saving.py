@@ -72,7 +72,9 @@ def test_checkpoint_by_hand_is_refused_without_an_error(tmp_path):
     class Saves(Callback):
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             if batch_idx == 3:
-                next(iter(trainer.optimizers[0].state.values()))["exp_avg"].fill_(torch.inf)
+                state = next(iter(trainer.optimizers[0].state.values()))
+                state["exp_avg"].fill_(torch.inf)
+                state["calls"] = 3  # no tensor
                 trainer.save_checkpoint(tmp_path / "all.ckpt")
                 trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
 
@@ -126,3 +128,42 @@ def test_checkpoints_of_a_healthy_run_are_those_without_a_guard(tmp_path):
     assert same(*states)
     assert same(states[0][1], states[1][1])
     assert weights_of(net)
+
+
+def test_checkpoint_of_a_run_without_optimizers_is_refused_without_an_alert(tmp_path):
+    """As of statistics that are gathered; there is no guard that could tell."""
+
+    class Gathers(Net):
+        def configure_optimizers(self):
+            return None
+
+    class Damages(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            pl_module.body.weight.data[0, 0] = torch.nan
+
+    guard = GradGuard()
+    with pytest.warns(UserWarning, match="configure_optimizers"):
+        fit(tmp_path, Gathers(), Damages(), guard, ModelCheckpoint(tmp_path, filename="kept"))
+    assert not (tmp_path / "kept.ckpt").exists()
+    assert (guard.num_steps, guard.alerts) == (0, [])
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_exception"])
+def test_error_of_a_checkpoint_callback_passes_through_and_nothing_is_left_on_it(hook, tmp_path):
+    """As of a full disk; also while it is told of an exception."""
+
+    class Fails(ModelCheckpoint):
+        pass
+
+    def fails(self, *args, **kwargs):
+        raise OSError("disk full")
+
+    class Dies(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise InterruptedError
+
+    setattr(Fails, hook, fails)
+    checkpoint = Fails(tmp_path)
+    with pytest.raises(OSError, match="disk full"):
+        fit(tmp_path, Net(), Dies() if hook == "on_exception" else Callback(), GradGuard(), checkpoint)
+    assert not [name for name in vars(checkpoint) if name.startswith("on_")]

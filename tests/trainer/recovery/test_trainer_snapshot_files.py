@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import warnings
 
@@ -48,6 +49,14 @@ def delete(path):
     path.unlink()
 
 
+def overwrite(path):
+    """With bytes of no meaning, and no sign of it from outside."""
+    about = path.stat()
+    with path.open("r+b") as file:
+        file.write(b"x" * about.st_size)
+    os.utime(path, ns=(about.st_atime_ns, about.st_mtime_ns))
+
+
 def replace_by_code(path):
     """A file that runs code when it is unpickled."""
     path.unlink()
@@ -61,7 +70,7 @@ def replace_by_archive_with_code(path):
     torch.save({**content, "more": Runs()}, path)
 
 
-@pytest.mark.parametrize("spoil", [cut, delete, replace_by_code, replace_by_archive_with_code])
+@pytest.mark.parametrize("spoil", [cut, delete, overwrite, replace_by_code, replace_by_archive_with_code])
 @pytest.mark.parametrize(("number", "kinds"), [(1, ["nonfinite", "rollback"]), (3, ["nonfinite", "snapshot"])])
 def test_snapshot_that_can_not_be_used_is_passed_over(spoil, number, kinds, tmp_path):
     """An older one is gone back to; without any, the step is skipped and training goes on."""

@@ -8,9 +8,10 @@ import pytest
 import torch
 from lightning_package import LightningModule, TensorBoardLogger
 from torch import nn
-from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
+from toys import FEATURES, Batches, Net, fit, make_batches, read_alerts, same, weights_of
 
-from lightning_gradguard import Explosion, GradGuard, GradientWarning, SinkWarning, Vanishing
+from lightning_gradguard import Explosion, GradGuard, GradientWarning, GuardWarning, SinkWarning, Vanishing
+from lightning_gradguard.act import choice
 from lightning_gradguard.forensics.bundle import Bundle
 from lightning_gradguard.forensics.rerun import rerun
 
@@ -157,3 +158,105 @@ def test_bundle_size_must_be_positive():
     """With the remedy in the message."""
     with pytest.raises(ValueError, match="For no bundles pass None"):
         GradGuard(max_bundle_mib=0.0)
+
+
+class Fused(Deep):
+    """Steps by a kernel that decides by itself."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3, fused=True)
+
+
+def test_culprits_of_steps_that_the_device_has_decided_are_named_a_step_later(tmp_path, monkeypatch):
+    """From batches that were kept until then; there are no gradients any more to compare with."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    torch.manual_seed(0)
+    guard = GradGuard(explosion="warn", vanishing=None)
+    alerts = trained(tmp_path, Fused(nn.ReLU, 2, shift=30, damage=4), guard)
+    assert [(alert.kind, alert.step) for alert in alerts] == [("nonfinite", 4), ("explosion", 30)]
+    assert alerts[0].culprit.source == "return loss * torch.nan if int(number) == self.damage else loss"
+    assert alerts[1].culprit.samples == (2,)
+    assert [alert.culprit.reproduced for alert in alerts] == [False, False]
+    left_out = Bundle.load(next((tmp_path / "gradguard").glob("explosion-*.bundle.pt"))).left_out
+    assert any("the device had applied it before the host knew" in reason for reason in left_out)
+
+
+def test_diagnosis_that_fails_is_a_warning_and_training_goes_on(tmp_path):
+    """A step that can't be run twice."""
+    seen = set()
+
+    class Once(Deep):
+        def training_step(self, batch, batch_idx):
+            if batch_idx in seen:
+                raise RuntimeError("twice")
+            seen.add(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    guard = GradGuard(explosion="skip", vanishing=None, max_bundle_mib=None)
+    with pytest.warns(GuardWarning, match="could not be replayed .RuntimeError: twice"):
+        (alert,) = trained(tmp_path, Once(nn.ReLU, 2, shift=30), guard)
+    assert (alert.step, alert.culprit, guard.num_steps) == (30, None, 40)
+
+
+def test_vanishing_of_a_gradient_that_is_zero_everywhere_has_nothing_to_compare(tmp_path):
+    """Neither the step's own nor the replay's has any size."""
+
+    class Zero(Deep):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) * 0.0 + 1.0
+
+    guard = GradGuard(vanishing=Vanishing("warn", persistence=2, warmup_steps=2), explosion=None)
+    (alert,) = trained(tmp_path, Zero(nn.ReLU, 2), guard, 6)
+    assert (alert.kind, alert.value) == ("vanishing", 0.0)
+    assert "has been below" in alert.message
+
+
+def test_step_that_is_another_each_time_is_blamed_on_what_its_first_replay_shows(tmp_path):
+    """The one that follows the rows sees something else, which is not mixed with it."""
+    seen = []
+
+    class Alternates(Deep):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx != 3:
+                return loss
+            seen.append(1)
+            return loss / 0.0 if len(seen) % 2 else torch.log(-loss)
+
+    (alert,) = trained(tmp_path, Alternates(nn.ReLU, 2), GradGuard(vanishing=None), 6)
+    assert (alert.step, alert.culprit.op) == (3, "log")
+
+
+class Uncopied:
+    """A batch that refuses to be copied."""
+
+    def __init__(self, number, x, y):
+        self.number, self.x, self.y = number, x, y
+
+    def __copy__(self):
+        raise TypeError("one of a kind")
+
+
+def test_sample_of_a_batch_that_can_not_be_exchanged_is_probable(tmp_path):
+    """No replay without it can be run."""
+
+    class Unpacks(Deep):
+        def training_step(self, batch, batch_idx):
+            return super().training_step((batch.number, batch.x, batch.y), batch_idx)
+
+    torch.manual_seed(0)
+    guard = GradGuard(explosion="skip", vanishing=None, max_bundle_mib=None)
+    with pytest.warns(GradientWarning):
+        fit(tmp_path, Unpacks(nn.ReLU, 2, shift=30), guard, batches=Batches([Uncopied(*it) for it in make_batches(32)]))
+    (alert,) = guard.alerts
+    assert (alert.culprit.cause, alert.culprit.samples, alert.culprit.probable_samples) == ("sample", None, (2,))
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_window_with_a_micro_batch_without_a_loss_is_replayed(tmp_path):
+    """There is nothing of it to run backward."""
+    guard = GradGuard(vanishing=None)
+    with pytest.warns(GradientWarning):
+        fit(tmp_path, Net({4: "none", 5: "nan"}), guard, accumulate_grad_batches=2)
+    (alert,) = guard.alerts
+    assert (alert.step, alert.batch_idx, alert.culprit.op) == (2, 5, "mul")

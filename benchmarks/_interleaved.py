@@ -87,6 +87,7 @@ def interleave(
     max_seconds: float | None = None,
     min_rounds: int = 10,
     device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Timings:
     """Run all variants once a round, each round in another order.
 
@@ -98,6 +99,8 @@ def interleave(
             run whatever they take; None: all rounds are run.
         min_rounds: are run whatever they take.
         device: "cuda" waits for the device at both ends of each timing.
+        clock: in seconds; `time.process_time` counts what the threads of this process compute, and nobody else's work;
+            `time.thread_time` what this thread does.
     """
     order, shuffle = list(variants), random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in order}
@@ -113,10 +116,10 @@ def interleave(
             for name in order:
                 variants[name].prepare()
                 wait()
-                start = time.perf_counter()
+                start = clock()
                 variants[name].run()
                 wait()
-                took = time.perf_counter() - start
+                took = clock() - start
                 if is_warm:
                     seconds[name].append(took)
             num_counted += is_warm

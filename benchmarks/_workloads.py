@@ -20,6 +20,7 @@ NUM_CLASSES = 10
 NUM_BATCHES = 16
 TABLE_COLUMNS, SERIES_COLUMNS, SMALL_BATCH_SIZE = 32, 8, 64
 SERIES_LENGTH, DEEPAR_LENGTH = 24, 48
+MANY = 10_000
 
 
 class GPT(nn.Module):
@@ -158,6 +159,19 @@ class HuggingFaceGPT2(nn.Module):
         return self.transformer(input_ids=tokens, labels=tokens).loss
 
 
+class ManyTensors(nn.Module):
+    """The mean of 10,000 matrices of 32 x 32, which costs as little as a network of so many tensors can."""
+
+    def __init__(self, number: int = MANY) -> None:
+        super().__init__()
+        self.matrices = nn.ParameterList(torch.randn(TABLE_COLUMNS, TABLE_COLUMNS) for _ in range(number))
+
+    def forward(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Cross entropy of the class."""
+        rows, targets = batch
+        return F.cross_entropy(rows @ torch.stack([*self.matrices]).mean(0), targets)
+
+
 @dataclass(frozen=True)
 class Workload:
     """A network and its data.
@@ -217,6 +231,11 @@ WORKLOADS = {
         "conv net",
         lambda quick: ConvNet(1 if quick else 4),
         lambda: _labelled(CONV_BATCH_SIZE, 3, IMAGE_SIZE, IMAGE_SIZE),
+    ),
+    "many": Workload(
+        "many tensors",
+        lambda quick: ManyTensors(100 if quick else MANY),
+        lambda: _labelled(SMALL_BATCH_SIZE, TABLE_COLUMNS),
     ),
     "huggingface": Workload(
         "Hugging Face GPT-2", lambda quick: HuggingFaceGPT2(1 if quick else DEPTH), _tokens, needs="transformers"

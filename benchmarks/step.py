@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from itertools import cycle
@@ -82,7 +83,9 @@ class PausingTrainer:
             self._fit.switch()
 
 
-def compare(workload: Workload, optimizer: str, accelerator: str, *, quick: bool) -> tuple[Timings, str]:
+def compare(
+    workload: Workload, optimizer: str, accelerator: str, *, quick: bool, cpu_time: bool = False
+) -> tuple[Timings, str]:
     """Time a step of each variant; how many of the guard's steps were clipped, too."""
     batches = workload.batches()
     guard = GradGuard(clip=MAX_NORM, histogram_every_n_steps=HISTOGRAM_EVERY)
@@ -115,6 +118,7 @@ def compare(workload: Workload, optimizer: str, accelerator: str, *, quick: bool
             warmup=2 if quick else WARMUP,
             max_seconds=MAX_SECONDS,
             device="cuda" if accelerator == "gpu" else "cpu",
+            clock=time.process_time if cpu_time else time.perf_counter,
         )
         for trainer in trainers.values():
             trainer.finish()
@@ -125,6 +129,9 @@ def main() -> None:
     """Compare all networks, optimizers and devices."""
     arguments = parser(__doc__)
     arguments.add_argument("--models", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    arguments.add_argument(
+        "--cpu-time", action="store_true", help="the time that the process computes, whatever else the machine does"
+    )
     chosen = arguments.parse_args()
     console = begin(chosen)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -135,16 +142,23 @@ def main() -> None:
             continue
         for accelerator in ("cpu", "gpu") if torch.cuda.is_available() else ("cpu",):
             for optimizer in OPTIMIZERS:
-                _show(console, workload, optimizer, accelerator, quick=chosen.quick)
+                _show(console, workload, optimizer, accelerator, quick=chosen.quick, cpu_time=chosen.cpu_time)
 
 
-def _show(console: Console, workload: Workload, optimizer: str, accelerator: str, *, quick: bool) -> None:
+def _show(console: Console, workload: Workload, optimizer: str, accelerator: str, *, quick: bool, cpu_time: bool) -> None:
     with warnings.catch_warnings():
         # Lightning's advice about the machine, and the guard's about a network that learns nothing.
         warnings.simplefilter("ignore")
-        timings, clipped = compare(workload, optimizer, accelerator, quick=quick)
+        timings, clipped = compare(workload, optimizer, accelerator, quick=quick, cpu_time=cpu_time)
     title = f"{workload.title}, {describe(workload.model(quick))}, {optimizer} AdamW, {accelerator}"
+    title += ", CPU time" * cpu_time
     more = {f"mean over {over}": {GUARD: str(timings.mean_ratio(GUARD, over))} for over in (PLAIN, TRAINER)}
+    if cpu_time:
+        more = {
+            f"ms over {PLAIN}": {
+                name: f"{(timings.median(name) - timings.median(PLAIN)) * 1e3:.3f}" for name in (TRAINER, GUARD)
+            }
+        }
     console.print(timing_table(title, timings, [PLAIN, TRAINER], more | {"clipped steps": {GUARD: clipped}}))
 
 

@@ -23,8 +23,8 @@ class ParameterReport:
     Attributes:
         name: its name in the model.
         norm: 2-norm of its gradient.
-        num_nan: NaN elements in its gradient.
-        num_inf: infinite elements in its gradient.
+        num_nan: NaN elements in its gradient; 1 for at least one where a GPU has decided by itself.
+        num_inf: infinite elements in its gradient; 0 where they could not be counted.
     """
 
     name: str

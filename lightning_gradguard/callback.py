@@ -13,6 +13,7 @@ from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.errors import GradientError
+from lightning_gradguard.measure.logged import HistogramsOf
 from lightning_gradguard.policy import Action, ActionName
 from lightning_gradguard.record import Record
 from lightning_gradguard.recovery import Rollback
@@ -21,7 +22,7 @@ from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import Sink
 from lightning_gradguard.sinks.tags import LoggedNorms
 from lightning_gradguard.trainer.callback_order import callbacks_of, move_behind, remove
-from lightning_gradguard.trainer.conflicts import refuse_second_clipping, refuse_second_guards
+from lightning_gradguard.trainer.conflicts import refuse_clipping, refuse_second_guards
 from lightning_gradguard.trainer.fit import Fit
 from lightning_gradguard.trainer.history import History
 from lightning_gradguard.trainer.options import Options, rollback_detectors_among
@@ -52,15 +53,16 @@ class GradGuard(Callback):
         log_every_n_steps: how often scalars are logged, >= 0; None: as often as the Trainer does.
         log_norms: of what norms are logged as scalars: "totals": of the whole model; "groups": of groups of modules, too;
             "all": of each parameter as well. The GradGuard tab has those of all parameters in any case.
+        log_norm_types: what norms are logged beside the 2-norm: 1 and infinity, which is the largest magnitude.
         histogram_every_n_steps: how often histograms are logged, >= 1; None: never.
-        max_replays: how many bad steps of a run are replayed, >= 0; 0: none. A damaged one to name the operator, line and
-            samples that made the damage; one that vanishes or explodes to say why. Keeps one more batch alive.
+        histograms_of: "raw": of gradients before clipping; "clipped": after it, so that steps which are skipped have none.
+        max_replays: how many bad steps of a run are replayed, >= 0; 0: none: to name operator, line and samples of damage,
+            and why gradients vanish or explode. Keeps one more batch alive.
         max_bundle_mib: size, > 0, of the file that a bad step is written to, to be replayed anywhere; what does not fit
             is left out: optimizer state first, then weights. At most three in a folder. None: no files. It needs
             `max_replays`.
         sample_dim: the dimension of batches that samples lie along, >= 0, to name the bad ones; or that of each leaf by its
-            name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: it is
-            inferred.
+            name, as in `{"batch['x']": 1, "batch['y']": 0}`, where leaves that are left out hold no samples; None: inferred.
         skip_exceptions: which batches are passed over that end in an exception because of NaN or Inf, where the action about
             these skips: "torch": where torch raises it, as `torch.distributions` does for its parameters; "all": whoever
             raises it; None: none. Any other exception passes on as it is. It needs `max_replays`.
@@ -96,7 +98,9 @@ class GradGuard(Callback):
         every_backward: bool = True,
         log_every_n_steps: int | None = None,
         log_norms: LoggedNorms = "groups",
+        log_norm_types: Sequence[float] = (),
         histogram_every_n_steps: int | None = 100,
+        histograms_of: HistogramsOf = "raw",
         max_replays: int = 3,
         max_bundle_mib: float | None = 64.0,
         sample_dim: int | Mapping[str, int | None] | None = None,
@@ -116,6 +120,8 @@ class GradGuard(Callback):
             exclude=exclude,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
+            histograms_of=histograms_of,
+            log_norm_types=log_norm_types,
         )
         self._options = Options(
             every_backward=every_backward,
@@ -186,8 +192,7 @@ class GradGuard(Callback):
         if stage != "fit":
             return
         self._end()  # an earlier fit that was left without a word
-        if self._settings.clipper is not None:
-            refuse_second_clipping(trainer, pl_module)
+        refuse_clipping(trainer, pl_module, self._settings)
         move_behind(trainer, self)
         # A second fit of the same Trainer and module goes on; what `test` or `validate` read is not for this fit.
         goes_on = trainer.global_step > 0 and self._history.belongs_to(pl_module)

@@ -14,6 +14,7 @@ UserWarning
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -35,6 +36,19 @@ class GradientError(RuntimeError):
         return type(self), (self.alert,)
 
 
+def type_and_text(error: BaseException) -> str:
+    """Type and text of an exception of anybody's, of which not even the text can be relied on.
+
+    >>> type_and_text(OSError("disk full"))
+    'OSError: disk full'
+    """
+    try:
+        text = str(error)
+    except Exception:  # noqa: BLE001 - it is the user's code
+        text = "it has no text"
+    return f"{type(error).__name__}: {text}"
+
+
 class GradientWarning(UserWarning):
     """An alert about gradients."""
 
@@ -45,3 +59,10 @@ class SinkWarning(UserWarning):
 
 class GuardWarning(UserWarning):
     """Something about the guard itself that a user should know."""
+
+
+def words_of(error: BaseException) -> str:
+    """What an exception says; nothing where saying it fails."""
+    with suppress(Exception):
+        return str(error)
+    return ""

@@ -16,15 +16,17 @@ from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
 from lightning_gradguard.environment import Environment
-from lightning_gradguard.errors import GradientError
-from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
+from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_failure
+from lightning_gradguard.forensics.nonfinite.seen import seen_around
 from lightning_gradguard.forensics.raw_loop import HOW, RawLoop
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.measure.logged import HistogramsOf
 from lightning_gradguard.measure.parameters import WatchedParameters
+from lightning_gradguard.measure.scaling import forgotten_step
 from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action, ActionName
 from lightning_gradguard.record import Position, Record, Totals
-from lightning_gradguard.report.raised import Raised, add_note, in_words
+from lightning_gradguard.report.raised import CANT_REPLAY, Raised, add_note, in_words
 from lightning_gradguard.settings import Settings
 from lightning_gradguard.sinks import ConsoleSink, Sink
 
@@ -45,7 +47,10 @@ class Guard:
             all. NaN and infinity are looked for in the others, too, and a skipped step is skipped for all.
         exclude: patterns of names; parameters that match one are left out in the same way.
         log_every_n_steps: how often scalars are due, >= 0; 0: never, but on steps with an alert.
+        log_norm_types: what norms are measured at those steps beside the 2-norm: 1 and infinity.
         histogram_every_n_steps: how often histograms are, >= 1; None: never.
+        histograms_of: whether they are of gradients before clipping ("raw") or after it ("clipped"); steps that are skipped
+            then have none.
         sinks: where records go: objects with `write(record)` and `close()`, or functions of a record. Alerts are
             warned of whatever they are.
         named_buffers: the model's buffers, as `model.named_buffers()` gives them: a skipped step puts their values back, as
@@ -86,7 +91,9 @@ class Guard:
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         log_every_n_steps: int = 50,
+        log_norm_types: Sequence[float] = (),
         histogram_every_n_steps: int | None = 100,
+        histograms_of: HistogramsOf = "raw",
         sinks: Sequence[Sink | Callable[[Record], object]] = (),
         named_buffers: Iterable[tuple[str, Tensor]] = (),
         scaler: GradScaler | None = None,
@@ -103,6 +110,8 @@ class Guard:
             exclude=exclude,
             sinks=sinks,
             histogram_every_n_steps=histogram_every_n_steps,
+            histograms_of=histograms_of,
+            log_norm_types=log_norm_types,
         )
         settings.refuse_rollback()
         settings = replace(settings.fresh(), sinks=(*settings.sinks, ConsoleSink()))
@@ -119,6 +128,7 @@ class Guard:
             hint=HOW if raw_loop is None else "",
         )
         self._raw_loop = raw_loop
+        self._scaler = scaler
         self._parameters = parameters
         self._pipeline = Pipeline(settings, parameters, environment)
 
@@ -167,9 +177,12 @@ class Guard:
     def watch_step(self, skip_exceptions: Literal["torch", "all"] | None = "torch") -> Iterator[None]:
         """Around forward pass, backward pass and step: for exceptions that NaN or Inf is the reason of.
 
-        Such a one is told of as a damaged step is. Where the action skips, nothing has been applied yet, and there is one
-        process only, it ends here, and the step counts as a skipped one; otherwise it passes on with a note of the alert.
-        Every other exception passes on untouched. It needs `replay`.
+        A context, or with `@guard.watch_step()` a decorator of a function that runs a step. Such an exception is told of as
+        a damaged step is. Where the action skips and nothing has been applied yet, it ends here, and the step counts as a
+        skipped one; otherwise it passes on with a note of the alert. Every other exception passes on untouched.
+
+        Without `replay`, and where several ranks train together, nothing is run again: an exception that speaks of NaN or
+        Inf passes on, with an alert of what is seen to hold some. Ranks don't tell each other of it.
 
         Args:
             skip_exceptions: which ones may end here: "torch": those that torch raises; "all"; None: none.
@@ -211,26 +224,35 @@ class Guard:
 
     def _ends_here(self, error: Exception, skip_exceptions: str | None) -> bool:
         """Tell of an exception if damage is its reason; True if its step is skipped."""
-        is_none_of_ours = isinstance(error, GradientError) or is_lack_of_memory(error) or is_lost_gpu(error)
-        if self._raw_loop is None or is_none_of_ours or Ranks.current().size > 1:
+        if is_no_failure(error):
             return False
-        try:
-            cause = self._raw_loop.cause_of(error)
-        except Exception:  # noqa: BLE001 - the exception that was there first matters more
-            cause = None
-        if cause is None:
+        if is_lost_gpu(error):
+            add_note(error, CANT_REPLAY)
             return False
-        culprit, is_in_torch = cause
-        raised = Raised(in_words(error), culprit=culprit)
-        may_end = skip_exceptions == "all" or (skip_exceptions == "torch" and is_in_torch)
+        culprit, is_in_torch, seen = None, False, ""
+        if self._raw_loop is None or Ranks.current().size > 1:
+            seen = self._seen_around(error)
+        elif (cause := self._raw_loop.cause_of(error)) is not None:
+            culprit, is_in_torch = cause
+        if culprit is None and not seen:
+            return False
+        raised = Raised(in_words(error, seen=seen), culprit=culprit)
+        may_end = culprit is not None and (skip_exceptions == "all" or (skip_exceptions == "torch" and is_in_torch))
         if may_end and self._pipeline.skips_damage:
             self._pipeline.note_exception(raised)
-            self.step()
+            with forgotten_step(self._scaler, self._parameters.optimizer):
+                self.step()
             return True
         position = Position(step=self.num_steps, log_step=self.num_steps)
         if (alert := self._pipeline.report_exception(position, raised)) is not None:
             add_note(error, alert.message)
         return False
+
+    def _seen_around(self, error: Exception) -> str:
+        """What holds NaN or Inf, where the step is not run again; see `seen_around`."""
+        names, tensors = self._parameters.layout.names, self._parameters.tensors
+        named = [(name, it) for name, it in zip(names, tensors, strict=True) if isinstance(it, Tensor)]
+        return seen_around(error, None if self._raw_loop is None else self._raw_loop.batch(), named)
 
     def flush(self) -> None:
         """Wait for a step that the device has decided by itself, and record it.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,11 +67,13 @@ class Partition:
             starts=np.cumsum([0, *sizes[:-1]], dtype=np.int64)[: len(sizes)],
         )
 
-    def norms(self, norms: Floats) -> Floats:
-        """2-norm of each group from the 2-norms of all parameters."""
+    def norms(self, norms: Floats, norm_type: float = 2.0) -> Floats:
+        """Norm of each group from those of all parameters; of type 1, 2 or infinity."""
         if not self.names:
             return np.zeros(0)
         members = norms[self.indices]
+        if norm_type != 2.0:
+            return (np.maximum if norm_type == math.inf else np.add).reduceat(members, self.starts)
         largest = float(members.max())
         if _MIN_SQUARED < largest < _MAX_SQUARED and members.min() > _MIN_SQUARED:
             return np.sqrt(np.add.reduceat(members * members, self.starts))

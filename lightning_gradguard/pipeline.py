@@ -25,7 +25,7 @@ from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Measurement, Outcome, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.raised import Raised, alert_of
-from lightning_gradguard.report.reporter import DecidedStep, Reporter, is_due
+from lightning_gradguard.report.reporter import DecidedStep, Reporter
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 
@@ -52,10 +52,10 @@ class Pipeline:
         scaling = environment.scaling
         if scaler is not None and optimizer is not None:
             scaling = LossScaling(scaler, optimizer)
-        self._histogram_interval = settings.histogram_every_n_steps or 0
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
-        self._meter = StepMeter(parameters, scaling, log_interval=environment.log_every_n_steps if settings.sinks else 0)
+        self._logged = settings.logged(environment.log_every_n_steps)
+        self._meter = StepMeter(parameters, scaling, self._logged)
         self._parameters = parameters
         self._detectors = settings.detectors
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
@@ -67,7 +67,8 @@ class Pipeline:
             listener=environment.listener,
             archive=environment.archive,
             clips_later=environment.clips_later,
-            hints=_hints(settings, environment),
+            hint=environment.hint,
+            is_clipped=settings.clipper is not None or environment.clips_later,
         )
         # The device wants to know the limit at each step, and a closure decides about one step several times.
         waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold
@@ -168,17 +169,18 @@ class Pipeline:
         updates = self._meter.read_update_()
         self._gate.open()
         position = position or Position(step=self.num_steps, log_step=self.num_steps)
-        histogram_is_due = is_due(position.log_step, self._histogram_interval)
-        step = self._meter.measure(position, updates, with_histogram=histogram_is_due)
+        histogram_is_due = self._logged.histogram_is_due(position.log_step)
+        has_raised = self._raised is not None
+        step = self._meter.measure(position, updates, with_histogram=histogram_is_due, owns_losses=has_raised)
         # What the device compares with. The first step is the host's, since it has to return a record.
         has_last = self._reporter.has_last
-        knows_threshold = self._executor.wants_threshold and has_last and self._raised is None
+        knows_threshold = self._executor.wants_threshold and has_last and not has_raised
         pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
         if pending.is_left_to_device and has_last:
             self._pending = pending
             self._watch_update()
             return
-        is_wanted = histogram_is_due or self._raised is not None or not has_last or self._reporter.is_due(position)
+        is_wanted = histogram_is_due or has_raised or not has_last or self._reporter.is_due(position)
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
 
     def leave(self) -> None:
@@ -205,7 +207,8 @@ class Pipeline:
         self.outcome = Outcome(pending.position, measurement, judgement.decision.skip, has_finding)
         if not pending.is_left_to_device and not judgement.decision.skip:
             self._watch_update()
-        histograms = self._meter.histograms(pending.histogram, pending.present)
+        counts = self._gate.histogram(pending, measurement, judgement.decision)
+        histograms = self._meter.histograms(counts, pending.present)
         step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
         self._reporter.report(step, replaces_last=is_repeated)
 
@@ -290,11 +293,3 @@ class Pipeline:
         ends_run = (judgement.decision.action or Action.LOG) >= Action.STOP
         kind = kinds[0] if measurement.is_finite else "nonfinite"
         return self._investigate(position, measurement, kind, ends_run=ends_run)
-
-
-def _hints(settings: Settings, environment: Environment) -> dict[str, str]:
-    """What remedies say besides, by the kind of finding: nobody is told to set what is set."""
-    hints = {"nonfinite": environment.hint} if environment.hint else {}
-    if settings.clipper is None and not environment.clips_later:
-        hints["explosion"] = "Clipping bounds what one such step does: `clip=1.0`, for example."
-    return hints

@@ -134,3 +134,8 @@ def require_decay(value: object, *, default: float) -> None:
     """Raise a `ValueError` unless `decay`, the weight on the past, lies in (0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
         raise ValueError(f"`decay` must be a number > 0 and < 1, got {value!r}. The authors' choice is {default}.")
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether something that happens every so many steps, counted from 0, happens at this one; never at an interval of 0."""
+    return interval > 0 and (step + 1) % interval == 0

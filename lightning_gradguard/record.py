@@ -67,12 +67,14 @@ class Measurement:
         layout: names and sizes of the parameters.
         norms: 2-norm of each parameter's gradient, float64 [num_parameters]; 0 where there is none.
         has_grad: which parameters have a gradient, bool [num_parameters].
-        global_norm: 2-norm over all gradients; NaN or infinite exactly when an element is.
+        global_norm: 2-norm over all gradients; NaN or infinite exactly when an element is, if `is_counted`.
         num_micro_batches: backward passes that built these gradients, as far as they were told of.
         loss: loss of the last of them, unscaled, mean over ranks; None if unknown.
         damage: where NaN or infinity first showed in a loss or gradient; None if nowhere.
         loss_scale: by how much a GradScaler scales the loss at this step; None without one.
         nonfinite: the parameters with NaN or infinite elements, worst first.
+        is_counted: whether the elements of these were looked at. If not, their norms alone are known, and what has an
+            infinite one may be finite: float32 can't hold the squares of what is above 1.8e19.
         overflowed: whether the gradients are finite, but too large for their norm to be computed in the
             ordinary way (it was then computed in float64 with scaling, and is right).
         max_abs: largest finite magnitude of an element; measured on an incident only, None otherwise.
@@ -80,8 +82,8 @@ class Measurement:
             [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
         learning_rate: the largest of the optimizer's groups; None at steps that are not logged, and where it is not known.
         weight_norm: 2-norm of all weights before this step; None at steps that are not logged, and where they are sharded.
-        update_ratio: 2-norm of what the step before has changed of them, over their norm, estimated from a sample; None as
-            for `weight_norm`, and where the step before was skipped.
+        update_ratio: norm of their last change over that, estimated from a sample; None as there, and after a skipped step.
+        other_norms: by type, 1 or infinity, that norm of each parameter, at steps that are logged; see `log_norm_types`.
     """
 
     layout: Layout
@@ -99,6 +101,8 @@ class Measurement:
     learning_rate: float | None = None
     weight_norm: float | None = None
     update_ratio: float | None = None
+    is_counted: bool = True
+    other_norms: Mapping[float, Floats] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -260,6 +264,7 @@ class Histograms:
         counts: elements in each bin, float64 [num_parameters, num_bins]; estimates where `sampled`.
         num_zero, num_nan, num_inf: elements counted apart, float64 [num_parameters].
         sampled: which rows were estimated from a sample, bool [num_parameters].
+        clipped: whether these are the gradients as the optimizer got them, after clipping.
     """
 
     names: tuple[str, ...]
@@ -269,6 +274,7 @@ class Histograms:
     num_nan: Floats
     num_inf: Floats
     sampled: Bools
+    clipped: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -20,7 +20,7 @@ import torch
 from lightning_gradguard.alert import Alert
 from lightning_gradguard.clippers import Clipper
 from lightning_gradguard.detectors import Detector
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.judge.decision import Streak
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.measure.gradients import Gradients
@@ -59,7 +59,9 @@ class Mending:
             self._problems.append("all of it is damaged, and starts afresh")
             return
         version = state.get("version", VERSION)
-        if not is_count(version) or version > VERSION:
+        if not is_count(version):
+            self._problems.append("its version is damaged; what is known of it is used")
+        elif version > VERSION:
             self._problems.append("it was saved by a later version of lightning_gradguard; what is known of it is used")
         for field in state.keys() - {"version", *known}:
             self.note(f"unknown field `{str(field)[:40]}` is ignored")
@@ -187,7 +189,7 @@ def _problem_of(part: Detector | Clipper, state: Any, try_out: Callable[[Any], N
             _refuse_other_types(state, copy.deepcopy(part).state_dict())
             try_out(trial)
     except Exception as error:  # noqa: BLE001 - a damaged state may raise anything
-        return f"{type(error).__name__}: {error}"[:80]
+        return type_and_text(error)[:80]
     return None
 
 

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from lightning_gradguard.clippers import ClipNorm, Clipper, Grouped
 from lightning_gradguard.detectors import Detector, Explosion, NonFinite, Overflow, Vanishing
+from lightning_gradguard.measure.logged import HISTOGRAMS_OF, HistogramsOf, Logged, other_norm_types
 from lightning_gradguard.measure.name_filter import NameFilter
 from lightning_gradguard.policy import Action, ActionName, require_int, to_action
 from lightning_gradguard.record import Record
@@ -29,6 +30,8 @@ class Settings:
         only: which parameters are watched.
         sinks: the user's own.
         histogram_every_n_steps: cadence of histograms, >= 1; None for none.
+        histograms_of: "raw" or "clipped" gradients.
+        norm_types: what norms are logged beside the 2-norm.
     """
 
     clipper: Clipper | None
@@ -36,6 +39,8 @@ class Settings:
     only: NameFilter
     sinks: tuple[Sink, ...]
     histogram_every_n_steps: int | None
+    histograms_of: HistogramsOf = "raw"
+    norm_types: tuple[float, ...] = ()
 
     @classmethod
     def of(
@@ -51,6 +56,8 @@ class Settings:
         exclude: Sequence[str],
         sinks: Sequence[Sink | Callable[[Record], object]],
         histogram_every_n_steps: int | None,
+        histograms_of: HistogramsOf,
+        log_norm_types: Sequence[float],
     ) -> Settings:
         """Check what the user wrote.
 
@@ -60,6 +67,11 @@ class Settings:
         if histogram_every_n_steps is not None:
             require_int(
                 "histogram_every_n_steps", histogram_every_n_steps, at_least=1, remedy="For no histograms pass None."
+            )
+        if histograms_of not in HISTOGRAMS_OF:
+            raise ValueError(
+                f"`histograms_of` must be one of {', '.join(map(repr, HISTOGRAMS_OF))}, got {histograms_of!r}. 'raw' is of "
+                "the gradients before clipping."
             )
         built_in = (
             _to_detector(nonfinite, NonFinite, parameter="nonfinite"),
@@ -80,6 +92,22 @@ class Settings:
             only=NameFilter.of(include, exclude),
             sinks=tuple(to_sink(sink) for sink in _sequence(sinks, parameter="sinks")),
             histogram_every_n_steps=histogram_every_n_steps,
+            histograms_of=histograms_of,
+            norm_types=other_norm_types(log_norm_types),
+        )
+
+    def logged(self, interval: int) -> Logged:
+        """What is measured for the logs alone.
+
+        Args:
+            interval: every how many steps scalars are due, >= 0; 0: never.
+        """
+        return Logged(
+            interval,
+            has_readers=bool(self.sinks),
+            norm_types=self.norm_types,
+            histogram_interval=self.histogram_every_n_steps or 0,
+            histograms_of=self.histograms_of,
         )
 
     def in_words(self) -> dict[str, str]:

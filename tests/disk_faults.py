@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -67,13 +67,20 @@ def replaced_by_a_file(folder: Path) -> Iterator[None]:
     places = [path for path in folder.iterdir() if path.is_dir()]
     for path in places:
         path.rename(path.with_name(f"{path.name}.away"))
-        path.write_text("in the way", encoding="utf-8")
+        while not path.is_file():
+            # The thread of TensorBoard's writer may make the folder again just now.
+            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                path.write_text("in the way", encoding="utf-8")
     try:
         yield
     finally:
         for path in places:
             path.unlink()
-            path.with_name(f"{path.name}.away").rename(path)
+            while (away := path.with_name(f"{path.name}.away")).exists():
+                shutil.rmtree(path, ignore_errors=True)
+                with suppress(OSError):
+                    away.rename(path)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from lightning_gradguard import GradientError, Guard
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 BAD, ROW = 2, 3
+HAS_NOTES = sys.version_info >= (3, 11)
 
 
 class _Loop:
@@ -129,3 +132,85 @@ def test_exception_without_damage_is_untouched():
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         loop.run()
     assert loop.guard.alerts == []
+
+
+def test_step_of_a_function_is_watched_by_a_decorator():
+    """Each call is a step."""
+    loop = _Loop()
+
+    @loop.guard.watch_step()
+    def step():
+        loop.optimizer.zero_grad()
+        loop.loss(loop.batch).backward()
+        loop.guard.step()
+        loop.optimizer.step()
+
+    for batch in loop.batches:
+        loop.batch = batch
+        step()
+    assert (loop.guard.totals.num_steps, loop.guard.totals.num_skipped) == (5, 1)
+
+
+def test_exception_without_replay_passes_on_with_what_is_seen():
+    """Which is the variable that torch has refused; and how to learn more."""
+    loop = _Loop()
+    guard = loop.guard = Guard(loop.model.named_parameters(), loop.optimizer)
+    with pytest.raises(ValueError, match="to satisfy the constraint") as caught:
+        loop.run()
+    (alert,) = guard.alerts
+    assert "was raised, and `value` in `__init__` holds NaN. The exception passes on." in alert.message
+    assert "replay=" in alert.remedy
+    assert not HAS_NOTES or caught.value.__notes__ == [alert.message]
+
+
+def test_exception_that_does_not_speak_of_nan_is_untouched_without_replay():
+    """Nobody knows what its reason is."""
+    loop = _Loop()
+    loop.is_bad_code = True
+    loop.guard = Guard(loop.model.named_parameters(), loop.optimizer)
+    with pytest.raises(KeyError):
+        loop.run()
+    assert loop.guard.alerts == []
+
+
+def test_lost_gpu_is_noted():
+    """Nothing can be run again after it."""
+    loop = _Loop()
+    error = RuntimeError("CUDA error: device-side assert triggered")
+    with pytest.raises(RuntimeError, match="device-side assert") as caught, loop.guard.watch_step():
+        raise error
+    assert loop.guard.alerts == []
+    assert not HAS_NOTES or "can't be replayed" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(3), MemoryError(), StopIteration()])
+def test_exception_that_is_no_failure_is_untouched(error):
+    """Though there is NaN."""
+    loop = _Loop()
+    loop.batch = loop.batches[BAD]
+    with pytest.raises(type(error)), loop.guard.watch_step():
+        raise error
+    assert loop.guard.alerts == []
+
+
+def test_gradients_after_a_step_that_raised_are_unscaled():
+    """The scaler does not take them for those of the step that was given up."""
+    loop = _Loop()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    loop.guard = guard = Guard(
+        loop.model.named_parameters(), loop.optimizer, scaler=scaler, replay=lambda: loop.loss(loop.batch)
+    )
+    norms = []
+    for batch in loop.batches:
+        loop.batch = batch
+        with guard.watch_step():
+            # Gradients of the step before are there until they have been replaced.
+            loss = loop.loss(loop.batch)
+            loop.optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            norms.append(guard.step().measurement.global_norm)
+            scaler.step(loop.optimizer)
+            scaler.update()
+    assert guard.totals.num_skipped == 1
+    assert len(norms) == 4
+    assert max(norms) < 10 * min(norms)

@@ -150,6 +150,14 @@ def test_damaged_part_costs_that_part(damage, said):
     assert guard.num_steps == (41 if kept else 1)
 
 
+def test_state_of_what_is_off_by_now_is_passed_over():
+    """The history of parameters, where these are not looked at alone any more."""
+    _, state = trained()
+    guard, messages = loaded(state, explosion=Explosion(min_share=None))
+    assert messages == []
+    assert guard.num_steps == 41
+
+
 def test_nan_among_the_saved_values_never_enters_a_baseline():
     """The detector starts afresh; the others keep what they know."""
     _, state = trained()

@@ -25,7 +25,7 @@ def test_training_that_resumes_comes_to_the_same_end(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(7200)
 @pytest.mark.parametrize("number", [1, 100])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_training_that_is_told_to_stop_leaves_whole_files_and_resumes_to_the_same_end(number, name, tmp_path):

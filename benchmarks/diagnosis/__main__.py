@@ -7,9 +7,16 @@ from collections.abc import Sequence
 
 from benchmarks.diagnosis.labels import HEALTHY, TUNED_ON
 from benchmarks.diagnosis.run import SYMPTOMS, Outcome, diagnose, diagnose_healthy
-from benchmarks.diagnosis.trainings import CHECKED, MISTAKEN
+from benchmarks.diagnosis.trainings import CHECKED, FURTHER, FURTHER_HEALTHY, MISTAKEN
 
-PARTS = {"tuned": tuple(TUNED_ON), "checked": tuple(CHECKED), "mistaken": tuple(MISTAKEN), "healthy": HEALTHY}
+PARTS = {
+    "tuned": tuple(TUNED_ON),
+    "checked": tuple(CHECKED),
+    "mistaken": tuple(MISTAKEN),
+    "further": tuple(FURTHER),
+    "healthy": HEALTHY,
+    "further_healthy": tuple(FURTHER_HEALTHY),
+}
 
 
 def main() -> None:
@@ -33,7 +40,7 @@ def main() -> None:
 
 
 def _outcomes(name: str, seeds: Sequence[int]) -> list[Outcome]:
-    if name in HEALTHY:
+    if name in HEALTHY or name in FURTHER_HEALTHY:
         return [diagnose_healthy(name, symptom, seed) for symptom in SYMPTOMS for seed in seeds]
     return [diagnose(name, seed) for seed in seeds]
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.detection.trainings import KINDS, Kind, Training
 from benchmarks.diagnosis.labels import TUNED_ON
-from benchmarks.diagnosis.trainings import CHECKED, MISTAKEN, NO_CAUSE
+from benchmarks.diagnosis.trainings import CHECKED, FURTHER, FURTHER_HEALTHY, MISTAKEN, NO_CAUSE, NOT_ON_THE_LIST
 from lightning_gradguard import Explosion, Guard, NonFinite
 from lightning_gradguard.forensics.flow.evidence import Cause, Changed, Evidence
 from lightning_gradguard.forensics.flow.explosion_causes import explosion_causes, top_row, with_row_replaced
@@ -71,13 +71,14 @@ class Outcome:
 
 def diagnose(name: str, seed: int = 0) -> Outcome:
     """Train until the alert of the labelled kind, and say why."""
-    kind = KINDS[name] if name in TUNED_ON else {**CHECKED, **MISTAKEN}[name]
-    return _built(kind, kind.must_find[0], TUNED_ON.get(name, kind.fault), seed)
+    kind = KINDS[name] if name in TUNED_ON else {**CHECKED, **MISTAKEN, **FURTHER}[name]
+    label = TUNED_ON.get(name, kind.fault)
+    return _built(kind, kind.must_find[0], NO_CAUSE if label == NOT_ON_THE_LIST else label, seed)
 
 
 def diagnose_healthy(name: str, symptom: str, seed: int = 0) -> Outcome:
     """Ask why a healthy training should vanish or explode."""
-    return _built(KINDS[name], symptom, NO_CAUSE, seed)
+    return _built({**KINDS, **FURTHER_HEALTHY}[name], symptom, NO_CAUSE, seed)
 
 
 def _built(kind: Kind, symptom: str, label: str, seed: int) -> Outcome:
@@ -112,7 +113,7 @@ def _train(training: Training, kind: Kind, symptom: str, label: str, seed: int) 
         training.after(step)
         grads = {key: value.grad.clone() for key, value in network.named_parameters() if value.grad is not None}
         record = guard.step()
-        alerted = any(alert.kind == symptom for alert in record.alerts) if label else step == FORCED_AT
+        alerted = any(alert.kind == symptom for alert in record.alerts) if kind.fault else step == FORCED_AT
         overdue = step == kind.onset + WITHOUT_ALERT or not math.isfinite(record.measurement.global_norm)
         if (alerted or overdue) and step >= kind.onset - 1 and (alerted or found is None):
             scene = _Scene(training, batch, healthy, grads, random_state)

@@ -10,7 +10,15 @@ from pathlib import Path
 from rich.console import Console
 
 from benchmarks._report import table
-from benchmarks.forensics import architectures, dropped, layouts, objectives, places  # noqa: F401 - register their cases
+from benchmarks.forensics import (  # noqa: F401 - register their cases
+    architectures,
+    dropped,
+    layouts,
+    mechanisms,
+    objectives,
+    places,
+    probabilities,
+)
 from benchmarks.forensics.labels import CASES, Case
 from benchmarks.forensics.run import Outcome, judge
 
@@ -58,13 +66,23 @@ def main() -> None:
     console.print(
         table(
             "Culprits",
-            ["cases", "number", "exact", "samples", "wrong samples", "wrong guesses", "false", "remedies that work"],
+            [
+                "cases",
+                "number",
+                "exact",
+                "samples",
+                "wrong samples",
+                "wrong guesses",
+                "false",
+                "remedies that work",
+                "missing",
+            ],
             rows,
         )
     )
 
 
-PARTS = ("dropped", "layouts", "places", "architectures", "objectives")
+PARTS = ("dropped", "layouts", "places", "architectures", "objectives", "probabilities", "mechanisms")
 
 
 def tell(console: Console, outcome: Outcome, *, everything: bool) -> None:
@@ -75,6 +93,8 @@ def tell(console: Console, outcome: Outcome, *, everything: bool) -> None:
         said.append(f"samples {culprit.samples}, probably {culprit.probable_samples}, truth {outcome.case.samples}")
     if outcome.remedy not in ("", "works"):
         said.append(f"the remedy {outcome.remedy}: {culprit.remedy if culprit else None}")
+    if outcome.lacks_remedy:
+        said.append("no remedy")
     if said or everything:
         console.print(f"{outcome.case.name}: {'; '.join(said) or 'as labelled'}", markup=False, soft_wrap=True)
         console.print(f"    {culprit.message if culprit else None}", markup=False, soft_wrap=True)
@@ -93,6 +113,7 @@ def row_of(group: str, outcomes: list[Outcome]) -> list[str]:
         str(sum(it.has_wrong_guess for it in outcomes)),
         str(sum(len(it.false) for it in outcomes)),
         f"{sum(it.remedy == 'works' for it in outcomes)} of {sum(bool(it.remedy) for it in outcomes)}",
+        str(sum(it.lacks_remedy for it in outcomes)),
     ]
 
 

@@ -22,7 +22,8 @@ class Case:
 
     Attributes:
         make: the module; the line of the culprit ends with `# <<`.
-        phase: "data", "weights", "forward", "backward", or "none" for a step that is in order.
+        phase: "data", "weights", "forward", "backward", "none" for a step that is in order, or "nobody" for damage that no
+            operator of forward or backward pass has made.
         module: path of the culprit, batch leaf, or name of the weight.
         ops: accepted operators, separated by blanks; "" for whichever.
         samples: the bad ones; None where it is not single ones, so that none may be stated.
@@ -32,6 +33,7 @@ class Case:
         never: what the message must not say, since it would not be true.
         guard: further arguments of `GradGuard`.
         has_open_samples: whether anything may be said about samples, since the label says nothing.
+        needs_remedy: whether there is one that a change of the line can be, so that it has to be told, and to hold.
     """
 
     make: type[Step]
@@ -45,6 +47,7 @@ class Case:
     never: tuple[str, ...] = ()
     guard: dict[str, Any] = field(default_factory=dict)
     has_open_samples: bool = False
+    needs_remedy: bool = False
 
     @property
     def name(self) -> str:

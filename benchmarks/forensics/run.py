@@ -51,6 +51,11 @@ class Outcome:
         return not self.case.has_open_samples and samples not in (None, self.case.samples)
 
     @property
+    def lacks_remedy(self) -> bool:
+        """Whether none is told where there is one."""
+        return self.case.needs_remedy and not self.remedy
+
+    @property
     def is_exact(self) -> bool:
         """Whether phase, module, operator, line and helper are right, or nobody is named where all is in order."""
         return not self.wrong
@@ -61,6 +66,10 @@ def judge(case: Case) -> Outcome:
     culprit, has_alert = _fit(case)
     if case.phase == "none":
         return Outcome(case, culprit, () if not has_alert else ("an alert on a healthy step",), ())
+    if case.phase == "nobody":
+        is_right = culprit is None or culprit.cause == "foreign"
+        said = "" if has_alert and is_right else f"{culprit.op} in {culprit.module!r} is named" if culprit else "no alert"
+        return Outcome(case, culprit, (said,) if said else (), () if is_right else (said,))
     if culprit is None:
         return Outcome(case, None, ("nobody is named" if has_alert else "no alert",), ())
     return Outcome(case, culprit, tuple(_wrong(case, culprit)), tuple(_false(case, culprit)), _try_remedy(case, culprit))

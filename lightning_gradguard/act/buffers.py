@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.act.frozen import FrozenParameters
+
 _LARGE = 1 << 20
 """Elements from which on a buffer is copied only when it is seen to have changed: mostly a table that never does."""
 
@@ -42,6 +44,7 @@ class Buffers:
     Skipping an optimizer's step undoes nothing of what the forward pass did: one bad batch would stay in the running
     statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. What was
     registered during a bad step stays. Of any layout and dtype; a buffer that shares its memory is put back as a whole.
+    The module's frozen parameters are treated in the same way where the forward pass changes them (`FrozenParameters`).
 
     Memory: a copy of each buffer, but for those of 256 MiB and more that were never seen to change. Time: a copy of
     each buffer of up to 2^20 elements a step, of larger ones after a change.
@@ -63,8 +66,9 @@ class Buffers:
         self._module = module
         self._given: dict[str, Any] = dict(named_buffers)
         self._tree: list[tuple[Any, list[Any]]] = []
-        self._counts: list[tuple[Any, int]] = []
+        self._keys: list[tuple[Any, list[str]]] = []
         self._slots: list[_Slot] = []
+        self._frozen = FrozenParameters()
         self.follows_steps = follows_steps
         self._collect()
         self.remember()
@@ -75,6 +79,11 @@ class Buffers:
             self._collect()
         if self._slots:
             self._remember()
+        self._frozen.remember()
+
+    def look(self) -> None:
+        """The forward pass is over. A fraction of a microsecond for each frozen parameter that has changed lately."""
+        self._frozen.look()
 
     @torch.no_grad()
     def _remember(self) -> None:
@@ -120,6 +129,9 @@ class Buffers:
                 sources.append(slot.saved)
             else:
                 _write_back(slot, target)
+        for target, saved in self._frozen.pairs():
+            targets.append(target)
+            sources.append(saved)
         if targets:
             torch._foreach_copy_(targets, sources)
 
@@ -140,12 +152,13 @@ class Buffers:
     def select_(self, is_bad: Tensor) -> None:
         """Have the device put the values back if `is_bad`, 1 or 0, scalar. No sync; a handful of kernels a dtype."""
         groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
-        for slot in self._slots:
-            now = slot.now
-            if now is not None and slot.saved is not None and now.numel():
-                targets, saved = groups.setdefault((now.device, now.dtype), ([], []))
-                targets.append(_distinct(now.data))
-                saved.append(slot.saved)
+        live = [(slot.now, slot.saved) for slot in self._slots]
+        pairs = [(_distinct(now.data), saved) for now, saved in live if now is not None and saved is not None]
+        for target, before in (*pairs, *self._frozen.pairs()):
+            if target.numel():
+                targets, saved = groups.setdefault((target.device, target.dtype), ([], []))
+                targets.append(target)
+                saved.append(before)
         for (device, _), (targets, saved) in groups.items():
             present = torch.cat([target.reshape(-1) for target in targets])
             before = torch.cat([values.reshape(-1) for values in saved])
@@ -169,17 +182,18 @@ class Buffers:
         for children, before in self._tree:
             if list(children.values()) != before:
                 return True
-        return any(len(buffers) != count for buffers, count in self._counts)
+        return any(list(buffers.keys()) != keys for buffers, keys in self._keys)
 
     def _collect(self) -> None:
         known = {(id(slot.holder), slot.name): slot for slot in self._slots}
         holders: list[Any] = [self._given]
-        self._tree, self._counts = [], []
+        self._tree, self._keys = [], []
         if self._module is not None:
             modules = list(self._module.modules())
             holders = [module._buffers for module in modules]
             self._tree = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
-            self._counts = [(holder, len(holder)) for holder in holders]
+            self._keys = [(holder, list(holder.keys())) for holder in holders]
+            self._frozen.collect(self._module)
         self._slots = [
             known.get((id(holder), name)) or _Slot(holder, name) for holder in holders for name in list(holder.keys())
         ]
@@ -191,7 +205,8 @@ def _is_untouched(slot: _Slot, now: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether it is dense, of a dtype with arithmetic, and no subclass: what one kernel copies together."""
-    return type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
+    return is_dense and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _distinct(tensor: Tensor) -> Tensor:

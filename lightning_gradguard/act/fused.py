@@ -38,6 +38,11 @@ class FusedKernel:
         num_tensors = sum(parameter.numel() > 0 for group in groups for parameter in group["params"])
         return not has_momentum or len(self._optimizer.state) >= num_tensors
 
+    @property
+    def divisor(self) -> Tensor | None:
+        """What the next step is going to divide the gradients by, scalar; None: nothing."""
+        return vars(self._optimizer).get("grad_scale")
+
     def scale(self, coef: Tensor) -> None:
         """Have the next step multiply the gradients by `coef`, scalar. No sync."""
         self._optimizer.grad_scale = coef.float().reciprocal()  # type: ignore[attr-defined]

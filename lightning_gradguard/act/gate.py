@@ -10,12 +10,13 @@ from torch import Tensor
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.act.fused import FusedKernel
+from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.clippers import Clipped, Clipper, FactorClipper
 from lightning_gradguard.judge.judge import state_for
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.measure.step import MeasuredStep
-from lightning_gradguard.record import Measurement
+from lightning_gradguard.record import Decision, Measurement
 
 
 def skip_(parameters: Iterable[Parameter]) -> list[tuple[Parameter, Tensor]]:
@@ -92,6 +93,7 @@ class Gate:
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
         self.taken = []
+        self.buffers.look()
         if self.kernel is not None:
             self.kernel.clear()
 
@@ -162,6 +164,30 @@ class Gate:
         if is_ours(self.clipper):  # does not mind a norm of 0, which saves a few launches
             return self.clipper.coefficient(step.gradients, norm.nan_to_num(nan=0.0, posinf=0.0))
         return torch.where(norm.isfinite(), self.clipper.coefficient(step.gradients, norm), torch.ones_like(norm))
+
+    def clipped_histogram(self, step: MeasuredStep) -> Tensor | None:
+        """What is counted of a step's gradients as the optimizer gets them, once clipping is queued; None if not wanted.
+
+        No sync; a collective where they are sharded.
+        """
+        meter, gradients = step.clipped_histogram, step.gradients
+        if meter is None:
+            return None
+        return gradients.sum_shards(meter.count(gradients, None if self.kernel is None else self.kernel.divisor))
+
+    def histogram(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Tensor | None:
+        """What was counted of a step that is decided and carried out: before clipping, or after; None on most steps.
+
+        Of gradients after clipping a skipped step has none, since the optimizer has got nothing.
+        """
+        step = pending.step
+        if not pending.counts_clipped:
+            return pending.histogram
+        if decision.skip:
+            return None
+        # What was queued before the host knew of an overflow has not clipped.
+        is_late = step is not None and (pending.transfer is None or measurement.overflowed)
+        return self.clipped_histogram(step) if step is not None and is_late else pending.histogram
 
     def _clip_(self, clipper: Clipper, step: MeasuredStep, norm: Tensor) -> Clipped:
         if self.kernel is None or not isinstance(clipper, FactorClipper):

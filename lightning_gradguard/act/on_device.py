@@ -37,7 +37,8 @@ class OnDevice:
         buffers.note_boundary()
         coef = self._gate.coefficient(step, skips_damage=threshold.must_be_finite)
         kernel.scale(coef)
-        return PendingStep.of(step, Transfer.start(step.facts, coef), is_left_to_device=True)
+        transfer = Transfer.start(step.facts, coef, self._gate.clipped_histogram(step))
+        return PendingStep.of(step, transfer, is_left_to_device=True, skips_damage=threshold.must_be_finite)
 
     def finish_(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Clipped:
         """Say what the device has done."""

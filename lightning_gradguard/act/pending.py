@@ -23,7 +23,7 @@ class Transfer:
 
     Attributes:
         values: `Facts.pack()` and the factor of clipping, [n + 1].
-        histogram: counts, [num_tensors, row]; None on most steps.
+        histogram: counts before or after clipping, [num_tensors, row]; None on most steps.
     """
 
     values: Tensor
@@ -31,10 +31,11 @@ class Transfer:
     _done: torch.cuda.Event | None
 
     @classmethod
-    def start(cls, facts: Facts, coef: Tensor) -> Transfer:
+    def start(cls, facts: Facts, coef: Tensor, clipped_histogram: Tensor | None = None) -> Transfer:
         """Queue one copy of all figures into pinned memory."""
         values = _to_host(facts.pack(coef))
-        histogram = None if facts.histogram is None else _to_host(facts.histogram)
+        counts = facts.histogram if clipped_histogram is None else clipped_histogram
+        histogram = None if counts is None else _to_host(counts)
         done = None
         if facts.norms.is_cuda:  # pragma: no cover - needs a GPU
             done = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -59,6 +60,8 @@ class PendingStep(NamedTuple):
         present: which parameters have a gradient.
         step: the step with its gradients; None once they may be gone, because the device decides by itself.
         transfer: the figures on their way, with the factor that the device clips by; None: nothing has been queued.
+        counts_clipped: whether elements are counted after clipping.
+        skips_damage: whether the device skips the step where the norm is not finite.
     """
 
     position: Position
@@ -67,18 +70,31 @@ class PendingStep(NamedTuple):
     present: Bools
     step: MeasuredStep | None
     transfer: Transfer | None = None
+    counts_clipped: bool = False
+    skips_damage: bool = False
 
     @classmethod
-    def of(cls, step: MeasuredStep, transfer: Transfer | None = None, *, is_left_to_device: bool = False) -> PendingStep:
+    def of(
+        cls,
+        step: MeasuredStep,
+        transfer: Transfer | None = None,
+        *,
+        is_left_to_device: bool = False,
+        skips_damage: bool = False,
+    ) -> PendingStep:
         """From a measured step.
 
         Args:
             step: the step.
             transfer: its figures on their way; None: they are read when they are asked for.
             is_left_to_device: whether the device decides by itself, so that the gradients must not be kept alive.
+            skips_damage: whether the device skips the step where the norm is not finite.
         """
         kept = None if is_left_to_device else step
-        return cls(step.position, step.facts, step.layout, step.gradients.present, kept, transfer)
+        counts_clipped = step.clipped_histogram is not None
+        return cls(
+            step.position, step.facts, step.layout, step.gradients.present, kept, transfer, counts_clipped, skips_damage
+        )
 
     @property
     def is_left_to_device(self) -> bool:
@@ -87,7 +103,7 @@ class PendingStep(NamedTuple):
 
     @property
     def histogram(self) -> Tensor | None:
-        """What was counted, [num_tensors, row]; None on most steps."""
+        """What was counted so far, [num_tensors, row]; None on most steps."""
         return self.facts.histogram if self.transfer is None else self.transfer.histogram
 
     def read(self) -> Measurement:
@@ -98,7 +114,24 @@ class PendingStep(NamedTuple):
         measurement = self.facts.unpack(self.transfer.wait()[:-1], self.present, self.layout)
         if self.step is not None:
             return look_closer(measurement, self.step.gradients)
-        return measurement if math.isfinite(measurement.global_norm) else _from_norms(measurement)
+        return measurement if math.isfinite(measurement.global_norm) else self._from_norms(measurement)
+
+    def _from_norms(self, measurement: Measurement) -> Measurement:
+        """Name the parameters whose norms are not finite: the gradients themselves are gone by now, and can't be counted.
+
+        A step that the device has skipped as a damaged one is not told apart from one whose norm float32 can't hold.
+        """
+        norms = measurement.norms
+        reports = [
+            ParameterReport(measurement.names[index], float(norms[index]), num_nan=int(np.isnan(norms[index])))
+            for index in np.flatnonzero(~np.isfinite(norms))
+        ]
+        if reports or self.skips_damage:
+            worst_first = tuple(sorted(reports, key=lambda report: -report.num_nan))
+            return replace(measurement, nonfinite=worst_first, is_counted=False)
+        largest = norms.max()
+        global_norm = float(largest * np.linalg.norm(norms / largest))
+        return replace(measurement, global_norm=global_norm, overflowed=True, damage=None)
 
     def coef(self) -> float:
         """The factor that the device has clipped by. It waits as `read` does."""
@@ -111,24 +144,3 @@ def _to_host(tensor: Tensor) -> Tensor:
         return tensor
     target = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return target.copy_(tensor.detach(), non_blocking=True)
-
-
-def _from_norms(measurement: Measurement) -> Measurement:
-    """Name the damaged parameters by their norms: the gradients themselves are gone by now.
-
-    A count of 1 stands for "at least one". An infinite norm may also be one that float32 can't hold.
-    """
-    norms = measurement.norms
-    reports = tuple(
-        ParameterReport(
-            measurement.names[index],
-            float(norms[index]),
-            num_nan=int(np.isnan(norms[index])),
-            num_inf=int(np.isinf(norms[index])),
-        )
-        for index in np.flatnonzero(~np.isfinite(norms))
-    )
-    if reports:
-        return replace(measurement, nonfinite=reports)
-    largest = norms.max()
-    return replace(measurement, global_norm=float(largest * np.linalg.norm(norms / largest)), overflowed=True, damage=None)

@@ -30,7 +30,7 @@ class Queued:
             gate.kernel.scale(coef)
         elif gate.clipper is not None:
             step.gradients.scale_(coef)
-        return PendingStep.of(step, Transfer.start(step.facts, coef))
+        return PendingStep.of(step, Transfer.start(step.facts, coef, gate.clipped_histogram(step)))
 
     def finish_(self, pending: PendingStep, measurement: Measurement, decision: Decision) -> Clipped:
         """Skip, or let the clipped gradients through."""

@@ -119,7 +119,7 @@ def _values_of(tensor: Tensor) -> Tensor | None:
     parts = parts_of(tensor.detach())
     if not parts or tensor.is_meta or not (tensor.is_floating_point() or tensor.is_complex()) or not parts[0].numel():
         return None
-    values = torch.view_as_real(parts[0]) if parts[0].is_complex() else parts[0]
+    values = torch.view_as_real(parts[0].resolve_conj()) if parts[0].is_complex() else parts[0]
     storage = values.untyped_storage()
     if values.numel() * values.element_size() > storage.nbytes():  # expanded
         values = torch.empty(0, dtype=values.dtype).set_(storage)

@@ -70,16 +70,32 @@ class NonFinite(Detector):
 
 
 def _describe_gradients(measurement: Measurement) -> str:
+    # With several micro-batches the last loss may be a healthy one's.
+    is_known = measurement.loss is not None and measurement.num_micro_batches == 1
+    loss = f"; the loss is {measurement.loss:g}" if is_known else ""
+    if not measurement.is_counted:
+        return _describe_norms(measurement) + loss
     worst = measurement.nonfinite[0]
     counts = ((worst.num_nan, "NaN"), (worst.num_inf, "infinite"))
     found = " and ".join(f"{count:,} {what}" for count, what in counts if count)
     others = len(measurement.nonfinite) - 1
     more = f", and {others} more of {int(measurement.has_grad.sum())} gradients are damaged" if others else ""
-    # With several micro-batches the last loss may be a healthy one's.
-    is_known = measurement.loss is not None and measurement.num_micro_batches == 1
-    loss = f"; the loss is {measurement.loss:g}" if is_known else ""
     noun = "element" if worst.num_nan + worst.num_inf == 1 else "elements"
     return f"the gradient of `{worst.name}` has {found} {noun}{more}{loss}"
+
+
+def _describe_norms(measurement: Measurement) -> str:
+    """Where the norms alone are known."""
+    if not measurement.nonfinite:
+        return "the global gradient norm is beyond what float32 can hold, although that of each gradient is not"
+    worst, others = measurement.nonfinite[0], len(measurement.nonfinite) - 1
+    more = f"; the norms of {others} more of {int(measurement.has_grad.sum())} gradients are not finite" if others else ""
+    if worst.num_nan:
+        return f"the gradient of `{worst.name}` holds NaN{more}"
+    return (
+        f"the norm of the gradient of `{worst.name}` is infinite: an element is, or float32 can't hold the sum of their "
+        f"squares{more}"
+    )
 
 
 def _describe_loss(damage: Damage) -> str:

@@ -129,8 +129,8 @@ class ParameterOutliers:
                 f"{usual:.3g}{others}, while the global norm {measurement.global_norm:.3g} is within its limit"
             ),
             remedy=(
-                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. If it comes back, lower "
-                "the learning rate of its group."
+                "Look at what feeds this parameter: an outlier in the batch, a layer that diverges. If it lasts, lower the "
+                "learning rate of its group."
             ),
             parameters=tuple(
                 ParameterReport(measurement.names[index], float(measurement.norms[index]))

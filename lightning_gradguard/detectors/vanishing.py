@@ -251,7 +251,7 @@ class Vanishing(Detector):
             value, limit = 0.0, math.ulp(0.0)
             modules = dead[::-1]
             others = f" and {counted(len(dead) - 1, 'module')} before it" if len(dead) > 1 else ""
-            message = f"the gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps}"
+            message = f"the weight gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps}"
             remedy = (
                 "Look behind this module for units that never fire (dead ReLU), a `detach()`, or a branch whose output "
                 "is not used."

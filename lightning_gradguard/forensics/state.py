@@ -142,14 +142,16 @@ class State:
 def _local(tensor: Tensor) -> Tensor:
     # `.data` has a version counter of its own, so that a graph that somebody keeps does not take the tensor for changed.
     live: Tensor = getattr(tensor.data, "_local_tensor", tensor.data)
-    if live.layout is torch.strided and 0 in live.stride():  # each element once, however often an expanded tensor repeats it
+    if (
+        live.layout is torch.strided and not live.is_nested and 0 in live.stride()
+    ):  # each element once, however often an expanded tensor repeats it
         return live[tuple(slice(None if stride else 1) for stride in live.stride())]
     return live
 
 
 def _copy(tensor: Tensor) -> Tensor | None:
     live = _local(tensor)
-    if live.device.type == "meta" or live.layout is not torch.strided:
+    if live.device.type == "meta" or live.layout is not torch.strided or live.is_nested or live.dtype in _PACKED:
         return None
     return live.to("cpu", copy=True)
 
@@ -161,9 +163,14 @@ def _same(live: Tensor, before: Tensor) -> bool:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    if tensor.is_quantized:
+        return tensor.int_repr()  # a view of another dtype crashes the process
+    values = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
     return values.view(_INTEGERS[values.dtype.itemsize])
 
+
+_PACKED = (torch.quint4x2, torch.quint2x4)
+"""Several elements a byte: torch can't copy them."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ class Flaw:
     """What is wrong with a tensor.
 
     Attributes:
-        has_nan: whether it holds NaN; infinities beside NaN are not looked for.
+        has_nan: whether it holds NaN; infinities beside NaN are looked for only where that is asked for.
         has_inf: whether it holds infinity.
         is_negative: whether minus infinity is all that is wrong, as in a mask.
     """
@@ -92,10 +92,17 @@ def range_of(tensor: Tensor) -> Range | None:
     return Range(float(low), float(high))
 
 
-def flaw_of(tensor: Tensor) -> Flaw | None:
-    """What is wrong with a tensor; None for nothing. One sync."""
+def flaw_of(tensor: Tensor, *, is_whole: bool = False) -> Flaw | None:
+    """What is wrong with a tensor; None for nothing. One sync.
+
+    Args:
+        tensor: that is looked at.
+        is_whole: whether to look for infinities beside NaN, too, which takes one more.
+    """
     span = range_of(tensor)
-    return None if span is None else span.flaw
+    flaw = None if span is None else span.flaw
+    values = plain(tensor) if is_whole and flaw is not None and flaw.has_nan else None
+    return flaw if flaw is None or values is None else replace(flaw, has_inf=bool(values.isinf().any()))
 
 
 def kind_of(tensor: Tensor) -> str:

@@ -121,13 +121,19 @@ class Gradients:
         norms = self.norms(norm_type)
         if self.shares is None:
             return norms
-        # Over all parameters, also those without a gradient here, so that all ranks reduce vectors of one length.
-        present = torch.from_numpy(np.flatnonzero(self.present)).to(norms.device, non_blocking=True)
-        rows = norms.new_zeros(len(self.present))
+        present, rows = self.rows_of_all(norms)
         if norm_type == math.inf:
             return self.ranks.max_(rows.index_copy_(0, present, norms)).index_select(0, present)
         rows.index_copy_(0, present, norms**norm_type * self.shares)
         return self.ranks.sum_(rows).index_select(0, present) ** (1.0 / norm_type)
+
+    def sum_shards(self, table: Tensor) -> Tensor:
+        """Sum of what each rank counted of its part of each gradient, [num_tensors, n]. No sync; a collective if sharded."""
+        if self.shares is None:
+            return table
+        present, rows = self.rows_of_all(table)
+        rows.index_copy_(0, present, table * self.shares[:, None])
+        return self.ranks.sum_(rows).index_select(0, present)
 
     def norms(self, norm_type: float = 2.0, *, wide: bool = False) -> Tensor:
         """Norm of what this rank holds of each gradient, on one device, [num_tensors]. No sync.
@@ -178,20 +184,20 @@ class Gradients:
         self.begin_change_()
         for (device, _), members in self._by_kind().items():
             factor = to_device(coef, device) if isinstance(coef, Tensor) else coef
-            torch._foreach_mul_(members, factor)
+            torch._foreach_mul_(_to_scale(members), factor)
 
     def scale_each_(self, coefs: Sequence[float]) -> None:
         """Multiply each gradient by a factor of its own, in place; those with a factor of 1 are not touched. No sync."""
         self.begin_change_()
         scaled = [(tensor, coef) for tensor, coef in zip(self.tensors, coefs, strict=True) if coef != 1.0]
         if scaled:
-            torch._foreach_mul_([tensor for tensor, _ in scaled], [coef for _, coef in scaled])
+            torch._foreach_mul_(_to_scale([tensor for tensor, _ in scaled]), [coef for _, coef in scaled])
 
     def clamp_(self, limit: float) -> None:
         """Clamp every element to [-limit, limit], in place; real and imaginary part apart. NaN stays. No sync."""
         self.begin_change_()
         for members in self._by_kind().values():
-            reals = [torch.view_as_real(member) if member.is_complex() else member for member in members]
+            reals = [torch.view_as_real(member) if member.is_complex() else member for member in _to_scale(members)]
             torch._foreach_clamp_min_(reals, -limit)
             torch._foreach_clamp_max_(reals, limit)
 
@@ -205,6 +211,14 @@ class Gradients:
             if id(tensor) in self._coalesced:
                 parameter, grad = self._coalesced[id(tensor)]
                 parameter.grad = grad
+
+    def rows_of_all(self, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Where the gradients' rows are among those of all parameters, and such rows, empty.
+
+        Also of those without a gradient here, so that all ranks reduce tensors of one length.
+        """
+        present = torch.from_numpy(np.flatnonzero(self.present)).to(table.device, non_blocking=True)
+        return present, table.new_zeros(len(self.present), *table.shape[1:])
 
     def _by_kind(self) -> dict[tuple[torch.device, torch.dtype], list[Tensor]]:
         if self._is_uniform and self.tensors:
@@ -226,6 +240,15 @@ def _all_of(number: int) -> Bools:
 def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Move a tensor; towards a GPU without waiting, towards the CPU only once it is there to be read."""
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
+
+
+def _to_scale(tensors: list[Tensor]) -> list[Tensor]:
+    """The memory of gradients, for changes that are the same for a number and its conjugate.
+
+    Where autograd has only marked a complex gradient as conjugate, torch's kernels over lists of tensors refuse to write to
+    it.
+    """
+    return [tensor.conj() if tensor.is_conj() else tensor for tensor in tensors]
 
 
 def _norms(tensors: list[Tensor], norm_type: float, *, wide: bool = False) -> list[Tensor]:

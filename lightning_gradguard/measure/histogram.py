@@ -69,20 +69,27 @@ class HistogramMeter:
         self._tables: dict[torch.device, Tensor] = {}
         self._kept_rows: tuple[torch.device, list[int], Tensor] | None = None
 
-    def count(self, gradients: Gradients) -> Tensor:
+    def count(self, gradients: Gradients, divisor: Tensor | None = None) -> Tensor:
         """Counts in each bin, [num_tensors, bins + zero, NaN, infinite], float32, on the device. No sync.
 
         Rank-local: where gradients are sharded, `measure` sums them with everything else. The training's random numbers
         are not touched.
+
+        Args:
+            gradients: of one optimizer.
+            divisor: what its kernel is going to divide them by, scalar; None: nothing.
         """
         device = gradients.device
         samples = self._samples(gradients.tensors)
         sizes = [sample.numel() for sample in samples]
-        keys = torch.cat([sample.to(device) for sample in samples]).abs_().view(torch.int32) >> _SHIFT
+        elements = torch.cat([sample.to(device) for sample in samples])
+        if divisor is not None:
+            elements.div_(divisor)
+        keys = elements.abs_().view(torch.int32) >> _SHIFT
         counts = _tally(self._table(device).index_select(0, keys) + self._rows(device, sizes), len(samples) * ROW)
         return counts.view(len(samples), ROW) * _factors(gradients.tensors, sizes).to(device, non_blocking=True)
 
-    def read(self, counts: Tensor, present: Bools, layout: Layout) -> Histograms:
+    def read(self, counts: Tensor, present: Bools, layout: Layout, *, clipped: bool = False) -> Histograms:
         """Bring the counts of the parameters that have a gradient to the host; one sync unless they are there."""
         values = counts.to("cpu", torch.float64).numpy()
         indices = np.flatnonzero(present)
@@ -95,6 +102,7 @@ class HistogramMeter:
             num_nan=values[:, _NAN],
             num_inf=values[:, _INF],
             sampled=np.zeros(len(indices), dtype=np.bool_) if size is None else layout.numels[indices] > size,
+            clipped=clipped,
         )
 
     def _samples(self, tensors: list[Tensor]) -> list[Tensor]:

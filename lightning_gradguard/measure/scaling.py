@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -65,3 +67,14 @@ class LossScaling:
         found = self._scaler._per_optimizer_states[id(self._optimizer)]["found_inf_per_device"]
         for device, is_infinite in found.items():
             found[device] = is_infinite.reshape(())
+
+
+@contextmanager
+def forgotten_step(scaler: GradScaler | None, optimizer: torch.optim.Optimizer | None) -> Iterator[None]:
+    """Leave a GradScaler as if nobody had asked it to unscale: of a step that is given up before its `step`.
+
+    Else it would take the gradients of the next step for unscaled.
+    """
+    yield
+    if scaler is not None:
+        scaler._per_optimizer_states.pop(id(optimizer), None)

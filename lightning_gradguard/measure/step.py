@@ -11,9 +11,11 @@ from torch import Tensor
 from lightning_gradguard.layout import Bools, Layout
 from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.measure.histogram import HistogramMeter
-from lightning_gradguard.measure.measurement import Facts, MicroBatch, measure
+from lightning_gradguard.measure.logged import Logged
+from lightning_gradguard.measure.measurement import Facts, measure
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import Scaling
+from lightning_gradguard.measure.signs import MicroBatch
 from lightning_gradguard.measure.updates import UpdateMeter
 from lightning_gradguard.measure.weights import WeightMeter, learning_rate
 from lightning_gradguard.record import Histograms, Position
@@ -31,12 +33,14 @@ class MeasuredStep(NamedTuple):
         gradients: what was measured.
         facts: what was found.
         layout: names and sizes of the parameters.
+        clipped_histogram: counts their elements once they are clipped; None where that is not wanted.
     """
 
     position: Position
     gradients: Gradients
     facts: Facts
     layout: Layout
+    clipped_histogram: HistogramMeter | None = None
 
 
 class StepMeter:
@@ -45,17 +49,18 @@ class StepMeter:
     Args:
         parameters: whose gradients.
         scaling: brings the gradients of fp16 training to their true size; None in any other precision.
-        log_interval: every how many steps the weights are measured for the logs, >= 0; 0: never.
+        logged: what is measured for the logs alone.
     """
 
-    def __init__(self, parameters: WatchedParameters, scaling: Scaling | None, *, log_interval: int = 0) -> None:
+    def __init__(self, parameters: WatchedParameters, scaling: Scaling | None, logged: Logged) -> None:
         self._parameters = parameters
         self._scaling = scaling
         self._updates = UpdateMeter()
         self._weights = WeightMeter()
-        self._log_interval = log_interval
+        self._logged = logged
         self._log_step = 0
         self._histograms = HistogramMeter()
+        self._histograms_are_clipped = logged.histograms_of == "clipped"
         self._micro_batches: deque[MicroBatch] = deque(maxlen=_MAX_MICRO_BATCHES)
         self._has_rivals = False  # other optimizers, whose backward passes are told of as well
 
@@ -79,13 +84,21 @@ class StepMeter:
         value = loss.detach() if loss.dim() == 0 else loss.detach().reshape(())
         self._micro_batches.append(MicroBatch(value if scale is None else value / scale, norm_before=sofar))
 
-    def measure(self, position: Position, updates: Tensor | None = None, *, with_histogram: bool = False) -> MeasuredStep:
+    def measure(
+        self,
+        position: Position,
+        updates: Tensor | None = None,
+        *,
+        with_histogram: bool = False,
+        owns_losses: bool = False,
+    ) -> MeasuredStep:
         """Measure the gradients. One pass over them, at most one collective; with a scaler they are unscaled first.
 
         Args:
             position: where in the training.
             updates: from `read_update_`.
-            with_histogram: whether their elements are counted, too.
+            with_histogram: whether their elements are counted, too; before clipping they are counted now.
+            owns_losses: whether the losses are this optimizer's although there are others.
         """
         self._has_rivals = position.num_optimizers > 1
         scale = None
@@ -93,9 +106,10 @@ class StepMeter:
             scale = self._scaling.scale
             self._scaling.unscale_()
         gradients = self._gradients()
-        histogram = self._histograms.count(gradients) if with_histogram and gradients.tensors else None
+        meter = self._histograms if with_histogram and gradients.tensors else None
+        histogram = None if meter is None or self._histograms_are_clipped else meter.count(gradients)
         self._log_step = position.log_step
-        is_logged = self._is_logged(position.log_step)
+        is_logged = self._logged.weights_are_due(position.log_step)
         weights = self._weights.read_(self._parameters.tensors) if is_logged else None
         self._weights.forget()
         facts = measure(
@@ -103,13 +117,15 @@ class StepMeter:
             self._micro_batches,
             loss_scale=scale,
             histogram=histogram,
-            some_are_foreign=self._has_rivals,
+            some_are_foreign=self._has_rivals and not owns_losses,
             updates=updates,
             weights=weights,
             learning_rate=learning_rate(self._parameters.optimizer) if is_logged else None,
+            norm_types=self._logged.norms_due(position.log_step),
         )
         self._micro_batches.clear()
-        return MeasuredStep(position, gradients, facts, self._parameters.layout)
+        clipped_histogram = meter if self._histograms_are_clipped else None
+        return MeasuredStep(position, gradients, facts, self._parameters.layout, clipped_histogram)
 
     def forget(self) -> None:
         """The backward passes so far belong to no step."""
@@ -121,7 +137,7 @@ class StepMeter:
 
     def start_sample_(self) -> None:
         """Before a step that is applied: keep what tells how far it moves the weights, if the next one is logged."""
-        if self._is_logged(self._log_step + 1):
+        if self._logged.weights_are_due(self._log_step + 1):
             self._weights.start_(self._parameters.tensors)
 
     def read_update_(self) -> Tensor | None:
@@ -131,7 +147,9 @@ class StepMeter:
 
     def histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
         """What was counted, once it is on the host; None where nothing was."""
-        return None if counts is None else self._histograms.read(counts, present, self._parameters.layout)
+        if counts is None:
+            return None
+        return self._histograms.read(counts, present, self._parameters.layout, clipped=self._histograms_are_clipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The update that was measured last, in plain types."""
@@ -140,9 +158,6 @@ class StepMeter:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._updates.load_state_dict(state)
-
-    def _is_logged(self, step: int) -> bool:
-        return self._log_interval > 0 and (step + 1) % self._log_interval == 0
 
     def _gradients(self) -> Gradients:
         watched = self._parameters

@@ -141,7 +141,7 @@ class _Plan:
     def sample(self) -> Tensor | None:
         """The sampled elements as they are, one matrix after the other, float32; None where there are none. No sync."""
         parts = [sample(_here(matrix), stride) for matrix, stride in zip(self.matrices, self.strides, strict=True)]
-        parts = [torch.view_as_real(part).reshape(-1) if part.is_complex() else part for part in parts]
+        parts = [torch.view_as_real(part.resolve_conj()).reshape(-1) if part.is_complex() else part for part in parts]
         if len({(part.device, part.dtype) for part in parts}) > 1:
             parts = [to_device(part, self.rows.device, torch.float32) for part in parts]
         return torch.cat(parts).float() if parts else None

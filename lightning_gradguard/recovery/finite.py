@@ -48,7 +48,7 @@ def _readable(tensor: Tensor) -> Tensor | None:
     elif tensor.is_mkldnn:
         tensor = tensor.to_dense()
     if tensor.is_complex():
-        tensor = torch.view_as_real(tensor)
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if not tensor.is_floating_point() or tensor.is_meta:  # quantised numbers are none of floating point
         return None
     return tensor.float() if tensor.element_size() == 1 else tensor  # float8 has no arithmetic

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.policy import Action
@@ -31,6 +32,7 @@ def alerts_of(
     culprit: Culprit | None = None,
     *,
     done: str | None = None,
+    is_clipped: bool = True,
 ) -> tuple[Alert, ...]:
     """The verdicts that are reported, in their order.
 
@@ -40,13 +42,18 @@ def alerts_of(
         decision: what is done about it.
         culprit: who made the damage; None if that is not known.
         done: what is done, in words; None: what the action says.
+        is_clipped: whether something clips these gradients, so that it need not be advised.
     """
     every = zip(verdicts, decision.actions, decision.alerting, strict=True)
     reported = [(verdict, action) for verdict, action, alerting in every if alerting]
     # It was looked for on behalf of the first one: why a gradient explodes is not why another vanishes.
     blamed = next((verdict for verdict, _ in reported if verdict.kind in INVESTIGATED), None)
     begun = [
-        _alert(position, verdict, action, culprit if verdict is blamed else None, done or _done(action, decision))
+        _with_bounds(
+            _alert(position, verdict, action, culprit if verdict is blamed else None, done or _done(action, decision)),
+            verdict,
+            is_clipped=is_clipped,
+        )
         for verdict, action in reported
     ]
     return (*begun, *(_over(position, ended) for ended in decision.ended))
@@ -122,6 +129,23 @@ def _remedy(verdict: Verdict, culprit: Culprit | None) -> str:
     """The culprit's own; one who is known to have made NaN has no other than that, as a guess may be wrong."""
     is_known = culprit is not None and (culprit.remedy or not culprit.cause)
     return culprit.remedy if culprit is not None and is_known else verdict.remedy
+
+
+_BOUNDED = ("", "batch", "rate", "recurrence", "sample")
+"""Causes of explosion whose harm is less where steps are clipped, or passed over."""
+
+
+def _with_bounds(alert: Alert, verdict: Verdict, *, is_clipped: bool) -> Alert:
+    """With the options that bound what such a step does, as far as they are not set already."""
+    cause = "" if alert.culprit is None else alert.culprit.cause
+    if alert.kind != "explosion" or verdict.is_advisory or cause not in _BOUNDED:
+        return alert
+    clip = "" if is_clipped else " Clipping bounds what one such step does: `clip=1.0`, for example."
+    # Weights that have moved too far give large gradients until somebody moves them back.
+    skip = (
+        "" if alert.action.skips or cause not in ("", "batch", "sample") else ' `explosion="skip"` passes such a step over.'
+    )
+    return replace(alert, remedy=f"{alert.remedy}{clip}{skip}")
 
 
 def _where(position: Position, micro_batch: int) -> str:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.errors import words_of
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Decision, Position, Verdict
 from lightning_gradguard.report.alerting import alerts_of
@@ -15,6 +17,11 @@ _REMEDY = (
     "Look at this batch for NaN, Inf or empty samples, and at the forward pass for log, sqrt, division or exp at the edge "
     "of their domain."
 )
+CANT_REPLAY = (
+    "GradGuard can't tell whether NaN or Inf is the reason: after this error the process can't use its GPU any more, so "
+    "that the step can't be replayed. `CUDA_LAUNCH_BLOCKING=1` shows the line; an index made from NaN often ends so."
+)
+"""What is noted of an error of a GPU."""
 
 
 @dataclass(frozen=True)
@@ -36,13 +43,20 @@ class Raised:
         return replace(verdict, message=self.message, micro_batch=self.micro_batch, parameters=())
 
 
-def in_words(error: BaseException) -> str:
-    """What was raised, quoted by its first line."""
-    lines = str(error).strip().splitlines()
+def in_words(error: BaseException, *, seen: str = "") -> str:
+    """What was raised, quoted by its first line.
+
+    Args:
+        error: what was raised.
+        seen: what NaN or infinity was seen in, where it is not known that this is the reason.
+    """
+    lines = words_of(error).strip().splitlines()
     quoted = lines[0].rstrip(":. ") if lines else ""
     if len(quoted) > _MAX_QUOTED:
         quoted = quoted[:_MAX_QUOTED].rstrip() + "..."
     words = f': "{quoted}"' if quoted else ""
+    if seen:
+        return f"`{type(error).__name__}`{words} was raised, and {seen}"
     return f"NaN or Inf is the reason of `{type(error).__name__}`{words}"
 
 
@@ -65,4 +79,5 @@ def add_note(error: BaseException, note: str) -> None:
     """Have a sentence shown below an exception's traceback, from Python 3.11 on."""
     add = getattr(error, "add_note", None)
     if add is not None:  # pragma: no branch - Python 3.10 has no notes
-        add(note)
+        with suppress(Exception):  # a class may have one of its own
+            add(note)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Protocol
 
@@ -13,7 +13,7 @@ from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.errors import GradientError
 from lightning_gradguard.judge.judge import Judgement
 from lightning_gradguard.layout import Layout
-from lightning_gradguard.policy import Action
+from lightning_gradguard.policy import Action, is_due
 from lightning_gradguard.record import Decision, Histograms, Measurement, Position, Record, Totals
 from lightning_gradguard.report.alerting import alerts_of
 from lightning_gradguard.report.summary import add_alert, count, without_last_step
@@ -68,7 +68,8 @@ class Reporter:
         listener: gets every record on every rank, before the sinks; what it raises is not caught.
         archive: writes a step with these alerts down, and gives them back with where that is; must not raise.
         clips_later: whether somebody else clips after the guard, so that the norm after clipping is not known.
-        hints: what the remedy of a kind of finding says besides where no culprit is named.
+        hint: what the remedy of NaN and Inf says besides where no culprit is named.
+        is_clipped: whether something clips the gradients.
     """
 
     def __init__(
@@ -80,7 +81,8 @@ class Reporter:
         listener: Callable[[Record], None] | None = None,
         archive: Archive | None = None,
         clips_later: bool = False,
-        hints: Mapping[str, str] | None = None,
+        hint: str = "",
+        is_clipped: bool = True,
     ) -> None:
         self._sinks = [SafeSink(sink) for sink in sinks]
         self._scalar_interval = scalar_interval
@@ -88,7 +90,8 @@ class Reporter:
         self._listener = listener
         self._archive = archive
         self._clips_later = clips_later
-        self._hints = hints or {}
+        self._hint = hint
+        self._is_clipped = is_clipped
         self._notices: list[Alert] = []
         self._totals = Totals()
         self._noted: DecidedStep | None = None
@@ -145,10 +148,9 @@ class Reporter:
         self._num_noted_clipped += step.clip_coef < 1.0
 
     def _with_hint(self, alert: Alert) -> Alert:
-        hint = self._hints.get(alert.kind)
-        if hint is None or alert.culprit is not None or not alert.remedy:
+        if not self._hint or alert.kind != "nonfinite" or alert.culprit is not None or not alert.remedy:
             return alert
-        return replace(alert, remedy=f"{alert.remedy} {hint}")
+        return replace(alert, remedy=f"{alert.remedy} {self._hint}")
 
     def report(self, step: DecidedStep, *, replaces_last: bool = False) -> Record:
         """Count a step, and tell.
@@ -165,7 +167,8 @@ class Reporter:
             coef = None if self._last is None else self._last.clip_coef
             self._totals = without_last_step(self.totals, was_clipped=coef is not None and coef < 1.0)
         judgement = step.judgement
-        found = alerts_of(step.position, judgement.verdicts, judgement.decision, step.culprit)
+        decision, is_clipped = judgement.decision, self._is_clipped
+        found = alerts_of(step.position, judgement.verdicts, decision, step.culprit, is_clipped=is_clipped)
         found = tuple(self._with_hint(alert) for alert in found)
         alerts = (*self._notices, *(found if self._archive is None or not found else self._archive(found)))
         self._notices = []
@@ -207,6 +210,7 @@ class Reporter:
         Returns:
             The alert, with what the archive adds.
         """
+        alert = self._with_hint(alert)
         if self._archive is not None and not is_archived:
             (alert,) = self._archive((alert,), is_alone=is_alone)
         if self.last is None:
@@ -254,8 +258,3 @@ class Reporter:
             # Also where warnings are errors, and the console has just raised one.
             if strongest is not None and strongest.action is Action.RAISE:
                 raise GradientError(strongest)
-
-
-def is_due(step: int, interval: int) -> bool:
-    """Whether something that happens every so many steps, counted from 0, happens at this one; never at an interval of 0."""
-    return interval > 0 and (step + 1) % interval == 0

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import TextIO, cast
 
 _LOGS = ("", "lightning.pytorch", "lightning.fabric", "pytorch_lightning", "lightning_fabric")
 """Where there may be handlers of what Lightning logs; "": of all logs."""
@@ -29,10 +30,10 @@ def bars_aside() -> Iterator[None]:
             yield
         finally:
             for handler in handlers:
-                handler.setStream(stream)
+                handler.setStream(cast("TextIO", stream))
 
 
-def _handlers_of(stream: object) -> Iterator[logging.StreamHandler[object]]:
+def _handlers_of(stream: object) -> Iterator[logging.StreamHandler[TextIO]]:
     for name in _LOGS:
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is stream:

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from lightning_gradguard.errors import SinkWarning
+from lightning_gradguard.errors import SinkWarning, type_and_text
 from lightning_gradguard.record import Record
 
 _logger = logging.getLogger("lightning_gradguard")
@@ -82,11 +82,18 @@ class SafeSink:
             self._fail(error)
         if self._num_failures > 1:
             _logger.warning(
-                "%r failed %d times in this run; what it could not take may be missing there.",
-                self._sink,
+                "%s failed %d times in this run; what it could not take may be missing there.",
+                self._name,
                 self._num_failures,
             )
         self._num_failures = min(self._num_failures, 1)
+
+    @property
+    def _name(self) -> str:
+        try:
+            return repr(self._sink)
+        except Exception:  # noqa: BLE001 - nor must what a sink is called end a training
+            return type(self._sink).__name__
 
     def _fail(self, error: Exception) -> None:
         if isinstance(error, Warning):
@@ -94,7 +101,7 @@ class SafeSink:
         self._num_failures += 1
         if self._num_failures == 1:
             warnings.warn(
-                f"{self._sink!r} failed ({type(error).__name__}: {error}). Training goes on, and it gets the records that "
+                f"{self._name} failed ({type_and_text(error)}). Training goes on, and it gets the records that "
                 "follow; what it can't take may be missing there. Further failures of it are only counted.",
                 SinkWarning,
                 stacklevel=2,

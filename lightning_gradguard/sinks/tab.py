@@ -109,4 +109,5 @@ def _bins(histograms: Histograms, layout: Layout) -> Bins:
     index = {name: number for number, name in enumerate(layout.names)}
     shares[[index[name] for name in histograms.names]] = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1.0)
     per_decade = round((len(histograms.edges) - 1) / float(histograms.edges[-1] - histograms.edges[0]))
-    return Bins(per_decade, round(float(histograms.edges[first]) * per_decade), shares)
+    is_open = (first == 0 < end, end == histograms.counts.shape[1])
+    return Bins(per_decade, round(float(histograms.edges[first]) * per_decade), shares, histograms.clipped, is_open)

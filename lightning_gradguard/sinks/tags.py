@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal, get_args
 
-from lightning_gradguard.record import Position, Record
+import numpy as np
+
+from lightning_gradguard.layout import Floats
+from lightning_gradguard.record import Measurement, Position, Record
 
 DESCRIPTIONS = {
     "global_norm": "2-norm over all gradients of the optimizer, before clipping.",
     "clipped_norm": "The same norm after clipping.",
     "clip_coef": "Norm after clipping over norm before, in (0, 1]; 1 means that nothing was clipped.",
+    "global_norm_1": "Sum of the magnitudes of all gradient elements of the optimizer (1-norm), before clipping.",
+    "global_norm_inf": "Largest magnitude of a gradient element of the optimizer (infinity norm), before clipping.",
     "explosion_limit": "Global norm above which a step counts as an explosion.",
     "limit_ratio": "That limit over the global norm; a step at 1 or below counts as an explosion.",
     "num_skipped": "Optimizer steps passed over so far.",
@@ -27,6 +33,8 @@ DESCRIPTIONS = {
 }
 
 
+_NORMS = {None: "2-norm", "1": "Sum of the magnitudes (1-norm)", "inf": "Largest magnitude (infinity norm)"}
+
 LoggedNorms = Literal["totals", "groups", "all"]
 """Of what norms are logged: the whole model only, groups of modules, too, or each parameter as well."""
 LOGGED_NORMS: tuple[str, ...] = get_args(LoggedNorms)
@@ -38,9 +46,10 @@ def description(tag: str) -> str:
     >>> description("gradguard/norm/encoder.0")
     '2-norm of the gradients of encoder.0, before clipping.'
     """
-    group = tag.partition("/norm/")[2]
-    if group:
-        return f"2-norm of the gradients of {group}, before clipping."
+    of_group = re.search(r"/norm(?:_(1|inf))?/(.+)", tag)
+    if of_group:
+        norm_type, group = of_group.groups()
+        return f"{_NORMS[norm_type]} of the gradients of {group}, before clipping."
     return DESCRIPTIONS.get(tag.rpartition("/")[2], "")
 
 
@@ -51,7 +60,7 @@ def tag_prefix(position: Position) -> str:
 
 def scalars(record: Record, norms: LoggedNorms = "groups") -> dict[str, float]:
     """The scalars of a record by tag without prefix. What isn't there, a limit or what others clip, is left out."""
-    measurement, totals, layout = record.measurement, record.totals, record.measurement.layout
+    measurement, totals = record.measurement, record.totals
     values: dict[str, float] = {
         "global_norm": measurement.global_norm,
         "num_skipped": totals.num_skipped,
@@ -73,14 +82,26 @@ def scalars(record: Record, norms: LoggedNorms = "groups") -> dict[str, float]:
         values["explosion_limit"] = record.explosion_limit
     if math.isfinite(record.limit_ratio):
         values["limit_ratio"] = record.limit_ratio
-    if norms != "totals":
-        for partition in (layout.groups, layout.subgroups):
-            of_groups = partition.norms(measurement.norms).tolist()
-            values |= {f"norm/{name}": norm for name, norm in zip(partition.names, of_groups, strict=True)}
-    if norms == "all":
-        values |= {f"norm/{name}": norm for name, norm in measurement.by_name.items()}
+    values |= _of_parts("norm", measurement, measurement.norms, 2.0, norms)
+    for norm_type, found in measurement.other_norms.items():
+        suffix = f"_{norm_type:g}"
+        values[f"global_norm{suffix}"] = float(np.linalg.norm(found, norm_type)) if len(found) else 0.0
+        values |= _of_parts(f"norm{suffix}", measurement, found, norm_type, norms)
     if record.histograms is not None:
         values["num_zero"] = float(record.histograms.num_zero.sum())
         values["num_nan"] = float(record.histograms.num_nan.sum())
         values["num_inf"] = float(record.histograms.num_inf.sum())
+    return values
+
+
+def _of_parts(tag: str, measurement: Measurement, found: Floats, norm_type: float, norms: LoggedNorms) -> dict[str, float]:
+    """Norms of groups and parameters from those of all parameters."""
+    layout = measurement.layout
+    values: dict[str, float] = {}
+    if norms != "totals":
+        for partition in (layout.groups, layout.subgroups):
+            of_groups = partition.norms(found, norm_type).tolist()
+            values |= {f"{tag}/{name}": norm for name, norm in zip(partition.names, of_groups, strict=True)}
+    if norms == "all":
+        values |= {f"{tag}/{layout.names[index]}": float(found[index]) for index in np.flatnonzero(measurement.has_grad)}
     return values

@@ -124,13 +124,14 @@ class TensorBoardSink:
     def _distributions(self, histograms: Histograms, prefix: str) -> list[Summary.Value]:
         folder = "gradients" + prefix.removeprefix("gradguard")
         tags = [f"{folder}/{name}" for name in histograms.names]
+        after = " after clipping" if histograms.clipped else ""
         apart = zip(histograms.num_zero, histograms.num_nan, histograms.num_inf, strict=True)
         values = zip(histograms_of(tags, histograms.edges, histograms.counts), apart, strict=True)
         return [
             self._describe(
                 value,
                 "histograms",
-                "log10 of the absolute gradient elements. Counted apart in the first of these histograms: "
+                f"log10 of the absolute gradient elements{after}. Counted apart in the first of these histograms: "
                 f"{counted(int(num_zero), 'zero')}, {num_nan:,.0f} NaN, {num_inf:,.0f} Inf.",
             )
             for value, (num_zero, num_nan, num_inf) in values

@@ -139,6 +139,11 @@ def distribution(histograms: Sequence[tuple[int, Bins]], snapshot: Snapshot, par
     return {
         "steps": [step for step, _ in chosen],
         "num_histograms": len(histograms),
+        "num_clipped": sum(bins.clipped for _, bins in histograms),
+        # Whether a row holds what lies beyond it, too: of this parameter, since the bins are those of all.
+        "is_open": [
+            any(bins.is_open[end] and bins.shares[0, column] > 0 for _, bins in chosen) for end, column in ((0, 3), (1, -1))
+        ],
         "edges": (np.arange(begin, end + 1) / per_decade).tolist(),
         "shares": table.round(5).tolist(),
         **{name: plain(apart[:, column]) for column, name in enumerate(("zero", "nan", "inf"))},

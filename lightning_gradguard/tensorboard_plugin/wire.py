@@ -61,15 +61,20 @@ class Bins(NamedTuple):
         first: the first bin, counted from a magnitude of 1.
         shares: parts of each parameter's elements: zero, NaN, infinite, then one bin after another; NaN where there is no
             gradient, [num_parameters, 3 + num_bins].
+        clipped: whether these are the gradients as the optimizer got them, after clipping.
+        is_open: whether the first bin holds all smaller magnitudes, too, and the last all larger ones.
     """
 
     per_decade: int
     first: int
     shares: Floats
+    clipped: bool = False
+    is_open: tuple[bool, bool] = (False, False)
 
 
 _NO_SHARE = 255
 _SHARE_STEPS = 254
+_FLAGS = ("clipped", "open below", "open above")
 
 
 class Tag(NamedTuple):
@@ -157,7 +162,8 @@ def pack_bins(bins: Bins) -> NDArray[np.uint8]:
     roots = np.rint(np.sqrt(np.where(is_missing, 0.0, shares)) * _SHARE_STEPS)
     roots[(shares > 0) & (roots == 0)] = 1
     roots[is_missing] = _NO_SHARE
-    header = json.dumps([bins.per_decade, bins.first, *shares.shape]).encode()
+    flags = zip(_FLAGS, (bins.clipped, *bins.is_open), strict=True)
+    header = json.dumps([bins.per_decade, bins.first, *shares.shape, *(name for name, flag in flags if flag)]).encode()
     return np.frombuffer(header + b"\n" + zlib.compress(roots.astype(np.uint8).tobytes(), 9), dtype=np.uint8)
 
 
@@ -172,12 +178,14 @@ def unpack_bins(packed: NDArray[Any]) -> Bins:
         ValueError: if they are none.
     """
     header, _, content = packed.astype(np.uint8).tobytes().partition(b"\n")
-    per_decade, first, *shape = json.loads(header)
+    per_decade, first, rows, columns, *more = json.loads(header)
     try:
-        roots = np.frombuffer(zlib.decompress(content), dtype=np.uint8).reshape(shape)
+        roots = np.frombuffer(zlib.decompress(content), dtype=np.uint8).reshape(rows, columns)
     except zlib.error as error:
         raise ValueError("These bytes are no histograms.") from error
-    return Bins(int(per_decade), int(first), np.where(roots == _NO_SHARE, np.nan, (roots / _SHARE_STEPS) ** 2))
+    shares = np.where(roots == _NO_SHARE, np.nan, (roots / _SHARE_STEPS) ** 2)
+    clipped, is_open_below, is_open_above = (name in more for name in _FLAGS)
+    return Bins(int(per_decade), int(first), shares, clipped, (is_open_below, is_open_above))
 
 
 def is_finite_code(codes: Codes) -> Bools:

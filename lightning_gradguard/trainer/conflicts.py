@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from lightning_gradguard.errors import GuardWarning
-from lightning_gradguard.trainer.clipping import overrides_clipping
+from lightning_gradguard.settings import Settings
+from lightning_gradguard.trainer.clipping import clips_later, overrides_clipping
 from lightning_gradguard.trainer.packages import MisconfigurationException
 from lightning_gradguard.trainer.progress import fetches_batches
 
@@ -39,6 +40,17 @@ def can_quarantine(mode: str, module: LightningModule) -> bool:
         raise ConflictError(f"`quarantine` must be None where {reason}, got 'skip'. Take `batch` in `training_step`.")
     warnings.warn(f"No batches are listed in quarantine, since {reason}.", GuardWarning, stacklevel=2)
     return False
+
+
+def refuse_clipping(trainer: Trainer, module: LightningModule, settings: Settings) -> None:
+    """Raise a `ConflictError` if gradients would be clipped twice, or clipped unseen where they are to be shown clipped."""
+    if settings.clipper is not None:
+        refuse_second_clipping(trainer, module)
+    elif settings.histograms_of == "clipped" and clips_later(trainer, module):
+        raise ConflictError(
+            "`histograms_of` must be 'raw' where Trainer or module clip, got 'clipped': what comes of that is not seen. Let "
+            "GradGuard clip, by `clip`."
+        )
 
 
 def refuse_second_clipping(trainer: Trainer, module: LightningModule) -> None:

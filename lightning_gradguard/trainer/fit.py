@@ -52,7 +52,7 @@ class Fit:
         history: what it may go on from.
 
     Raises:
-        ConflictError: for a strategy that can't be guarded.
+        ConflictError: for a strategy that can't be guarded, or not with these settings.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Fit:
         self._trainer = trainer
         self._module = module
         self._engine = engine_of(trainer)
+        self._engine.refuse_settings(settings)
         self._settings = settings
         self._options = options
         self._history = history
@@ -117,7 +118,7 @@ class Fit:
         """Make all that training needs; optimizers and a checkpoint's state are there by now."""
         trainer, module, options, history = self._trainer, self._module, self._options, self._history
         self._engine.refuse(trainer.optimizers, self._settings)
-        self._buffers = Buffers(module=module, follows_steps=len(trainer.optimizers) > 1)
+        self._buffers = Buffers(module=module, follows_steps=_may_step_often(trainer, module))
         self._incidents = Incidents(
             trainer,
             module,
@@ -163,6 +164,8 @@ class Fit:
         self._skipped.forget()
         if self._step.begins:
             self._buffers.remember()
+        else:
+            self._buffers.look()
         self._step.begin_batch(batch_idx)
         if not self._step.knows_batches:
             return
@@ -297,3 +300,8 @@ class Fit:
         remedy = "What was saved before stays. Find what damages the weights, and resume from there."
         position = Position(step=0) if guard.last is None else guard.last.position
         guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))
+
+
+def _may_step_often(trainer: Trainer, module: LightningModule) -> bool:
+    """Whether a batch may have several steps."""
+    return len(trainer.optimizers) > 1 or not module.automatic_optimization

@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 import warnings
-from bdb import BdbQuit
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.gate import is_of_torch
 from lightning_gradguard.act.stand_in import StandIn
-from lightning_gradguard.alert import Culprit
-from lightning_gradguard.errors import GradientError, GuardWarning
-from lightning_gradguard.forensics.nonfinite.raised import is_lack_of_memory, is_lost_gpu
+from lightning_gradguard.alert import Alert, Culprit
+from lightning_gradguard.errors import GradientError, GuardWarning, type_and_text
+from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_failure
+from lightning_gradguard.forensics.nonfinite.seen import speaks_of_it
 from lightning_gradguard.measure.distributed import Ranks
+from lightning_gradguard.measure.scaling import forgotten_step
 from lightning_gradguard.pipeline import Pipeline
-from lightning_gradguard.report.raised import Raised, add_note, in_words
+from lightning_gradguard.report.raised import CANT_REPLAY, Raised, add_note, in_words
 from lightning_gradguard.trainer.guards import Guards
 from lightning_gradguard.trainer.options import SkipExceptions
 from lightning_gradguard.trainer.packages import classes
 from lightning_gradguard.trainer.precision import scaler_of
 from lightning_gradguard.trainer.rank_messages import RaisedOnRank, RankMessages
-from lightning_gradguard.trainer.replay.exceptions import Cause, ExceptionCause
+from lightning_gradguard.trainer.replay.exceptions import Cause, Causes
 from lightning_gradguard.trainer.running_step import RunningStep
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-_CANT_REPLAY = (
-    "GradGuard can't tell whether NaN or Inf is the reason: after this error the process can't use its GPU any more, so "
-    "that the step can't be replayed. `CUDA_LAUNCH_BLOCKING=1` shows the line; an index made from NaN often ends so."
-)
 
 
 class RaisedSteps:
@@ -59,7 +55,7 @@ class RaisedSteps:
         trainer: Trainer,
         module: LightningModule,
         guards: Guards,
-        cause: ExceptionCause,
+        cause: Causes,
         passes_over: SkipExceptions,
         *,
         running: RunningStep,
@@ -137,26 +133,35 @@ class RaisedSteps:
         if not len(self._guards) or _is_none_of_ours(error):
             return False
         if is_lost_gpu(error):
-            add_note(error, _CANT_REPLAY)
+            add_note(error, CANT_REPLAY)
             return False
+        if (told := self._told_of_batch()) is not None and speaks_of_it(error):
+            add_note(error, told.message)
+            return False
+        may_pass = can_pass() and not self._is_between_ranks
         if self._others is None:
-            own = self._look(error, can_pass())
+            own = self._look(error, may_pass)
             return own is not None and self._act(error, own, [own])
-        if self._running.has_backward:
-            return False  # gradients are half way between the ranks, and a replay would set off DDP's hooks
         self._others.tell_raised(self._num_runs)
-        own = self._look(error, can_pass())
+        own = self._look(error, may_pass)
         together = self._others.exchange(self._num_runs, own)
         return own is not None and self._act(error, own, together)
+
+    def _told_of_batch(self) -> Alert | None:
+        """What has been said of a step that the batch has made before it ended in an exception; alike on all ranks."""
+        if self._guards.num_steps == self._num_steps or not self._guards.alerts:
+            return None
+        alert = self._guards.alerts[-1]
+        return alert if alert.kind == "nonfinite" and alert.step >= self._num_steps else None
 
     def _look(self, error: Exception, can_pass: bool) -> RaisedOnRank | None:  # noqa: FBT001
         """What was raised here; None if damage is not the reason."""
         cause = self._reason_of(error)
         if cause is None:
             return None
-        raised = Raised(in_words(error), self._running.end_in_exception(), cause.culprit)
+        raised = Raised(in_words(error, seen=cause.seen), self._running.end_in_exception(), cause.culprit)
         may_pass = self._passes_over == "all" or (self._passes_over == "torch" and cause.is_in_torch)
-        can_pass = can_pass and may_pass and self._guards[0].skips_damage
+        can_pass = can_pass and may_pass and not cause.seen and self._guards[0].skips_damage
         return RaisedOnRank(self._trainer.global_rank, raised, can_pass)
 
     def _act(self, error: Exception, own: RaisedOnRank, together: list[RaisedOnRank] | None) -> bool:
@@ -171,20 +176,34 @@ class RaisedSteps:
         first = own if together is None else together[0]
         if together is not None and all(each.can_pass for each in together):
             return self._pass_over(error, guard, first.raised)
-        position = replace(self._running.position(0, self._guards), rank=first.rank)
-        alert = guard.report_exception(position, first.raised, is_alone=together is None)
+        alert = self._told(guard, own, together)
         if alert is not None:
             add_note(error, alert.message)
             if together is None and self._others is not None:
                 self._others.tell_end(alert)
         return False
 
+    def _told(self, guard: Pipeline, own: RaisedOnRank, together: list[RaisedOnRank] | None) -> Alert | None:
+        """Tell of the first rank's exception. No collective: what a backward pass has begun may still be under way."""
+        first = own if together is None else together[0]
+        position = replace(self._running.position(0, self._guards), rank=first.rank)
+        if together is None or self._others is None:
+            return guard.report_exception(position, first.raised, is_alone=True)
+        if first.rank == own.rank:
+            alert = guard.report_exception(position, first.raised, is_alone=True)
+            self._others.share(self._num_runs, alert)
+            return alert
+        alert = self._others.shared(self._num_runs)
+        if alert is not None:
+            guard.pass_on(alert, position)
+        return alert
+
     def _reason_of(self, error: Exception) -> Cause | None:
         try:
             return self._cause.of(error, self._trainer.optimizers[0])
         except Exception as failure:  # noqa: BLE001 - the exception that was there first matters more
             warnings.warn(
-                f"The step that raised {type(error).__name__} could not be replayed ({type(failure).__name__}: {failure}), "
+                f"The step that raised {type(error).__name__} could not be replayed ({type_and_text(failure)}), "
                 "so whether NaN or Inf is the reason is not known.",
                 GuardWarning,
                 stacklevel=2,
@@ -194,6 +213,20 @@ class RaisedSteps:
     def _can_pass_automatic(self) -> bool:
         """Whether nothing of the step has been applied yet, and nothing will be if it is left here."""
         return self._guards.num_steps == self._num_steps and (self._accumulates or is_of_torch(self._trainer.optimizers[0]))
+
+    @property
+    def _is_between_ranks(self) -> bool:
+        """Whether DDP is half way through a backward pass: it has noted some gradients, and waits for the others.
+
+        As long as no parameter has a gradient it has noted none. A static graph is counted from the first forward pass.
+        """
+        model = self._trainer.strategy.model
+        if not isinstance(model, DistributedDataParallel):
+            return False
+        if model.static_graph:
+            return True
+        has_some = any(parameter.grad is not None for parameter in self._module.parameters())
+        return self._running.has_backward and not self._accumulates and has_some
 
     @property
     def _accumulates(self) -> bool:
@@ -207,7 +240,10 @@ class RaisedSteps:
         if self._accumulates:
             return True
         optimizer = self._trainer.optimizers[0]
-        with self._scaled(optimizer):
+        scaler = scaler_of(self._trainer)
+        if scaler is not None and scaler._scale is None:
+            scaler.scale(torch.zeros((), device=self._module.device))
+        with forgotten_step(scaler, optimizer):
             try:
                 self._step(optimizer)
             except GradientError as refused:  # the exception that was there first is not replaced
@@ -219,23 +255,8 @@ class RaisedSteps:
             progress.increment_completed()
         return True
 
-    @contextmanager
-    def _scaled(self, optimizer: Optimizer) -> Iterator[None]:
-        """Leave a GradScaler as if it had not been asked to unscale."""
-        scaler = scaler_of(self._trainer)
-        if scaler is None:
-            yield
-            return
-        if scaler._scale is None:
-            scaler.scale(torch.zeros((), device=self._module.device))
-        yield
-        scaler._per_optimizer_states.pop(id(optimizer), None)
-
 
 def _is_none_of_ours(error: Exception) -> bool:
-    """Whether it is no failure of a computation: an error of settings, an end that was asked for, or a lack of memory."""
-    if isinstance(error, (GradientError, StopIteration, BdbQuit)) or is_lack_of_memory(error):
-        return True
-    if isinstance(error, classes("utilities.exceptions.MisconfigurationException")):
-        return True
-    return isinstance(error, classes("utilities.exceptions._TunerExitException"))
+    """Whether it is no failure of a computation, or an error of settings."""
+    lightnings = ("utilities.exceptions.MisconfigurationException", "utilities.exceptions._TunerExitException")
+    return is_no_failure(error) or any(isinstance(error, classes(name)) for name in lightnings)

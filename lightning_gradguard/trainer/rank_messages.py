@@ -83,6 +83,16 @@ class RankMessages:
         known = [each for each in everyone if each is not None]
         return known if len(known) == len(everyone) else None
 
+    def share(self, batch: int, alert: Alert | None) -> None:
+        """Hand the alert about an exception of all ranks to the others."""
+        self._set(self._key(batch, "alert"), pickle.dumps(alert))
+
+    def shared(self, batch: int) -> Alert | None:
+        """The alert that another rank hands over; None if it does not."""
+        key = self._key(batch, "alert")
+        alert: Alert | None = self._get(key) if self._wait([key], _SECONDS_TO_REPLAY) else None
+        return alert
+
     def tell_end(self, alert: Alert) -> None:
         """Say why this rank is about to end the run alone; returns when the others have heard it, or after ten seconds."""
         self.stop()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_gradguard.errors import SinkWarning
+from lightning_gradguard.errors import SinkWarning, type_and_text
 from lightning_gradguard.sinks import (
     ConsoleSink,
     CsvSink,
@@ -21,7 +20,8 @@ from lightning_gradguard.sinks import (
     WandbSink,
 )
 from lightning_gradguard.sinks.tags import LoggedNorms
-from lightning_gradguard.trainer.packages import silences_loggers
+from lightning_gradguard.trainer.packages import rank_zero_info, silences_loggers
+from lightning_gradguard.trainer.run_folder import is_elsewhere, run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -41,7 +41,7 @@ def all_sinks(
         settings: of the guard, in words.
         norms: of what norms the loggers get.
     """
-    log_dir = trainer.log_dir
+    log_dir, folder = trainer.log_dir, run_folder(trainer)
     if not trainer.is_global_zero:
         return ()
     for each in own:
@@ -49,8 +49,10 @@ def all_sinks(
             each.begin(str(log_dir))
     built_in: list[Sink] = []
     if not trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-        if log_dir is not None:
-            built_in.append(JsonlSink(Path(log_dir) / "gradguard" / "alerts.jsonl"))
+        if folder is not None:
+            if is_elsewhere(str(log_dir)):
+                rank_zero_info(f"GradGuard writes alerts and bundles to {folder}, since {log_dir} is not on this machine.")
+            built_in.append(JsonlSink(folder / "alerts.jsonl"))
         loggers = [] if silences_loggers() else trainer.loggers
         built_in.extend(sink for logger in loggers if (sink := _built(logger, settings, norms)) is not None)
     # The console comes last: where warnings are errors it raises, and the others must have the alert by then.
@@ -65,7 +67,7 @@ def _built(logger: Logger, settings: Mapping[str, str], norms: LoggedNorms) -> S
         if isinstance(error, Warning):
             raise  # The user has turned warnings into errors, so this is what was asked for.
         warnings.warn(
-            f"There is no sink for {type(logger).__name__} ({type(error).__name__}: {error}). Training goes on; what the "
+            f"There is no sink for {type(logger).__name__} ({type_and_text(error)}). Training goes on; what the "
             "guard sees is not logged there.",
             SinkWarning,
             stacklevel=2,

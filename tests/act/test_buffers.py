@@ -79,8 +79,10 @@ def test_restore_buffer_of_another_shape_by_now_is_replaced():
         lambda: torch.ones(3).to_mkldnn(),
         lambda: torch.ones(0),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged),
+        lambda: torch.ones(2, dtype=torch.complex64).conj(),
+        lambda: torch.ones(2, dtype=torch.complex64).conj().imag,
     ],
-    ids=["coo", "csr", "fp8", "complex", "bool", "mkldnn", "empty", "nested"],
+    ids=["coo", "csr", "fp8", "complex", "bool", "mkldnn", "empty", "nested", "conj", "negated"],
 )
 def test_restore_any_layout_and_dtype(make):
     """What was assigned instead is gone."""
@@ -125,6 +127,66 @@ def test_remember_follows_modules_and_buffers_that_are_added():
     kept.restore_()
     assert module[0].late.item() == 0.0
     assert module[1].running_mean.tolist() == [0.0, 0.0]
+
+
+def test_remember_follows_a_buffer_that_takes_anothers_place():
+    """Though their number is the same."""
+    module = Holder(torch.zeros(1))
+    kept = Buffers(module=module)
+    del module.buffer
+    module.register_buffer("other", torch.zeros(1))
+    kept.remember()
+    module.other.fill_(math.nan)
+    kept.restore_()
+    assert module.other.item() == 0.0
+
+
+def _in_place(parameter):
+    parameter.add_(1.0)
+
+
+def _assigned(parameter):
+    parameter.data = parameter.data + 1.0
+
+
+@pytest.mark.parametrize("move", [_in_place, _assigned])
+@pytest.mark.parametrize("is_selected", [False, True])
+@torch.no_grad()
+def test_frozen_parameter_that_a_step_moves_goes_back(move, is_selected):
+    """A teacher, from the second step on; one that never moves is not copied."""
+    module = nn.ModuleDict({"teacher": nn.Linear(2, 2), "base": nn.Linear(2, 2)}).requires_grad_(False)
+    kept = Buffers(module=module)
+    for _ in range(2):
+        kept.remember()
+        before = module["teacher"].weight.clone()
+        move(module["teacher"].weight)
+        kept.look()
+    kept.select_(torch.tensor(1.0)) if is_selected else kept.restore_()
+    assert torch.equal(module["teacher"].weight, before)
+    assert len(list(kept._frozen.pairs())) == 1
+
+
+@torch.no_grad()
+def test_frozen_parameter_that_moves_between_steps_or_is_trained_by_now_is_left_alone():
+    """There is nothing to put back, and what an optimizer has done must stay."""
+    module = nn.Linear(2, 2).requires_grad_(False)
+    kept = Buffers(module=module)
+    for _ in range(3):
+        kept.remember()
+        kept.look()
+        module.weight.add_(1.0)
+    assert not list(kept._frozen.pairs())
+    for _ in range(2):
+        kept.remember()
+        module.bias.add_(1.0)
+        kept.look()
+    module.requires_grad_(True)
+    kept.remember()
+    module.bias.add_(1.0)
+    after = module.bias.clone()
+    module.requires_grad_(False)
+    kept.restore_()
+    assert torch.equal(module.bias, after)
 
 
 def test_restore_is_no_change_in_place_for_a_graph_that_holds_the_buffer():

@@ -18,6 +18,7 @@ from lightning_gradguard.act.on_device import OnDevice
 from lightning_gradguard.act.queued import Queued
 from lightning_gradguard.clippers import FactorClipper
 from lightning_gradguard.judge.judge import SkipThreshold
+from lightning_gradguard.measure.logged import Logged
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.step import StepMeter
 
@@ -114,6 +115,34 @@ def test_queued_step_beyond_float32_is_clipped_with_its_true_norm(monkeypatch):
     torch.testing.assert_close(parameter.grad, torch.full((4,), 0.5))
 
 
+@pytest.mark.parametrize(
+    ("element", "said"),
+    [
+        (1e25, "the norm of the gradient of `0` is infinite: an element is, or float32 can't hold the sum of their squares"),
+        (9e18, "the global gradient norm is beyond what float32 can hold, although that of each gradient is not"),
+        (math.nan, "the gradient of `0` holds NaN; the norms of 1 more of 2 gradients are not finite"),
+    ],
+)
+def test_device_that_has_skipped_a_step_by_its_norm_is_said_to_and_nothing_is_counted(element, said, monkeypatch):
+    """The gradients are gone by then: whether their elements are finite is not known."""
+    monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
+    parameters = [nn.Parameter(torch.zeros(4)) for _ in range(2)]
+    optimizer = AdamW(parameters, lr=0.1, fused=True)
+    guard = Guard([(str(index), parameter) for index, parameter in enumerate(parameters)], optimizer)
+    for step in range(3):
+        for parameter in parameters:
+            parameter.grad = torch.full((4,), element if step == 2 else 1.0)
+        before = parameters[0].detach().clone()
+        guard.step()
+        optimizer.step()
+    guard.flush()
+    assert torch.equal(parameters[0].detach(), before)
+    assert guard.last.totals.num_skipped == 1
+    assert said in guard.alerts[-1].message
+    assert "The step is skipped." in guard.alerts[-1].message
+    assert not guard.last.measurement.is_counted
+
+
 def test_deferred_step_whose_norm_float32_can_not_hold_is_told_with_its_true_one(monkeypatch):
     """Those of the parameters are known by then."""
     monkeypatch.setattr(choice, "DEFERRING_DEVICES", {"cpu"})
@@ -188,7 +217,7 @@ def meta_step(optimizer_of, clipper):
         parameter.grad = torch.empty_like(parameter)
     watched = WatchedParameters(model.named_parameters(), optimizer)
     gate = Gate(watched, clipper, Buffers(model.named_buffers()), uses_scaler=False)
-    meter = StepMeter(watched, None)
+    meter = StepMeter(watched, None, Logged())
     meter.before_backward(torch.empty((), device="meta"))
     return choice.executor_for(gate, watched), meter.measure(Position(step=0))
 

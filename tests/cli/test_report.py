@@ -191,3 +191,14 @@ def test_report_of_a_flat_model_shows_as_many_parameters_as_there_is_room_for(tm
 def test_ranges_many_stretches_are_cut():
     """A run that skips every other step is no page of numbers."""
     assert ranges(range(0, 1000, 2), most=2) == "0, 2 and 498 more stretches"
+
+
+@pytest.mark.parametrize("format_", ["html", "md"])
+def test_report_of_half_a_surrogate_pair_is_written(format_, tmp_path):
+    """JSON can hold one, UTF-8 can't."""
+    path = tmp_path / "run" / "gradguard" / "alerts.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps({"step": 1, "kind": "nonfinite", "action": "skip", "message": "NaN in \ud800."}))
+    outcome = run(tmp_path / "run", "--format", format_, "--output", tmp_path / "report")
+    assert outcome.exit_code == 0, outcome.output
+    assert "ud800" in (tmp_path / "report").read_text("utf-8")

@@ -51,7 +51,7 @@ REASONS = {
     ),
     "fused-sgd-dtensor": "torch has no fused SGD for DTensors.",
     "lbfgs-fsdp2": "torch's LBFGS flattens each gradient, which DTensors refuse for shards of unequal size.",
-    "lbfgs-fsdp1": "LBFGS takes the piece that a rank holds for the whole, so GradGuard refuses it under FSDP1.",
+    "lbfgs-fsdp1": "LBFGS takes the piece that a rank holds for the whole, so GradGuard refuses it where FSDP1 shards.",
     "fp64-fsdp1": "Lightning's FSDP1 strategy has no fp64.",
     "manual-fsdp1": (
         "Lightning calls `training_step` inside of FSDP1's forward pass, in which torch's FSDP1 takes no backward pass, so "

@@ -17,6 +17,7 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 from lightning_package import Checkpoint, DDPStrategy, DeepSpeedStrategy, LightningEnvironment, LightningModule, Trainer
+from logged import CLIP, other_norms
 from torch import Tensor, distributed, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -314,7 +315,15 @@ def watched(stage: int) -> dict[str, Any]:
     """Histograms, updates, and a parameter that is excluded."""
     records: list[Any] = []
     guard = GradGuard(
-        sinks=[records.append], histogram_every_n_steps=1, exclude=["net.3.*"], detectors=[UpdateRatio()], vanishing=None
+        sinks=[records.append],
+        clip=CLIP,
+        log_every_n_steps=1,
+        log_norm_types=[1.0, math.inf],
+        histogram_every_n_steps=1,
+        histograms_of="clipped",
+        exclude=["net.3.*"],
+        detectors=[UpdateRatio()],
+        vanishing=None,
     )
     train(Student(), strategy(stage), guard, count=4)
     return {
@@ -324,6 +333,9 @@ def watched(stage: int) -> dict[str, Any]:
             for record in records
         ],
         "names": list(guard.last.measurement.names),
+        # One rank alone has sinks, but all measure.
+        "first": [[other_norms(record), record.histograms.counts.tolist()] for record in records[:1]],
+        "last": other_norms(guard.last),
     }
 
 
@@ -383,13 +395,15 @@ def resumed(stage: int, folder: Path) -> dict[str, Any]:
     return {"in_one_go": in_one_go, "in_two": coefs, "same": same}
 
 
-def refused() -> dict[str, str]:
-    """What can't be guarded, with what is said."""
-    clips = strategy(2, more={"gradient_clipping": 1.0})
+def refused() -> dict[str, dict[str, Any]]:
+    """What can't be guarded, with what is said, and whether a model had been built for it."""
+    fp16 = {"fp16": {"enabled": True}}
     cases = {
-        "clip": (clips, GradGuard(clip=1.0)),
+        "clip": (strategy(2, more={"gradient_clipping": 1.0}), GradGuard(clip=1.0)),
+        "histograms": (strategy(2, more={"gradient_clipping": 1.0}), GradGuard(histograms_of="clipped")),
         "stage": (strategy(0, more={"bf16": {"enabled": True}}), GradGuard()),
-        "fp16": (strategy(2, more={"fp16": {"enabled": True}}), GradGuard(clip=1.0)),
+        "fp16": (strategy(2, more=fp16), GradGuard(clip=1.0)),
+        "nvme": (strategy(3, offload_optimizer={"device": "nvme", "nvme_path": tempfile.gettempdir()}), GradGuard()),
     }
     precisions = {"stage": "bf16-true", "fp16": "16-true"}
     found = {}
@@ -397,7 +411,7 @@ def refused() -> dict[str, str]:
         try:
             train(Student(), engine, guard, count=1, precision=precisions.get(name))
         except ConflictError as error:  # noqa: PERF203
-            found[name] = str(error)
+            found[name] = {"said": str(error), "is_built": hasattr(engine.model, "fp16_enabled")}
     return found
 
 

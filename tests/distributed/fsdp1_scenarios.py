@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from fsdp1 import CPUPrecision, CPUStrategy
 from lightning_package import Callback, Checkpoint, LightningEnvironment, LightningModule, Trainer
+from logged import CLIP, other_norms
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -270,7 +271,15 @@ def watched() -> dict[str, Any]:
     """Histograms, updates, and damage in a parameter that is excluded."""
     records: list[Any] = []
     guard = GradGuard(
-        sinks=[records.append], histogram_every_n_steps=1, exclude=["net.3.*"], detectors=[UpdateRatio()], vanishing=None
+        sinks=[records.append],
+        clip=CLIP,
+        log_every_n_steps=1,
+        log_norm_types=[1.0, math.inf],
+        histogram_every_n_steps=1,
+        histograms_of="clipped",
+        exclude=["net.3.*"],
+        detectors=[UpdateRatio()],
+        vanishing=None,
     )
 
     def spoil(index: int, rank: int, loss: Tensor) -> Tensor:
@@ -286,6 +295,9 @@ def watched() -> dict[str, Any]:
         ],
         "skipped": [record.decision.skip for record in records],
         "names": list(guard.last.measurement.names),
+        # One rank alone has sinks, but all measure.
+        "first": [[other_norms(record), record.histograms.counts.tolist()] for record in records[:1]],
+        "last": other_norms(guard.last),
     }
 
 
@@ -366,18 +378,46 @@ def rolled_back(directory: Path | None, *, originals: bool) -> dict[str, Any]:
     return faulty(action="rollback", originals=originals, at=4, rollback=settings, engine=engine)
 
 
+class WithLBFGS(Student):
+    """Needs each parameter whole."""
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Three evaluations a step."""
+        return torch.optim.LBFGS(self.trainer.model.parameters() if self.flat else self.parameters(), lr=0.1, max_iter=3)
+
+
 def refused() -> str:
-    """LBFGS."""
-
-    class WithLBFGS(Student):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.LBFGS(self.parameters())
-
+    """LBFGS on shards."""
     try:
         train(WithLBFGS(), strategy(), GradGuard(), count=1)
     except ConflictError as error:
         return str(error)
     return "not refused"
+
+
+def lbfgs(*, originals: bool) -> dict[str, Any]:
+    """LBFGS on what isn't sharded: four steps with a guard and without, and four with a NaN loss on rank 1 in the third."""
+
+    class Weights(Callback):
+        def __init__(self) -> None:
+            self.seen: list[list[float]] = []
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.seen.append(torch.cat([parameter.detach().flatten() for parameter in pl_module.parameters()]).tolist())
+
+    def run(*callbacks: Any, spoil: Any = None) -> list[list[float]]:
+        weights = Weights()
+        module = WithLBFGS(flat=not originals, spoil=spoil)
+        train(module, strategy("NO_SHARD", originals=originals), *callbacks, weights, count=4)
+        return weights.seen
+
+    guard = GradGuard()
+    spoiled = run(guard, spoil=lambda index, rank, loss: loss * math.nan if (index, rank) == (2, 1) else loss)
+    return {
+        "same": run(GradGuard()) == run(),
+        "moved": [before != after for before, after in itertools.pairwise(spoiled)],
+        "alerts": [[alert.kind, alert.action.value, alert.step, alert.rank] for alert in guard.alerts],
+    }
 
 
 def play(names: list[str], folder: str = "") -> dict[str, Any]:
@@ -430,6 +470,7 @@ SCENARIOS: dict[str, Callable[..., Any]] = {
             "bf16": functools.partial(mixed, "bf16-mixed"),
             "fp16": functools.partial(mixed, "16-mixed"),
             "rollback": functools.partial(rolled_back, None),
+            "lbfgs": lbfgs,
         }.items()
         for originals in (True, False)
     },

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 
+import numpy as np
 import pytest
 import torch
 from ranks import on_ranks
@@ -47,6 +49,16 @@ def whole(tensor):
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def differences(one, other):
+    """How far other norms, relatively, and histograms, in elements, lie apart; both are there at every second step."""
+    assert (one.histograms is None) == (other.histograms is None) == (one.position.step % 2 == 0)
+    if one.histograms is not None:
+        yield float(np.abs(one.histograms.counts.cumsum(1) - other.histograms.counts.cumsum(1)).max())
+        for norm_type in (1.0, math.inf):
+            norms = one.measurement.other_norms[norm_type]
+            yield 1e4 * float((np.abs(norms - other.measurement.other_norms[norm_type]) / norms).max())
+
+
 def play(num_ranks):
     """Clip the same gradients sharded and whole, step after step: largest differences for each clipper."""
     shape, layouts = placements(num_ranks)
@@ -62,10 +74,18 @@ def play(num_ranks):
         plain = [nn.Parameter(value.clone()) for value in values]
         sharded = [nn.Parameter(spread(value, layout)) for value, layout in zip(values, layouts, strict=True)]
         guards = [
-            Guard([(f"p{index}", it) for index, it in enumerate(side)], clip=copy.deepcopy(clipper), explosion=None)
+            Guard(
+                [(f"p{index}", it) for index, it in enumerate(side)],
+                clip=copy.deepcopy(clipper),
+                explosion=None,
+                log_every_n_steps=2,
+                log_norm_types=[1.0, math.inf],
+                histogram_every_n_steps=2,
+                histograms_of="clipped",
+            )
             for side in (plain, sharded)
         ]
-        error, coefs = 0.0, []
+        error, coefs, logged = 0.0, [], 0.0
         for step in range(NUM_STEPS):
             grads = [torch.randn(size, generator=generator) * (step + 1) ** 2 for size in SHAPES]
             for parameter, other, grad, layout in zip(plain, sharded, grads, layouts, strict=True):
@@ -78,7 +98,8 @@ def play(num_ranks):
                 *(float((a.grad - whole(b.grad)).abs().max()) for a, b in zip(plain, sharded, strict=True)),
             )
             coefs.append(records[1].clip_coef)
-        found[key] = {"error": error, "coefs": coefs}
+            logged = max([logged, *differences(*records)])
+        found[key] = {"error": error, "coefs": coefs, "logged": logged}
     distributed.barrier()
     return found
 
@@ -97,3 +118,10 @@ def test_adaptive_clipper_on_shards_equals_the_one_on_whole_gradients(num_ranks,
     assert max(found["error"] for found in ranks) < 1e-5
     assert all(found["coefs"] == ranks[0]["coefs"] for found in ranks)
     assert min(ranks[0]["coefs"]) < 1.0
+
+
+@pytest.mark.parametrize("clipper", CLIPPERS)
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_logged_on_shards_equals_what_is_logged_on_whole_gradients(num_ranks, clipper):
+    """Histograms after clipping, but for an element on the edge of two bins, and norms of type 1 and infinity, to 1e-4."""
+    assert max(found[clipper]["logged"] for found in played(num_ranks)) <= 1.0

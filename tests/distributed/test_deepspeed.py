@@ -11,7 +11,18 @@ import torch
 if find_spec("deepspeed") is None:
     pytest.skip("needs DeepSpeed: pip install deepspeed", allow_module_level=True)
 
-from deepspeed_scenarios import CLIPPERS, NUM_STEPS, SCENARIOS, Student, play, reference_clipped, reference_norms
+from deepspeed_scenarios import (
+    BATCH,
+    CLIPPERS,
+    FEATURES,
+    NUM_STEPS,
+    SCENARIOS,
+    Student,
+    play,
+    reference_clipped,
+    reference_norms,
+)
+from logged import assert_logged_as_in_one_process
 
 STAGES = (1, 2, 3)
 HAS_FP16 = torch.ops.mkldnn._is_mkldnn_fp16_supported()
@@ -134,6 +145,13 @@ def test_deepspeed_histograms_and_updates_are_of_whole_parameters(stage, played)
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_deepspeed_other_norms_and_histograms_after_clipping_are_of_whole_parameters(stage, played):
+    """As in one process."""
+    batch = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(1))
+    assert_logged_as_in_one_process(played(f"watched-{stage}"), Student(), batch)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_deepspeed_healthy_step_is_one_collective_of_the_guards(stage, played):
     """Of 4 bytes a parameter and 16 a rank."""
     for rank in played(f"collectives-{stage}"):
@@ -159,16 +177,17 @@ def test_deepspeed_resumed_run_clips_and_trains_as_in_one_go(stage, played):
     ("what", "message"),
     [
         ("clip", "`gradient_clipping` must be unset where GradGuard clips, got 1.0"),
+        ("histograms", "`histograms_of` must be 'raw' where DeepSpeed clips, got 'clipped'"),
         ("fp16", "`clip` must be None under DeepSpeed in fp16"),
+        ("nvme", "`offload_optimizer.device` must be 'cpu' or 'none' for GradGuard, got 'nvme'"),
         ("stage", "must be of stage 1, 2 or 3 for GradGuard in bf16 and fp16, got an optimizer of type"),
     ],
 )
 def test_deepspeed_refuses_what_it_does_itself_or_hides(what, message, played):
-    """With the setting to change."""
-    if what == "fp16" and not HAS_FP16:
-        pytest.skip("needs a processor with fp16")
+    """With the setting to change; by the config alone, where that says it, before a model is built."""
     for rank in played("refused"):
-        assert message in rank[what]
+        assert message in rank[what]["said"]
+        assert rank[what]["is_built"] == (what == "stage")
 
 
 @pytest.mark.parametrize(

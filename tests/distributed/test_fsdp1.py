@@ -7,7 +7,8 @@ import functools
 import pytest
 import torch
 from fsdp1_scenarios import _KINDS as KINDS
-from fsdp1_scenarios import CLIPPERS, NUM_STEPS, Student, name_of, play, reference_clipped, reference_norms
+from fsdp1_scenarios import BATCH, CLIPPERS, FEATURES, NUM_STEPS, Student, name_of, play, reference_clipped, reference_norms
+from logged import assert_logged_as_in_one_process
 
 _QUICK = {"FULL_SHARD-original-layers", "SHARD_GRAD_OP-original-root", "NO_SHARD-flat-layers"}
 _WAYS = [name_of(*kind) for kind in KINDS]
@@ -25,7 +26,9 @@ CLIPPED = [
     for way in ("FULL_SHARD-original-layers", "FULL_SHARD-flat-root", "NO_SHARD-original-layers", "HYBRID_SHARD-flat-layers")
 ]
 _OTHERS = ["accumulation", "watched", "refused", "resumed-disk", "rollback-disk"]
-_OTHERS += [f"{what}-{kind}" for what in ("collectives", "bf16", "fp16", "rollback") for kind in ("original", "flat")]
+_OTHERS += [
+    f"{what}-{kind}" for what in ("collectives", "bf16", "fp16", "rollback", "lbfgs") for kind in ("original", "flat")
+]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,12 @@ def test_fsdp1_histograms_count_each_element_once(played):
     assert played("watched")[0]["counted"] == [261.0] * 3
 
 
+def test_fsdp1_other_norms_and_histograms_after_clipping_are_of_whole_parameters(played):
+    """As in one process."""
+    batch = torch.randn(BATCH, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
+    assert_logged_as_in_one_process(played("watched"), Student(), batch)
+
+
 def test_fsdp1_updates_are_measured_on_whole_matrices(played):
     """From the second step on, but for vectors, and not of a step that was skipped."""
     found = played("watched")[0]
@@ -178,7 +187,17 @@ def test_fsdp1_names_no_culprit(played):
         assert rank["culprits"] == [None]
 
 
-def test_fsdp1_refuses_lbfgs(played):
-    """With the reason."""
+def test_fsdp1_refuses_lbfgs_on_shards(played):
+    """With the reason, and what to do."""
     for message in played("refused"):
-        assert message.startswith("`configure_optimizers` must not return LBFGS under FSDPStrategy")
+        assert message.startswith("`configure_optimizers` must not return LBFGS where FSDPStrategy shards")
+        assert "Use DDPStrategy" in message
+
+
+@pytest.mark.parametrize("kind", ["original", "flat"])
+def test_fsdp1_lbfgs_without_sharding_is_guarded(kind, played):
+    """There each rank holds everything whole."""
+    for rank in played(f"lbfgs-{kind}"):
+        assert rank["same"]
+        assert rank["moved"] == [True, False, True]
+        assert rank["alerts"] == [["nonfinite", "skip", 2, 1]]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 
 import pytest
-from raised_scenarios import BAD_BATCH, NUM_BATCHES, ROW, all_raise, alone, every_kind
+from raised_scenarios import BAD_BATCH, NUM_BATCHES, ROW, all_raise, alone, elsewhere, every_kind
 from raisers import BY_OTHERS, BY_TORCH
 from ranks import _free_port, on_ranks
 from torch import multiprocessing
@@ -24,21 +23,21 @@ def together(tmp_path_factory):
 @pytest.mark.slow
 def test_step_with_a_collective_of_its_own_is_not_replayed_alone(tmp_path):
     """Nobody would take part: the exception passes untouched, and nothing hangs."""
-    multiprocessing.spawn(alone, (0, _free_port(), str(tmp_path), {"gathers": True}), nprocs=2)
+    multiprocessing.spawn(alone, (0, _free_port(), str(tmp_path), "gathers"), nprocs=2)
     first, second = (json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1))
     assert (first["error"], second["error"]) == ("ValueError", "RuntimeError")
     assert first["alerts"] == second["alerts"] == []
     assert first["notes"] == []
 
 
-@pytest.mark.parametrize(("name", "steps"), [("torch", NUM_BATCHES), ("accumulated", 3)])
+@pytest.mark.parametrize(("name", "steps"), [("torch", NUM_BATCHES), ("accumulated", 3), ("top", NUM_BATCHES)])
 def test_exception_on_all_ranks_is_passed_over_together(name, steps, together):
     """As a skipped step, with the row, and without a collective that hangs."""
     first, second = (rank[name] for rank in together)
     for rank in (first, second):
         assert (rank["error"], rank["steps"], rank["skipped"]) == (None, steps, 1)
         (alert,) = rank["alerts"]
-        assert alert[:3] == ["nonfinite", BAD_BATCH if name == "torch" else 1, BAD_BATCH]
+        assert alert[:3] == ["nonfinite", 1 if name == "accumulated" else BAD_BATCH, BAD_BATCH]
         assert alert[5].endswith("The step is skipped.") or "The step is skipped. It is kept for" in alert[5]
         assert rank["rows"] == [[ROW]]
         assert rank["buffers_are_finite"]
@@ -86,17 +85,88 @@ def test_later_fit_is_not_disturbed(together):
     assert [(rank["healthy"]["steps"], rank["healthy"]["alerts"]) for rank in together] == [(NUM_BATCHES, [])] * 2
 
 
-@pytest.mark.parametrize("bad_rank", [0, pytest.param(1, marks=pytest.mark.slow)])
-def test_exception_on_one_rank_ends_all_with_its_alert(bad_rank, tmp_path):
+@pytest.mark.parametrize(
+    ("cell", "bad_rank"),
+    [
+        ("forward", 0),
+        *[pytest.param(*it, marks=pytest.mark.slow) for it in (("forward", 1), ("backward", 0), ("backward", 1))],
+    ],
+)
+def test_exception_on_one_rank_ends_all_with_its_alert(cell, bad_rank, tmp_path):
     """The other one waits in the backward pass until the process that raised has ended."""
-    begun = time.monotonic()
-    multiprocessing.spawn(alone, (bad_rank, _free_port(), str(tmp_path), {}), nprocs=2)
-    assert time.monotonic() - begun < 100  # the process group alone would wait for two minutes
-    ranks = [json.loads((tmp_path / str(rank)).read_text()) for rank in (0, 1)]
-    assert (ranks[bad_rank]["error"], ranks[1 - bad_rank]["error"]) == ("ValueError", "RuntimeError")
+    ranks = _end_of(cell, bad_rank, tmp_path)
+    error = "ValueError" if cell == "forward" else "RuntimeError"
+    assert (ranks[bad_rank]["error"], ranks[1 - bad_rank]["error"]) == (error, "RuntimeError")
+    for rank in ranks:
+        assert rank["rows"] == [[ROW]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_exception_on_one_rank_of_a_sharded_model_ends_all_with_what_is_seen(bad_rank, tmp_path):
+    """Nothing can be replayed."""
+    for rank in _end_of("fsdp2", bad_rank, tmp_path):
+        assert f"was raised, and `batch` holds NaN in row {ROW}. The exception passes on." in rank["alerts"][0][5]
+
+
+def _end_of(cell, bad_rank, folder):
+    """What came of a fit in which one rank raises: the same alert on both, as a note, in bounded time."""
+    multiprocessing.spawn(alone, (bad_rank, _free_port(), str(folder), cell), nprocs=2)
+    ranks = [json.loads((folder / str(rank)).read_text()) for rank in (0, 1)]
     assert ranks[0]["alerts"] == ranks[1]["alerts"]
     for rank in ranks:
+        assert rank["seconds"] < 100  # the process group alone would wait for two minutes
         (alert,) = rank["alerts"]
-        assert alert[:5] == ["nonfinite", BAD_BATCH, BAD_BATCH, bad_rank, bad_rank]
-        assert rank["rows"] == [[ROW]]
+        assert alert[:4] == ["nonfinite", BAD_BATCH, BAD_BATCH, bad_rank]
         assert not HAS_NOTES or rank["notes"] == [alert[5]]
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """What came of fits under other strategies in which both ranks raise."""
+    return on_ranks(2, elsewhere, str(tmp_path_factory.mktemp("others")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["unused", "unused, backward"])
+def test_exception_with_parameters_that_take_no_part_is_passed_over(name, others):
+    """The replay sets off nothing of DDP's, which counts the parameters that a backward pass reaches."""
+    first, second = (rank[name] for rank in others)
+    assert first["alerts"] == second["alerts"]
+    assert first["weights"] == second["weights"]
+    for rank in (first, second):
+        assert (rank["error"], rank["steps"], rank["skipped"]) == (None, NUM_BATCHES, 1)
+        assert rank["rows"] == [[ROW]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["static", "fsdp2", "fsdp2, own", "fsdp2, backward", "tp", "fsdp1"])
+def test_exception_under_other_engines_passes_on_with_its_alert(name, others):
+    """With a culprit where each rank holds all weights, else with what is seen."""
+    first, second = (rank[name] for rank in others)
+    assert first["alerts"] == second["alerts"]
+    for rank in (first, second):
+        assert rank["error"] in ("ValueError", "RuntimeError")
+        (alert,) = rank["alerts"]
+        assert alert[:3] == ["nonfinite", BAD_BATCH, BAD_BATCH]
+        assert f"`batch` holds NaN in row {ROW}. The exception passes on." in alert[5]
+        assert ("was raised, and" in alert[5]) == (name != "static")
+        assert not HAS_NOTES or rank["notes"] == [alert[5]]
+
+
+@pytest.mark.slow
+def test_exception_that_does_not_speak_of_nan_is_untouched_where_nothing_is_replayed(others):
+    """There is NaN in the batch, but nobody knows whether it is why."""
+    for rank in others:
+        assert (rank["fsdp2, unrelated"]["error"], rank["fsdp2, unrelated"]["alerts"]) == ("KeyError", [])
+
+
+def test_exception_in_the_backward_pass_of_all_ranks_ends_them_with_one_alert(together):
+    """Gradients are on their way between the ranks by then."""
+    first, second = (rank["backward"] for rank in together)
+    assert first["alerts"] == second["alerts"]
+    for rank in (first, second):
+        assert rank["error"] == "RuntimeError"
+        assert rank["rows"] == [[ROW]]
+        assert "The exception passes on." in rank["alerts"][0][5]

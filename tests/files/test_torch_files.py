@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_gradguard.cli.health import examine
-from lightning_gradguard.files.torch_files import UnreadableError, load_plain
+from lightning_gradguard.files.torch_files import UnreadableError, load_plain, parts_of
 from lightning_gradguard.forensics.bundle import Bundle, versions
 
 ALERT = {"kind": "nonfinite", "step": 3, "action": "skip", "message": "m", "remedy": "r", "parameters": [], "culprit": None}
@@ -274,3 +274,28 @@ def test_mutations_of_real_files_are_read_or_refused(number, tmp_path):
         path.write_bytes(mutated(chance.choice(files), chance))
         survives(path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+
+
+class Own(torch.Tensor):
+    """A subclass may keep its values elsewhere."""
+
+
+@pytest.mark.parametrize(
+    ("make", "number"),
+    [
+        (lambda it: it, 1),
+        (torch.nn.Parameter, 1),
+        (torch.Tensor.to_sparse, 2),
+        (torch.Tensor.to_sparse_csr, 3),
+        (torch.Tensor.to_sparse_csc, 3),
+        (torch.Tensor.to_mkldnn, 0),
+        (lambda it: it.as_subclass(Own), 0),
+        (lambda it: torch.quantize_per_tensor(it, 0.1, 0, torch.qint8), 0),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support", "ignore:.*quantiz")
+def test_parts_of_a_tensor_are_the_strided_ones_that_it_is_made_of(make, number):
+    """None where that isn't known."""
+    parts = parts_of(make(torch.eye(3)))
+    assert len(parts) == number
+    assert all(part.layout is torch.strided for part in parts)

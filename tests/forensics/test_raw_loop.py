@@ -139,14 +139,13 @@ def test_guard_without_replay_says_how_to_learn_the_culprit():
     assert "`Guard(..., replay=lambda: loss_of(batch))`" in alert.remedy
 
 
-def test_replay_that_sees_no_module_says_so():
-    """Its state could not be put back."""
-
-    def make(net, now, step):
-        return lambda: torch.zeros((), requires_grad=True)
-
+@pytest.mark.parametrize(
+    "replay", [lambda: torch.zeros((), requires_grad=True), functools.partial(torch.zeros, (), requires_grad=True)]
+)
+def test_replay_that_sees_no_module_says_so(replay):
+    """Its state could not be put back; of a function that is not Python's nothing can be seen."""
     with pytest.warns(GuardWarning, match="`replay` refers to no module"):
-        alerts, _ = train(make)
+        alerts, _ = train(lambda net, now, step: replay)
     assert alerts[0].culprit is None
 
 
@@ -200,6 +199,75 @@ def test_replay_draws_pythons_random_numbers_again():
     (alert,) = guard.step().alerts
     assert alert.culprit.op == "div"
     assert alert.culprit.reproduced
+
+
+@pytest.mark.parametrize("kind", ["variable", "attribute", "argument"])
+def test_replay_that_would_use_up_an_iterator_is_refused_and_says_so(kind):
+    """A batch that a replay takes would be missing in the loop."""
+    torch.manual_seed(0)
+    net, left = Net(), iter([*batches(bad=(0,))])
+
+    class Loop:
+        def loss(self):
+            return loss_of(self.stream)
+
+    def loss_of(stream):
+        x, y = next(stream)
+        return F.mse_loss(net(x), y)
+
+    def loss():
+        return loss_of(left)
+
+    loop = Loop()
+    loop.stream, loop.other = left, left
+    replay = {"variable": loss, "attribute": loop.loss, "argument": functools.partial(loss_of, left)}[kind]
+    guard = Guard(net.named_parameters(), replay=replay)
+    first = loss()
+    guard.before_backward(first)
+    first.backward()
+    with pytest.warns(GuardWarning, match="is an iterator: running the step again would take the next batches"):
+        guard.step()
+    assert len([*left]) == 3
+
+
+def test_iterator_that_the_function_does_not_use_is_no_reason_to_refuse():
+    """An object may hold one beside the batch."""
+    torch.manual_seed(0)
+
+    class Loop:
+        def __init__(self):
+            self.net, self.stream = Net(), iter([*batches(bad=(0,))])
+            self.batch = next(self.stream)
+
+        def loss(self):
+            return F.mse_loss(self.net(self.batch[0]), self.batch[1])
+
+    loop = Loop()
+    guard = Guard(loop.net.named_parameters(), replay=loop.loss)
+    loss = loop.loss()
+    guard.before_backward(loss)
+    loss.backward()
+    assert guard.step().alerts[0].culprit.op == "log"
+
+
+def test_damage_that_the_step_does_not_make_again_is_said_to_come_from_elsewhere():
+    """Here from a division of the gradients by a norm of zero, after the backward pass."""
+    net = nn.Linear(4, 1)
+    x = torch.ones(8, 4)
+
+    def loss():
+        return 0.0 * net(x).sum()
+
+    guard = Guard(net.named_parameters(), replay=loss)
+    first = loss()
+    guard.before_backward(first)
+    first.backward()
+    for parameter in net.parameters():
+        parameter.grad /= parameter.grad.norm()
+    (alert,) = guard.step().alerts
+    assert "cause: foreign; the same step run again gives the same loss and finite gradients" in alert.message
+    assert "`on_after_backward`" in alert.remedy
+    assert alert.culprit.op == ""
 
 
 def test_replay_of_several_modules_finds_all_of_them():

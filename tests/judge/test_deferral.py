@@ -199,15 +199,16 @@ def test_own_detector_without_a_word_about_it_defers_nothing():
 
 
 @pytest.mark.parametrize(
-    ("names", "shapes", "scale"), [(["a.scale", "b.bias"], [(8,), (8,)], 1.0), (["a.weight"], [(8, 8)], 1e150)]
+    ("names", "shapes", "scale"),
+    [(["a.scale", "b.bias"], [(8,), (8,)], 1.0), (["a.weight"], [(8, 8)], 1e150), (["a.weight"], [(8, 8)], 1e-14)],
 )
-def test_vanishing_defers_models_without_matrices_and_norms_that_float64_can_not_square(names, shapes, scale):
-    """The one has no module that could die; the others are looked at one by one, with the same result."""
+def test_vanishing_looks_at_unusual_models_and_norms_as_if_nothing_had_been_deferred(names, shapes, scale):
+    """No module that could die, a norm that float64 can't square, and one as small as that of a loss at its end."""
     layout = Layout.of(names, shapes)
     plain, deferring = Judge([Vanishing()]), Judge([Vanishing()], can_defer=True)
     for step in range(60):
         norms = np.full(len(names), scale * (1.0 + step % 3))
-        measurement = Measurement(layout, norms, np.ones(len(names), dtype=np.bool_), float(norms.max()), loss=1.0)
+        measurement = Measurement(layout, norms, np.ones(len(names), dtype=np.bool_), float(norms.max()), loss=0.0)
         assert plain.judge(measurement).verdicts == ()
         assert deferring.defer(measurement) or deferring.judge(measurement).verdicts == ()
     assert deferring.state_dict() == plain.state_dict()

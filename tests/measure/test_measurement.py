@@ -14,7 +14,8 @@ from torch import nn
 
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.measure.gradients import Gradients
-from lightning_gradguard.measure.measurement import MicroBatch, measure
+from lightning_gradguard.measure.measurement import measure
+from lightning_gradguard.measure.signs import MicroBatch
 
 # What float32 accumulation may lose against float64: a few units in the last place.
 FLOAT32 = 1e-6
@@ -342,3 +343,13 @@ def test_largest_parameters_come_first():
     """Largest first, those without a gradient never."""
     found = read(with_grads(torch.ones(1), None, torch.full((1,), 3.0), torch.full((1,), 2.0)))
     assert [report.name for report in found.largest(2)] == ["p2", "p3"]
+
+
+def test_scale_sparse_gradient_beside_a_dense_one_leaves_the_dense_tensor_itself():
+    """Only what was coalesced is another tensor afterwards."""
+    sparse, (dense,) = sparse_grad(), with_grads(torch.ones(2))
+    own, expected = dense.grad, sparse.grad.to_dense() * 0.5
+    Gradients([sparse, dense]).scale_(0.5)
+    assert dense.grad is own
+    assert own.tolist() == [0.5, 0.5]
+    assert torch.equal(sparse.grad.to_dense(), expected)

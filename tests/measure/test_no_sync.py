@@ -14,7 +14,8 @@ from lightning_gradguard.act.gate import skip_
 from lightning_gradguard.layout import Layout
 from lightning_gradguard.measure.gradients import Gradients
 from lightning_gradguard.measure.histogram import HistogramMeter
-from lightning_gradguard.measure.measurement import MicroBatch, measure
+from lightning_gradguard.measure.measurement import measure
+from lightning_gradguard.measure.signs import MicroBatch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64]
 every_mix = pytest.mark.parametrize(

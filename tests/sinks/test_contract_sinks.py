@@ -340,3 +340,25 @@ def test_tensorboard_lazy_without_a_due_step_makes_no_folder(tmp_path):
     sink.write(records(log_every_n_steps=0, histogram_every_n_steps=None)[0])
     sink.close()
     assert not (tmp_path / "logs").exists()
+
+
+def test_sink_that_can_not_even_say_what_failed_is_one_warning():
+    """Neither its name nor its error's text can be had."""
+
+    class SilentError(Exception):
+        def __str__(self):
+            raise ValueError
+
+    class Broken:
+        def write(self, record):
+            raise SilentError
+
+        close = write
+
+        def __repr__(self):
+            raise RuntimeError
+
+    sink = SafeSink(Broken())
+    with pytest.warns(SinkWarning, match="Broken failed .SilentError: it has no text") as caught:
+        write_all(sink, records())
+    assert len(caught) == 1

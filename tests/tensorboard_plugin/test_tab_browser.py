@@ -172,7 +172,7 @@ def test_damage_is_drawn_as_what_it_is(page):
     """NaN and zero have colours of their own, in the map, the profile and the shares."""
     page.open(run="damaged", step=31, view="depth")
     names = [trace["name"] for trace in page.plot()["traces"] if trace["x"]]
-    assert {"NaN", "exactly 0"} <= set(names)
+    assert {"NaN", "0 (or below 1e-22)"} <= set(names)
     page.view("flow")
     assert "are NaN or infinite" in page.plot(".heat")["label"]
     page.view("distribution").shown("#parameter")
@@ -280,6 +280,9 @@ def test_new_steps_appear_while_looking(page, runs):
     reload = "window.parent.document.querySelector('app-header-reload button').click()"
     page.until(lambda: [page.run(reload), "up to step 8" in page.text(".incident")][1])
     assert "9 columns" in page.plot(".heat")["label"]
+    page.view("runs").shown("tr[data-run=live]")
+    write_for_tab(runs / "other", [record_at(step, layout) for step in range(3)])  # not the one that is chosen
+    page.until(lambda: [page.run(reload), page.all("tr[data-run=other]")][1])
 
 
 @pytest.mark.slow

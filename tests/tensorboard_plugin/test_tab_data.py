@@ -246,6 +246,29 @@ def test_distribution_has_the_bins_that_were_counted_and_the_shares(tab):
     assert tab.ask("/distribution", parameter=999)["parameter"] == 0
 
 
+def test_distribution_counts_the_histograms_that_are_of_clipped_gradients(tab):
+    """A run that was taken up again may have both."""
+    before = histograms_of(LAYOUT)
+    records = [record_at(step, LAYOUT, histograms=replace(before, clipped=step > 10)) for step in (10, 20, 30)]
+    write(tab.folder / "run", records)
+    answer = tab.reload().ask("/distribution")
+    assert (answer["num_histograms"], answer["num_clipped"]) == (3, 2)
+
+
+@pytest.mark.parametrize("end", [0, 1])
+def test_distribution_says_which_row_holds_what_lies_beyond(end, tab):
+    """Of the parameter that is asked for: the bins are those of all."""
+    counted = histograms_of(LAYOUT)
+    counts = counted.counts.copy()
+    counts[1, -end] = 5.0
+    write(tab.folder / "run", [record_at(10, LAYOUT, histograms=replace(counted, counts=counts))])
+    tab.reload()
+    assert tab.ask("/distribution", parameter=0)["is_open"] == [False, False]
+    answer = tab.ask("/distribution", parameter=1)
+    assert answer["is_open"] == [end == 0, end == 1]
+    assert answer["edges"][-1 if end else 0] == (8.0 if end else -20.0)
+
+
 def test_distribution_without_histograms_is_empty(tab):
     """The page then says what to do."""
     write(tab.folder / "run", [record_at(0, LAYOUT)])

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from answers import Tab
 from recording import alert_at, layout_of, record_at, write_for_tab
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.context import RequestContext
 from tensorboard.data.provider import TensorDatum
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gradguard import Action
+from lightning_gradguard.sinks.summaries import array
 from lightning_gradguard.sinks.tab import TabSeries
 from lightning_gradguard.tensorboard_plugin import views
 from lightning_gradguard.tensorboard_plugin.alerts import complete, done, read_alert
 from lightning_gradguard.tensorboard_plugin.bundles import bundle_of, folder_of
 from lightning_gradguard.tensorboard_plugin.data import Series
+from lightning_gradguard.tensorboard_plugin.log_folder import read_runs
+from lightning_gradguard.tensorboard_plugin.overview import Overview
 from lightning_gradguard.tensorboard_plugin.source import frames
 from lightning_gradguard.tensorboard_plugin.wire import Bins, Tag, pack_bins, unpack_bins
 
@@ -172,3 +180,40 @@ def test_notice_about_a_step_that_was_written_adds_the_alert_alone():
     (value,) = writer.values(replace(record, alerts=(alert_at(5, "a", kind="rollback"),)))
     assert "/alerts/" in value.tag
     assert writer.values(record) == []
+
+
+def test_run_with_tags_of_a_later_version_alone_is_not_listed(tab):
+    """There is nothing in it that could be shown."""
+    with SummaryWriter(str(tab.folder / "odd")) as writer:
+        values = [array("gradguard_tab/later", True, np.zeros(1, dtype=np.float32))]
+        writer._get_file_writer().add_summary(Summary(value=values), 0)
+    assert tab.reload().get("/runs").json["runs"] == []
+    assert tab.get("/overview").json["runs"] == []
+    assert list(read_runs(tab.folder)) == []
+
+
+def test_overview_of_a_run_that_another_has_replaced_is_that_of_the_other(tab):
+    """As after the folder was deleted."""
+    layout = layout_of("a")
+    write_for_tab(tab.folder / "run", [record_at(step, layout) for step in range(5)])
+    assert tab.reload().get("/overview").json["runs"][0]["last_step"] == 4
+    for file in (tab.folder / "run").iterdir():
+        file.unlink()
+    write_for_tab(tab.folder / "run", [record_at(step, layout) for step in range(2)])
+    tab.plugin._provider = Tab(tab.folder).reload().plugin._provider
+    assert tab.get("/overview").json["runs"][0]["last_step"] == 1
+
+
+def test_overview_says_how_much_has_been_read_where_time_is_short(tab):
+    """The rest comes with the next requests."""
+    two_runs(tab.folder)
+    tab.reload()
+    overview = Overview(tab.plugin._provider, RequestContext(), "", {}, threading.Lock())
+    begun = overview.table(-1.0)
+    assert begun["progress"] < 1.0
+    assert [run["last_step"] for run in begun["runs"]] == [None, None]
+    assert overview.table(60.0)["progress"] == 1.0
+    for digest in overview._digests.values():
+        digest.last_time -= 3600.0
+    rows = [digest.row(name) for name, digest in sorted(overview._digests.items())]
+    assert [row["state"] for row in rows] == ["stopped by nonfinite", "no news"]

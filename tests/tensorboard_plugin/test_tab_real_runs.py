@@ -105,8 +105,8 @@ def test_depth_draws_gaps_and_markers_for_what_has_no_logarithm(real_page):
     page = real_page.open_alone(run="partial", view="depth")
     traces = {trace["name"]: trace for trace in page.plot()["traces"]}
     assert len(traces["no gradient"]["x"]) == 2  # weight and bias of the frozen layer
-    assert len(traces["exactly 0"]["x"]) == 2
-    holes = {*traces["no gradient"]["x"], *traces["exactly 0"]["x"]}
+    assert len(traces["0 (or below 1e-22)"]["x"]) == 2
+    holes = {*traces["no gradient"]["x"], *traces["0 (or below 1e-22)"]["x"]}
     for name in ("median", "weights", "biases and other vectors"):
         drawn = {x for x, y in zip(traces[name]["x"], traces[name]["y"], strict=True) if y is not None}
         assert not drawn & holes

@@ -83,7 +83,9 @@ def test_guard_without_any_package_says_what_to_install():
     """At the import of its name."""
     code = without("lightning", "pytorch_lightning")
     code += "try:\n    from lightning_gradguard import GradGuard\nexcept ImportError as error:\n    print(error)"
-    assert run(code).startswith("GradGuard needs `lightning` or `pytorch-lightning`, got neither. Install one of them")
+    assert run(code).startswith(
+        "GradGuard needs `lightning` or `pytorch-lightning`, got neither; extras of these names bring one"
+    )
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ seed_everything: 1
 trainer:
   accelerator: cpu
   devices: 1
+  log_every_n_steps: 4
   max_epochs: 1
   logger: false
   enable_progress_bar: false
@@ -36,7 +37,9 @@ trainer:
             patience: 1
             cooldown: 0
         vanishing: null
+        log_norm_types: [1, .inf]
         histogram_every_n_steps: 4
+        histograms_of: clipped
 model:
   class_path: toys.Net
   init_args:
@@ -87,6 +90,8 @@ def test_cli_reads_a_guard_with_class_path_detectors(tmp_path):
     assert (guard.num_steps, guard.num_skipped) == (12, 1)
     assert guard.num_clipped > 0
     assert [line["kind"] for line in read_alerts(tmp_path)] == ["explosion"]
+    assert guard.last.histograms.clipped
+    assert list(guard.last.measurement.other_norms) == [1.0, float("inf")]
 
 
 def test_cli_reads_a_clipper_with_class_path(tmp_path):

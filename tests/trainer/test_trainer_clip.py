@@ -98,6 +98,14 @@ def test_clip_with_configure_gradient_clipping_is_refused_with_the_remedy(tmp_pa
         fit(tmp_path, OwnClipping(), GradGuard(clip=1.0))
 
 
+@pytest.mark.parametrize("clips", ["trainer", "module"])
+def test_histograms_after_a_clipping_that_is_not_seen_are_refused_with_the_remedy(clips, tmp_path):
+    """They would be of gradients that nobody trains with."""
+    module, settings = (Net(), {"gradient_clip_val": 1.0}) if clips == "trainer" else (OwnClipping(), {})
+    with pytest.raises(ValueError, match=r"`histograms_of` must be 'raw' .*, got 'clipped'.*Let GradGuard clip, by `clip`"):
+        fit(tmp_path, module, GradGuard(histograms_of="clipped"), **settings)
+
+
 def test_guard_without_clip_goes_with_gradient_clip_val(tmp_path):
     """A guard that only watches leaves clipping to the Trainer."""
     guard = GradGuard()

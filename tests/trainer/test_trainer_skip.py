@@ -124,6 +124,72 @@ def test_second_optimizer_that_is_skipped_keeps_what_the_first_has_done(tmp_path
     assert same({k: net.after[3][f"norm.{k}"] for k in net.marks[6]}, net.marks[6])
 
 
+def test_second_step_of_a_batch_that_is_skipped_keeps_what_the_first_has_done(tmp_path):
+    """Of one optimizer, stepped twice by hand."""
+
+    class Twice(Normalised):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.marks = []
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            for is_second in (False, True):
+                loss = super().training_step(batch, batch_idx)
+                optimizer.zero_grad()
+                self.manual_backward(loss * torch.nan if batch_idx == 3 and is_second else loss)
+                optimizer.step()
+                self.marks.append(copy.deepcopy(self.state_dict()))
+
+    net = Twice()
+    guard = GradGuard(max_replays=0)
+    fit(tmp_path, net, guard, batches=make_batches(5))
+    assert guard.num_skipped == 1
+    assert equal(net.marks[7], net.marks[6])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_teacher_that_the_skipped_step_has_moved_goes_back(accumulate, tmp_path):
+    """As those of MoCo and BYOL, which `training_step` averages; also by assignment to `.data`."""
+
+    class Taught(Normalised):
+        def __init__(self, faults):
+            super().__init__(faults)
+            self.teacher = copy.deepcopy(self.body).requires_grad_(False)
+
+        def training_step(self, batch, batch_idx):
+            for old, new in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
+                old.data = 0.9 * old.data + 0.1 * (new.detach() + 1.0)
+            return super().training_step(batch, batch_idx)
+
+    net = Taught({5: "nan"})
+    fit(tmp_path, net, GradGuard(), batches=make_batches(8), accumulate_grad_batches=accumulate)
+    assert equal(net.after[5], net.after[5 - accumulate])
+    assert not equal(net.after[7], net.after[5])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: torch.ones(2, dtype=torch.complex64).conj(),
+        lambda: torch.ones(2, dtype=torch.complex64).conj().imag,
+        lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
+        lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+    ],
+    ids=["conj", "negated", "quantised", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*quantized")
+def test_module_with_odd_buffers_trains_and_its_bad_step_is_replayed(make, tmp_path):
+    """Each of these ended the training, the process, or the search for the culprit."""
+    net = Normalised({5: "nan_loss"})
+    net.register_buffer("odd", make(), persistent=False)
+    guard = GradGuard()
+    fit(tmp_path, net, guard, batches=make_batches(7))
+    assert guard.num_skipped == 1
+    assert equal(net.after[5], net.after[4])
+
+
 @pytest.mark.parametrize("action", ["stop", "raise"])
 def test_stronger_actions_leave_buffers_as_they_were_too(action, tmp_path):
     """They skip as well."""

@@ -252,6 +252,20 @@ def test_tensorboard_log_norms_chooses_the_curves(norms, expected, tmp_path):
     assert "gradguard/global_norm" in events.tags["scalars"]
 
 
+def test_tensorboard_other_norms_and_histograms_after_clipping(tmp_path):
+    """Beside the tags that there are in any case; the description of a histogram says which gradients it is of."""
+    guard = GradGuard(clip=1e-3, log_norm_types=[math.inf], histogram_every_n_steps=8, histograms_of="clipped")
+    events = _train(tmp_path, guard, {13: "nan"}, log_every_n_steps=8)
+    assert events.steps("gradguard/global_norm") == [7, 13, 15, 23]
+    assert events.steps("gradguard/global_norm_inf") == [7, 15, 23]  # at 13 an alert alone is due
+    assert {"gradguard/norm_inf/body", "gradguard/norm_inf/head", "gradguard/norm/body"} <= set(events.tags["scalars"])
+    assert events.histogram_steps("gradients/body.weight") == [7, 15, 23]
+    assert all(event.histogram_value.max <= -3.0 + 0.01 for event in events.accumulator.Histograms("gradients/body.weight"))
+    assert (
+        "gradient elements after clipping" in events.accumulator.SummaryMetadata("gradients/body.weight").summary_description
+    )
+
+
 def test_tensorboard_log_norms_unknown_is_refused():
     """With the choice in the message."""
     with pytest.raises(ValueError, match="`log_norms` must be one of 'totals', 'groups', 'all', got 'none'"):

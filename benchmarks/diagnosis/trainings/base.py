@@ -13,6 +13,15 @@ CHECKED: dict[str, Kind] = {}
 MISTAKEN: dict[str, Kind] = {}
 """Kinds that the first rules got wrong, and others like them; written and labelled before the second rules."""
 
+FURTHER: dict[str, Kind] = {}
+"""Written and labelled after the second rules, in kinds that no earlier table has."""
+
+FURTHER_HEALTHY: dict[str, Kind] = {}
+"""Healthy ones, as new."""
+
+NOT_ON_THE_LIST = "not on the list"
+"""The label of a training with a fault that no cause on the list describes: to name one is false."""
+
 NO_CAUSE = ""
 """The label of a training in which nothing is wrong."""
 

@@ -38,8 +38,9 @@ def write_report(log_dir: Path, output: Path | None = None, format_: str = "html
     if output == Path("-") or (output is None and format_ == "json"):
         return text
     path = Path(f"report.{format_}") if output is None else output
-    path.write_text(text, encoding="utf-8")
+    content = text.encode(errors="backslashreplace")  # half a surrogate pair in a message of an alert is no UTF-8
+    path.write_bytes(content)
     left_out = len(reports) - len(at_length(reports))
     some = f", {len(reports) - left_out} of them at length" if left_out and format_ != "json" else ""
-    size = len(text.encode()) / 1e6
+    size = len(content) / 1e6
     return f"{path}: {counted(len(reports), 'run')}{some}, {size:.1f} MB.\n"

@@ -33,15 +33,15 @@ _MARKS = {
 _OTHER = ("circle", "#76808f")
 _SPECIAL = {
     NO_GRADIENT: ("no gradient", "#d9dce1"),
-    ZERO: ("exactly 0", "#8f959c"),
+    ZERO: ("0 (or below 1e-22)", "#8f959c"),
     INFINITE: ("Inf", "#e66100"),
     NAN: ("NaN", "#ff2fbf"),
 }
 _CURVES = (
     ("loss", "loss", "log"),
-    ("learning_rate", "learning rate", "linear"),
-    ("update_ratio", "update / weight", "log"),
-    ("weight_norm", "weight norm", "linear"),
+    ("learning_rate", "learning<br>rate", "linear"),
+    ("update_ratio", "update /<br>weight", "log"),
+    ("weight_norm", "weight<br>norm", "linear"),
 )
 
 
@@ -51,7 +51,8 @@ def norms_of(report: RunReport, series: Series) -> go.Figure:
     data = views.norms(snapshot, report.alerts)
     curves = {name: _floats(data[name]) for name in ("global_norm", "clipped_norm", "explosion_limit")}
     below = [(name, title, kind) for name, title, kind in _CURVES if np.isfinite(_floats(data[name])).any()]
-    heights = [0.08, 0.92 - 0.14 * len(below), *(0.14 for _ in below)]
+    for_marks = 0.08 if data["marks"] else 0.005
+    heights = [for_marks, 1.0 - for_marks - 0.14 * len(below), *(0.14 for _ in below)]
     figure = make_subplots(rows=2 + len(below), cols=1, shared_xaxes=True, vertical_spacing=0.02, row_heights=heights)
     styles = (
         ("global_norm", "global norm", {"color": _BLUE, "width": 2}),
@@ -69,7 +70,7 @@ def norms_of(report: RunReport, series: Series) -> go.Figure:
         figure.add_scatter(
             x=steps,
             y=values,
-            name=title,
+            name=title.replace("<br>", " "),
             line=line,
             mode=_mode(steps),
             showlegend=False,
@@ -158,10 +159,26 @@ def _marks(marks: Sequence[dict[str, Any]]) -> list[go.Scatter]:
 
 
 def _log_axis(values: Floats, num_ticks: int) -> dict[str, Any]:
-    """A logarithmic axis. Over several decades it says each of them once; over less, the digits between are of use."""
-    decades = np.log10(values[np.isfinite(values) & (values > 0)])
-    span = float(np.ptp(decades)) if len(decades) else 0.0
-    return {"type": "log", "dtick": math.ceil(span / num_ticks) if span > 1.5 else "D2"}
+    """A logarithmic axis. Over several decades it says each of them once; over less, numbers between, written out (of a bare
+    5 nobody knows the decade), and over much less there are no round ones but in even steps.
+    """
+    usable = values[np.isfinite(values) & (values > 0)].astype(np.float64)
+    span = float(np.ptp(np.log10(usable))) if len(usable) else 0.0
+    if span > 1.5:
+        return {"type": "log", "dtick": math.ceil(span / num_ticks)}
+    if span > 0.7 or span == 0.0:
+        return {"type": "log", "dtick": "D2", "tickformat": "~g"}
+    return {"type": "log", "dtick": f"L{_round_step(float(np.ptp(usable)) / min(num_ticks, 4)):g}", "tickformat": "~g"}
+
+
+def _round_step(step: float) -> float:
+    """The next larger of 1, 2 or 5 times a power of ten.
+
+    >>> _round_step(0.3), _round_step(7.0)
+    (0.5, 10.0)
+    """
+    power = 10.0 ** math.floor(math.log10(step))
+    return next(factor for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= step) * power
 
 
 def _mode(steps: Floats) -> str:
@@ -186,5 +203,5 @@ def _styled(figure: go.Figure, *, height: int) -> go.Figure:
         legend={"orientation": "h", "x": 0, "y": 1, "yref": "container", "yanchor": "top"},
     )
     figure.update_xaxes(gridcolor=_GRID, linecolor=_GRID, zeroline=False)
-    figure.update_yaxes(gridcolor=_GRID, linecolor=_GRID, zeroline=False, exponentformat="power")
+    figure.update_yaxes(gridcolor=_GRID, linecolor=_GRID, zeroline=False, exponentformat="power", title_font_size=11)
     return figure

@@ -76,13 +76,12 @@ def _data(evidence: Evidence) -> Cause | None:
     sample = _sample(evidence, same)
     if sample is None and (numbered := evidence.norm_under_number) is not None and numbered > _BY_DATA * before:
         return Cause(
-            "batch",
-            "data",
+            "step",
+            "forward",
             f"{same}; under the number of this one the healthy batch gives {numbered:.3g} as well: it is what the step does "
             "at this number, and not what is in the batch",
             "Look at what `training_step` does from this batch on: a loss weight or temperature that changes, a module that "
             "is switched or written to, a hook.",
-            "batch",
             test="with the other batches the step is as bad from this number on",
         )
     return sample or Cause(
@@ -90,7 +89,7 @@ def _data(evidence: Evidence) -> Cause | None:
         "data",
         f"{same}{_without_row(evidence)}{_scale_change(evidence.flow, evidence.healthy)}",
         "Look at how this batch was made: a missing normalisation, another source or unit, a changed distribution, a loss "
-        'that is scaled differently from here on. Clipping (`clip=`) and `explosion="skip"` bound the harm until then.',
+        "that is scaled differently from here on.",
         "batch",
         test="without this batch the run goes on as before",
     )
@@ -105,8 +104,8 @@ def _sample(evidence: Evidence, same: str) -> Cause | None:
     probably = "probably " if rest is None else ""
     alone = f"{same}, and row {row} alone {probably}makes {share:.0%} of it ({1 / size:.0%} would be its part)"
     remedy = (
-        "Look at this sample: a wrong label, another unit, a broken file. A robust loss (Huber) or clipping bounds what one "
-        "sample can do."
+        "Look at this sample: a wrong label, another unit, a broken file. A robust loss (Huber) bounds what one sample "
+        "can do."
     )
     if rest is not None and rest <= _BY_DATA * before:
         alone += f"; with another row in its place the norm is {rest:.3g}"
@@ -170,8 +169,8 @@ def _recurrent(evidence: Evidence) -> Cause | None:
         f"{found.layer.name} is applied {found.num_steps} times, and each step back in time multiplies the gradient by "
         f"about {found.factor:.3g}: its norm is {found.late_norm:.3g} at step {found.late} and {found.early_norm:.3g} at "
         f"step {found.early}",
-        "Clip with `clip=1.0`, start from orthogonal recurrent weights, use an LSTM or GRU, or cut the sequence (truncated "
-        "back-propagation).",
+        f"Start from orthogonal recurrent weights{'' if found.has_gates else ', use an LSTM or GRU'}, or cut the sequence "
+        "(truncated back-propagation).",
         found.layer.module,
         test="shorter sequences have smaller gradients",
     )
@@ -276,8 +275,9 @@ def _rate(evidence: Evidence) -> Cause | None:
         "weights",
         f"the last step that was applied changed `{worst.name}` by {worst.rate:.2g} of its norm (a thousandth is usual), "
         "and on the weights as they are now the previous healthy batch gives a gradient of norm "
-        f"{evidence.healthy_norm:.3g} instead of a usual {evidence.usual.norm:.3g}",
-        "Lower the learning rate, or warm it up for longer; clipping with `clip=` bounds a single step.",
+        f"{evidence.healthy_norm:.3g} instead of a usual {evidence.usual.norm:.3g}"
+        + ("" if evidence.num_ranks == 1 else " of the average over all ranks"),
+        "Lower the learning rate, or warm it up for longer.",
         worst.name,
         test="a tenth of the learning rate ends it",
     )

@@ -37,6 +37,11 @@ class Recurrence:
         return math.log10(self.early_norm) - math.log10(self.late_norm)
 
     @property
+    def has_gates(self) -> bool:
+        """Whether it is an LSTM or a GRU."""
+        return self.layer.op.startswith(("lstm", "gru"))
+
+    @property
     def factor(self) -> float:
         """By which the gradient's norm changes for one step back in time, on average over those between."""
         return float(10.0 ** (self.decades / abs(self.late - self.early)))

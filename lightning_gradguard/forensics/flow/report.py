@@ -43,7 +43,9 @@ def _units(layer: Layer) -> str:
     return ", ".join(state)
 
 
-def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float | None, tolerance: float) -> Culprit | None:
+def culprit_of(
+    causes: Sequence[Cause], flow: Flow, *, rank: int, error: float | None, tolerance: float, num_ranks: int = 1
+) -> Culprit | None:
     """The surest cause as a culprit, with what would tell it from others that fit; None if nothing was found.
 
     Args:
@@ -52,10 +54,17 @@ def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float |
         rank: the process.
         error: relative difference between the step's gradients and those of the replay; None if not known.
         tolerance: up to which they count as the same.
+        num_ranks: processes that share the batch, of which this one has looked at its own part.
     """
     if not causes:
         return None
     first = causes[0]
+    # The alert's own norm is that of the average over all ranks.
+    part = (
+        ""
+        if num_ranks == 1
+        else f"in rank {rank}'s part of the batch, before gradients are averaged over {num_ranks} ranks: "
+    )
     return Culprit(
         phase=first.phase,
         module=first.module,
@@ -64,7 +73,7 @@ def culprit_of(causes: Sequence[Cause], flow: Flow, *, rank: int, error: float |
         rank=rank,
         reproduced=error is not None and error <= tolerance,
         error=error,
-        message=_in_words(causes),
+        message=part + _in_words(causes),
         remedy=first.remedy,
         cause=first.name,
         factors=table_of(flow),

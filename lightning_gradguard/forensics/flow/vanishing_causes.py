@@ -13,6 +13,8 @@ _DEAD = 0.99
 _TINY = 1e-6
 _DECADES = 2.0
 _UNDERFLOW = 1e-30
+_UNGATED = "Use an LSTM or GRU (its forget bias at 1), orthogonal recurrent weights, attention, or shorter sequences."
+_GATED = "Start with the bias of its {} gate at 1 or above, or use attention or shorter sequences."
 
 
 def vanishing_causes(evidence: Evidence) -> tuple[Cause, ...]:
@@ -22,6 +24,9 @@ def vanishing_causes(evidence: Evidence) -> tuple[Cause, ...]:
         found = _zero_weights(evidence, cut_off) or _dead(evidence, cut_off) or _flat(evidence, cut_off)
         if found is not None:
             return (found,)
+    last = _last_without_gradient(evidence.flow)
+    if last is not None and (found := _flat(evidence, last)) is not None:
+        return (found,)
     tiny = _tiny_loss(evidence)
     if tiny is not None:
         return (tiny,)
@@ -38,6 +43,13 @@ def _first_without_gradient(flow: Flow) -> Layer | None:
     if not any(layer.grad_norm for layer in layers):
         return None
     return next((layer for layer in reversed(layers[:-1]) if not layer.grad_norm), None)
+
+
+def _last_without_gradient(flow: Flow) -> Layer | None:
+    """The last layer that trains, where none that does has a gradient, although one begins."""
+    layers = [layer for layer in flow.of("weights", "recurrent") if layer.is_trained]
+    begins = any(layer.grad_norm for layer in flow.layers)
+    return layers[-1] if layers and begins and not any(layer.grad_norm for layer in layers) else None
 
 
 def _has_underflowed(flow: Flow) -> bool:
@@ -146,14 +158,15 @@ def _recurrent(evidence: Evidence) -> Cause | None:
 def vanishing_in_time(found: Recurrence) -> Cause:
     """The cause, for a recurrence whose gradient fades."""
     zero = "" if found.early == 0 or found.layer.is_bidirectional else ", and exactly zero before"
+    gate = "forget" if found.layer.op.startswith("lstm") else "update"
+    remedy = _GATED.format(gate) if found.has_gates else _UNGATED
     return Cause(
         "recurrence",
         "backward",
         f"{found.layer.name} is applied {found.num_steps} times, and each step back in time multiplies the gradient by "
         f"about {found.factor:.3g}: its norm is {found.late_norm:.2g} at step {found.late} and {found.early_norm:.2g} at "
         f"step {found.early}{zero}",
-        "Use an LSTM or GRU (its forget bias at 1), orthogonal recurrent weights, attention, or shorter sequences. Where "
-        "only the last few steps matter to the task, nothing needs to be done.",
+        f"{remedy} Where only the last few steps matter to the task, nothing needs to be done.",
         found.layer.module,
         test="shorter sequences have larger gradients at their beginning",
     )

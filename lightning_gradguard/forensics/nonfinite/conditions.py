@@ -182,7 +182,7 @@ def power_bound(provenance: Provenance) -> float | None:
     exponent, dtype = value_of(provenance, "exponent"), provenance.dtype or torch.float32
     if exponent is None or exponent <= 1:
         return None
-    bound = float((torch.finfo(dtype).max * 1e-4) ** (1 / exponent))
+    bound = float(_well_inside(dtype) ** (1 / exponent))
     step = 10.0 ** (math.floor(math.log10(bound)) - 1)
     bound = float(f"{math.floor(bound / step) * step:.2g}")
     return bound if bound > 1 else None
@@ -199,7 +199,12 @@ def exponent_bound(provenance: Provenance) -> float | None:
     base, dtype = named(provenance, "self"), provenance.dtype or torch.float32
     if base is None or base.at is None or not base.is_number or base.at.value <= 1:
         return None
-    return float(math.floor(math.log(torch.finfo(dtype).max * 1e-4) / math.log(base.at.value)))
+    return float(math.floor(math.log(_well_inside(dtype)) / math.log(base.at.value)))
+
+
+def _well_inside(dtype: torch.dtype) -> float:
+    """A number that leaves room for sums, where the type has any to spare."""
+    return torch.finfo(dtype).max * (0.25 if dtype is torch.float16 else 1e-4)
 
 
 def beyond_limit(provenance: Provenance) -> bool:

@@ -27,6 +27,7 @@ from lightning_gradguard.forensics.nonfinite.source_location import (
     current_frames,
     current_line,
     current_location,
+    is_function_of_a_user,
 )
 from lightning_gradguard.forensics.tensors import Flaw, Range, describe, flaw_of, plain, range_of, tensors_in
 
@@ -111,7 +112,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def label(self, named: Iterable[tuple[str, Tensor]], origin: Origin) -> None:
         """Say what tensors are that come from outside; those that are in order need no label."""
         for name, tensor in named:
-            if (flaw := flaw_of(tensor)) is None or tensor in self._provenances:
+            if (flaw := flaw_of(tensor, is_whole=True)) is None or tensor in self._provenances:
                 continue
             rows = self.batch.rows_of(tensor) if origin == "data" else None
             samples = self._samples_at(tensor) if origin == "data" else None
@@ -189,7 +190,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
             origin="constant" if call.operator.is_constant else "",
             op=call.operator.name,
             node=_node_name(call.node) if in_engine else "",
-            is_custom=in_engine and isinstance(call.node, torch.autograd.function.BackwardCFunction),
+            is_custom=in_engine and is_function_of_a_user(call.node),
             parents=parents,
             dtype=tensor.dtype,
             sequence=self._sequence_of(call),
@@ -303,7 +304,8 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         line = current_line()
         if line is None:
             return made
-        return SourceLocation(made.module, line, () if self.rows is None else current_frames())
+        module, hook_on = self.modules.hooked(call.node) or (made.module, "")
+        return SourceLocation(module, line, () if self.rows is None else current_frames(), hook_on=hook_on)
 
 
 def _node_name(running: Any) -> str:

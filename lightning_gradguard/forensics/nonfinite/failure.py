@@ -113,3 +113,13 @@ def _number(provenance: Provenance, name: str) -> str | None:
     """An operand that is a number in the code, as it may be written there."""
     operand = named(provenance, name)
     return number(operand.at.value) if operand is not None and operand.at is not None and operand.is_number else None
+
+
+STEEP = {
+    "sqrt": "torch.sqrt(x.clamp_min({tiny}))",
+    "pow": "torch.pow(x.clamp_min({small}), p)",
+    "acos": "torch.acos(x.clamp_max(1 - {eps}))",
+    "acosh": "torch.acosh(x.clamp_min(1 + {eps}))",
+}
+"""Operators whose slope is infinite where they give 0, and how to write them where that 0 makes another fail: a clamp after
+them passes on a gradient of 0, and 0 times infinity is NaN."""

@@ -24,15 +24,6 @@ _BASE = Fix("Keep the base above 0", "torch.pow(x, {exponent})", "torch.pow(x.cl
 _FLOAT16 = "with torch.autocast(x.device.type, torch.float16): out = x @ w"
 _BFLOAT16 = Fix("Use bfloat16, whose range is that of float32", _FLOAT16, _FLOAT16.replace("float16", "bfloat16"))
 
-STEEP = {
-    "sqrt": "torch.sqrt(x.clamp_min({tiny}))",
-    "pow": "torch.pow(x.clamp_min({small}), p)",
-    "acos": "torch.acos(x.clamp_max(1 - {eps}))",
-    "acosh": "torch.acosh(x.clamp_min(1 + {eps}))",
-}
-"""Operators whose slope is infinite where they give 0, and how to write them where that 0 makes another fail: a clamp after
-them passes on a gradient of 0, and 0 times infinity is NaN."""
-
 KNOWN_FAILURES: tuple[KnownFailure, ...] = (
     KnownFailure(
         "float16 overflow of a product", _ops(_MATMUL), (when.half, when.forward, when.fresh),
@@ -193,6 +184,11 @@ KNOWN_FAILURES: tuple[KnownFailure, ...] = (
         "mean of nothing", _ops("mean"), (when.forward, when.empty("self")),
         "averaged over nothing",
         (Fix("Divide by a count of at least 1", "x.mean()", "x.sum() / max(x.numel(), 1)"),),
+    ),
+    KnownFailure(
+        "loss over nothing", _ops("mse_loss smooth_l1_loss huber_loss binary_cross_entropy"),
+        (when.forward, when.empty("self")), "averaged over nothing",
+        (Fix("Divide by a count of at least 1", "F.{op}(x, y)", "F.{op}(x, y, reduction='sum') / max(x.numel(), 1)"),),
     ),
     KnownFailure(
         "softmax of a masked row", _ops("softmax safe_softmax log_softmax logsumexp logcumsumexp"),

@@ -227,10 +227,20 @@ def _of_lists(leaves: _Leaves, batch: Any) -> Layout | None:
     for size in sorted({length for _, length in lists if length > 1}, reverse=True):
         heads = [name for name, length in lists if length == size and (name != "batch" or _is_homogeneous(batch))]
         of = {name: _index_in(name, heads) for name, _ in leaves}
-        if all(index is not None for index in of.values()):
-            labels = {name: torch.full([1] * leaf.dim(), int(of[name] or 0) + 1, dtype=torch.int32) for name, leaf in leaves}
+        listed = {leaf.shape[0] for name, leaf in leaves if of[name] is not None}
+        beside = {leaf.shape[0] for name, leaf in leaves if of[name] is None}
+        # Beside lists of tensors that differ in length there may be one entry for each sample, as labels are.
+        if listed and (not beside or (beside == {size} and len(listed) > 1)):
+            labels = {name: _label_of(leaf, of[name]) for name, leaf in leaves}
             return Layout(size=size, labels=labels, is_conventional=True)
     return None
+
+
+def _label_of(leaf: Tensor, index: int | None) -> Tensor:
+    """Of a leaf that is all of one sample; or that has all of them along its first dimension."""
+    if index is None:
+        return along(torch.arange(leaf.shape[0]), leaf.dim(), 0)
+    return torch.full([1] * leaf.dim(), index + 1, dtype=torch.int32)
 
 
 _CHANNELS, _IMAGE_DIMS = {1, 3, 4}, 3

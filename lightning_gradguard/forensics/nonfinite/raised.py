@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bdb import BdbQuit
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_gradguard.errors import GradientError, words_of
 from lightning_gradguard.forensics.nonfinite.damage import Damage
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
@@ -53,8 +55,8 @@ class DamageUntilRaise(Damage):  # type: ignore[no-untyped-call]
         """
         if self._raised is error and self._went_in:
             return self._went_in[-1]
-        for values in _locals_of(error):
-            if found := self._damaged(_tensors_among(values)):
+        for call in calls_of(error):
+            if found := self._damaged(_tensors_among(list(call.tb_frame.f_locals.values()))):
                 return found[-1]
         return self._provenances.latest
 
@@ -147,12 +149,17 @@ def is_lack_of_memory(error: Exception) -> bool:
     """Whether memory has run out, so that nothing should be run again."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+    return isinstance(error, RuntimeError) and any(words in words_of(error) for words in _NO_MEMORY)
+
+
+def is_no_failure(error: Exception) -> bool:
+    """Whether it is no failure of a computation: an end that was asked for, or a lack of memory."""
+    return isinstance(error, (GradientError, StopIteration, BdbQuit)) or is_lack_of_memory(error)
 
 
 def is_lost_gpu(error: Exception) -> bool:
     """Whether the process can't use its GPU any more, so that nothing can be run again."""
-    return any(words in str(error) for words in _GPU_IS_LOST)
+    return any(words in words_of(error) for words in _GPU_IS_LOST)
 
 
 def is_in_torch(error: BaseException) -> bool:
@@ -165,7 +172,7 @@ def is_same(error: BaseException, again: BaseException) -> bool:
     """Whether a replay has raised what the step has: the same type, at the same line or with the same words."""
     if type(error) is not type(again):
         return False
-    return _place(error) == _place(again) or str(error) == str(again)
+    return _place(error) == _place(again) or words_of(error) == words_of(again)
 
 
 def _frames(error: BaseException) -> list[TracebackType]:
@@ -186,11 +193,9 @@ def _place(error: BaseException) -> tuple[str, int] | None:
     return (frames[-1].tb_frame.f_code.co_filename, frames[-1].tb_lineno) if frames else None
 
 
-def _locals_of(error: BaseException) -> Iterator[list[Any]]:
-    """The variables of the calls that led to an exception, innermost first, without those of this package."""
-    for trace in reversed(_frames(error)):
-        if not trace.tb_frame.f_code.co_filename.startswith(_OWN):
-            yield list(trace.tb_frame.f_locals.values())
+def calls_of(error: BaseException) -> Iterator[TracebackType]:
+    """The calls that led to an exception, innermost first, without those of this package."""
+    return (trace for trace in reversed(_frames(error)) if not trace.tb_frame.f_code.co_filename.startswith(_OWN))
 
 
 def _tensors_among(values: list[Any]) -> Iterator[Tensor]:

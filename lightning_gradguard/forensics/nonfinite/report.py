@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+
+from torch import Tensor
 
 from lightning_gradguard.alert import Culprit
 from lightning_gradguard.forensics.nonfinite import conditions as when
 from lightning_gradguard.forensics.nonfinite.blame import Blame, is_from_outside
-from lightning_gradguard.forensics.nonfinite.failure import KnownFailure, code
-from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES, STEEP
+from lightning_gradguard.forensics.nonfinite.failure import STEEP, KnownFailure, code
+from lightning_gradguard.forensics.nonfinite.known_failures import KNOWN_FAILURES
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
 from lightning_gradguard.forensics.nonfinite.source_location import shown_file
 from lightning_gradguard.forensics.nonfinite.suspects import Suspects
@@ -28,7 +31,11 @@ _STATE_REMEDY = (
     "It was damaged before this step, by an earlier one that has written to it, or from the start. Set it anew where it is "
     "not finite."
 )
-
+_FOREIGN_REMEDY = (
+    "Look for what changes gradients after the backward pass: `on_after_backward`, a callback, a clipping, scaling or "
+    "normalisation of your own (a norm of 0 is divided by), or broken memory."
+)
+_SAME_LOSS = 1e-4
 
 _OTHERS: tuple[KnownFailure, ...] = (
     KnownFailure(
@@ -82,11 +89,11 @@ def culprit_of(
         reproduced=reproduced,
         error=error,
     )
+    flaw = provenance.flaw
+    what = " and ".join(name for name, is_there in (("NaN", flaw.has_nan), ("Inf", flaw.has_inf)) if is_there)
     if blame.phase == "data":
-        what = "NaN" if provenance.flaw.has_nan else "Inf"
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what}{rows}", remedy=_DATA_REMEDY)
     if blame.phase == "weights":
-        what = "NaN" if provenance.flaw.has_nan else "Inf"
         remedy = _STATE_REMEDY if blame.is_state else _WEIGHTS_REMEDY
         return replace(found, module=provenance.op, message=f"`{provenance.op}` holds {what} already", remedy=remedy)
     failure, cause = explained(provenance)
@@ -112,6 +119,27 @@ def culprit_of(
         inputs=provenance.inputs,
         before=provenance.before,
         frames=provenance.location.frames,
+    )
+
+
+def culprit_outside(loss: float, replayed: Sequence[Tensor], again: float, *, rank: int = 0) -> Culprit | None:
+    """That damage was made neither in the forward nor in the backward pass; None where a replay does not show as much.
+
+    Args:
+        loss: of the step.
+        replayed: the gradients of a replay in which nothing was damaged.
+        again: its loss.
+        rank: the process.
+    """
+    if not math.isclose(loss, again, rel_tol=_SAME_LOSS) or not all(bool(grad.isfinite().all()) for grad in replayed):
+        return None
+    return Culprit(
+        phase="backward",
+        rank=rank,
+        cause="foreign",
+        message="the same step run again gives the same loss and finite gradients: its forward and backward pass alone do "
+        "not make this damage",
+        remedy=_FOREIGN_REMEDY,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules._functions import BackwardHookFunction
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from lightning_gradguard.alert import Frame
@@ -22,6 +23,7 @@ from lightning_gradguard.layout import clean_name
 _PACKAGES = ("torch", "lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities", "torchmetrics")
 _OWN = str(Path(__file__).parents[2]) + "/"
 _STDLIB = sysconfig.get_path("stdlib") + "/"
+_HOOKS = torch.utils.hooks.__file__
 _ENGINE = "_engine_run_backward"
 """The function of `torch.autograd.graph` below which, on the stack, is whoever called `backward()`."""
 
@@ -52,12 +54,14 @@ class SourceLocation:
         line: where one is known.
         frames: the calls that led there, innermost first, where these are noted.
         via: the function of torch's that the line calls, if that is what runs the operator; noted with the frames.
+        hook_on: the parameter or module whose hook it is, in words; "" for any other hook.
     """
 
     module: str = ""
     line: Line | None = None
     frames: tuple[Frame, ...] = ()
     via: str = ""
+    hook_on: str = ""
 
 
 def cell_of(file: str) -> str | None:
@@ -150,6 +154,12 @@ def current_torch_function() -> str:
     return name
 
 
+def is_function_of_a_user(node: Any) -> bool:
+    """Whether an autograd node is a `Function` written in Python, other than that beside which torch runs modules' hooks."""
+    own = getattr(type(node), "_forward_cls", None)
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and own is not BackwardHookFunction
+
+
 _COMPOSED = tuple(f"{Path(torch.__file__).parent}/{part}" for part in ("nn/functional.py", "distributions/", "nn/utils/"))
 
 MAX_FRAMES = 5
@@ -188,7 +198,26 @@ class ModuleStack:
 
     def __init__(self, root: nn.Module) -> None:
         self._paths = {id(module): clean_name(path) for path, module in root.named_modules()}
+        self._names = {id(parameter): clean_name(name) for name, parameter in root.named_parameters()}
         self._stack: list[str] = []
+
+    def hooked(self, node: Any) -> tuple[str, str] | None:
+        """Path of the module, and in words what the hook is on, that runs beside a node; None where it is on another tensor.
+
+        A parameter's hooks run beside the node that adds up its gradient, and those of a module's backward pass below a
+        function of torch's that knows the module.
+        """
+        name = self._names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            return name.rpartition(".")[0], f"`{name}`"
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != _ENGINE:
+            if frame.f_code.co_filename == _HOOKS:
+                module = getattr(frame.f_locals.get("self"), "module", None)
+                path = self._paths.get(id(module))
+                return None if path is None else (path, f"the backward pass of `{path}`")
+            frame = frame.f_back
+        return None
 
     @property
     def current(self) -> str:

@@ -33,6 +33,7 @@ _SAME = {
     "rmatmul": "mm",
     "bmm": "mm",
     "linear": "mm",
+    "einsum": "mm",
 }
 """Functions of torch by the operator that a remedy is written for."""
 _BEGINS = (("with ", "mm"), ("x.bfloat16", "half"), ("x.sum()", "mean"), ("torch.where(m, x /", "div"))
@@ -114,7 +115,7 @@ class Trial(TorchFunctionMode):
             if _SAME.get(name, name) == change.of:
                 if change.is_everywhere or self._is_here():
                     self._made.add(change.code)
-                    return _run(change.code, name, args, kwargs)
+                    return self._run(change.code, func, name, args, kwargs)
                 # A checkpoint runs its function again without the line that has called it.
                 self._is_unsure |= torch._C._current_autograd_node() is not None
         return func(*args, **kwargs)
@@ -136,6 +137,19 @@ class Trial(TorchFunctionMode):
                 (loss,), (begin,), keep, bool(create_graph), of, allow_unreachable=True, accumulate_grad=True
             )
 
+    def _run(self, code: str, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            if code.startswith("with "):  # around the line, whatever product that is
+                tensor = next(it for it in args if isinstance(it, Tensor))
+                scope = {"torch": torch, "x": tensor, "line": lambda: func(*args, **kwargs)}
+                exec(re.sub("out = .*", "out = line()", code), scope)  # noqa: S102
+                return scope["out"]
+            return _run(code, name, args, kwargs)
+        except Exception as error:
+            # The remedy is not written for such a line; but a checkpoint ends its recomputation by an exception.
+            self._is_unsure |= type(error).__module__ != "torch.utils.checkpoint"
+            raise
+
     def _is_here(self) -> bool:
         frame: FrameType | None = sys._getframe(2)
         while frame is not None:
@@ -151,9 +165,6 @@ def _run(code: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
     scope = _scope(code, name, args, kwargs, dim)
     code = re.sub(r"^torch\.where\(m, (x / .*), 0\.0\)$", r"\1", code)
     code = re.sub(r"(?<=\))(\[\d\]|\.U)$", "", code)  # all results, and not only the one that the remedy is about
-    if code.startswith("with "):
-        exec(code, scope)  # noqa: S102
-        return scope["out"]
     out = eval(code, scope)  # noqa: S307
     if name in ("rtruediv", "rdiv"):
         return out * args[1]
@@ -165,7 +176,7 @@ def _scope(code: str, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], 
     """What the names in a remedy's code stand for."""
     x: Any = args[0]
     second: Any = args[1] if len(args) > 1 else next(iter(kwargs.values()), None)
-    if name in ("rpow", "rmatmul"):
+    if name in ("rpow", "rmatmul") or (name == "pow" and not isinstance(x, Tensor)):
         x, second = second, x
     scope: dict[str, Any] = {"torch": torch, "F": functional, **dict.fromkeys("ytpw", second), "x": x, "dim": dim}
     if name == "square":
@@ -196,6 +207,6 @@ def tried(culprit: Culprit, is_in_order: Callable[[AbstractContextManager[object
     trial = Trial(culprit)
     try:
         has_helped = is_in_order(trial)
-    except Exception:  # noqa: BLE001 - code that does not fit its line, so that nothing is known
-        return culprit
+    except Exception:  # noqa: BLE001 - code that does not fit its line, or with which the step does not run
+        has_helped = False
     return culprit if has_helped or not trial.is_whole else replace(culprit, remedy="")

@@ -14,7 +14,8 @@ _SELECTING = ("index", "index_select", "gather", "masked_fill", "masked_select",
 
 def place_in_words(location: SourceLocation, root: str = "training_step", *, is_hook: bool = False) -> str:
     """As in "in `head`, model.py:11,"."""
-    where = f"in a hook on a tensor of `{location.module or root}`" if is_hook else f"in {_caller(location, root)}"
+    hooked = location.hook_on or f"a tensor of `{location.module or root}`"
+    where = f"in a hook on {hooked}" if is_hook else f"in {_caller(location, root)}"
     return where if location.line is None else f"{where}, {location.line},"
 
 

@@ -2,7 +2,7 @@
 
 import { details } from "./culprit.js";
 import { count, fill, h, prose } from "./dom.js";
-import { badge, figures, where } from "./incident.js";
+import { badge, figures, isConsequence, where } from "./incident.js";
 import { set, state } from "./state.js";
 
 export class AlertsView {
@@ -54,6 +54,11 @@ export class AlertsView {
     this.update();
   }
 
+  found(alert) {
+    if (alert.culprit?.message) return prose(alert.culprit.message);
+    return isConsequence(alert) ? prose(alert.seen) : figures(alert);
+  }
+
   rows(alert, open) {
     const isOpen = open?.id === alert.id;
     const pressed = () => set(isOpen ? { alert: null } : { alert: alert.id, step: alert.x });
@@ -61,7 +66,7 @@ export class AlertsView {
       "tr", { class: isOpen ? "open" : "", "data-alert": alert.id },
       h("td", { class: "number" }, h("button", { class: "link", "aria-expanded": String(isOpen), onclick: pressed }, `${isOpen ? "▾" : "▸"} ${count(alert.x)}`)),
       h("td", {}, badge(alert.kind), this.tab.numOptimizers > 1 ? h("div", { class: "quiet" }, `optimizer ${alert.optimizer}`) : null),
-      h("td", { class: "found" }, alert.culprit?.message ? prose(alert.culprit.message) : figures(alert)),
+      h("td", { class: "found" }, this.found(alert)),
       h("td", { class: "name" }, where(alert)),
       h("td", {}, alert.done),
     );

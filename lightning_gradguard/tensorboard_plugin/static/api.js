@@ -4,6 +4,8 @@ export const NO_GRADIENT = -32768;
 export const ZERO = -32767;
 export const INFINITE = 32766;
 export const NAN = 32767;
+// A norm is the root of a sum of squares, and float32 holds no square of less than 1e-22.
+export const NAME_OF_ZERO = "0 (or below 1e-22)";
 const PER_DECADE = 1000;
 
 export async function ask(route, parameters = {}) {
@@ -27,7 +29,7 @@ export const decades = (code) => (isFinite16(code) ? code / PER_DECADE : null);
 
 export function nameOf(code) {
   if (code === NO_GRADIENT) return "no gradient";
-  if (code === ZERO) return "exactly 0";
+  if (code === ZERO) return NAME_OF_ZERO;
   if (code === INFINITE) return "Inf";
   if (code === NAN) return "NaN";
   return null;

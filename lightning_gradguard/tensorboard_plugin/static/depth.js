@@ -73,7 +73,7 @@ export class DepthView {
       const chosen = data.nodes.map((_, index) => index).filter((index) => codes[index] === Number(code));
       if (!chosen.length) return [];
       return [{
-        name: nameOf(Number(code)), type: "scatter", mode: "markers", yaxis, ...at(chosen), y: chosen.map(() => y),
+        name: nameOf(Number(code)), type: "scatter", mode: "markers", yaxis, cliponaxis: false, ...at(chosen), y: chosen.map(() => y),
         text: chosen.map((index) => `${names[index]}: ${nameOf(codes[index])}`), hovertemplate: "%{text}<extra></extra>",
         marker: { symbol, size: 11, color: colour(paint), line: { width: symbol.endsWith("open") ? 2 : 0 } },
       }];
@@ -86,23 +86,25 @@ export class DepthView {
       points("named by the alert", (index) => named.has(paths[data.nodes[index]]), { size: 16, symbol: "circle-open", line: { width: 2.5 }, color: colour("guilty") }),
       ...special,
     ].filter((trace) => trace.y.some((value) => value !== null));
-    const isLabelled = data.nodes.length <= MAX_LABELS && window.innerWidth > 16 * data.nodes.length;
-    const lane = (yaxis, domain) => ({ domain, range: [0, 2], visible: false, fixedrange: true, anchor: "x" });
-    const settings = layout({
-      height: heightBelow(this.plot, 380), margin: { l: 64, r: 16, t: 44, b: isLabelled ? 150 : 40 }, showlegend: true,
-      xaxis: axis({
-        title: { text: isLabelled ? "" : "parameter, from the first to the last", font: { size: 11 } }, fixedrange: true, range: [0.5, x.length + 0.5], anchor: "y8",
-        ...(isLabelled ? { tickmode: "array", tickvals: x, ticktext: data.nodes.map((node) => plain(paths[node], 26)), tickangle: -35 } : {}),
-      }),
-      yaxis: axis({ ...logAxis([norms, low, high], 8), title: { text: "gradient norm", font: { size: 11 } }, domain: [0.1, 0.9], fixedrange: true }),
-      yaxis8: lane("y8", [0, 0.09]), yaxis9: lane("y9", [0.91, 1]),
-    });
     const numNone = codes.filter((code) => code === NO_GRADIENT).length;
     const what = `Step ${count(data.step)} of ${count(data.first_step)} to ${count(data.last_step)}: global norm ${number(data.global_norm)}`;
     fill(
       this.words, `${what}. The band is where each parameter's norm lies in 80 % of the logged steps; where it has a gap, there was no number to draw it from.`,
       numNone ? ` ${counted(numNone, "parameter")} had no gradient.` : "",
     );
+    const isLabelled = data.nodes.length <= MAX_LABELS && window.innerWidth > 16 * data.nodes.length;
+    const lane = (domain) => ({ domain, range: [0, 2], visible: false, fixedrange: true, anchor: "x" });
+    const isUsed = (yaxis) => special.some((trace) => trace.yaxis === yaxis);
+    const [bottom, top] = [isUsed("y8") ? 0.1 : 0, isUsed("y9") ? 0.9 : 1];
+    const settings = layout({
+      height: heightBelow(this.plot, 380), margin: { l: 64, r: 16, t: 44, b: isLabelled ? 150 : 40 }, showlegend: true,
+      xaxis: axis({
+        title: { text: isLabelled ? "" : "parameter, from the first to the last", font: { size: 11 } }, fixedrange: true, range: [0.5, x.length + 0.5], anchor: bottom ? "y8" : "y",
+        ...(isLabelled ? { tickmode: "array", tickvals: x, ticktext: data.nodes.map((node) => plain(paths[node], 26)), tickangle: -35 } : {}),
+      }),
+      yaxis: axis({ ...logAxis([norms, low, high], 8), title: { text: "gradient norm", font: { size: 11 } }, domain: [bottom, top], fixedrange: true }),
+      yaxis8: lane([0, Math.max(bottom - 0.01, 0)]), yaxis9: lane([Math.min(top + 0.01, 1), 1]),
+    });
     await draw(this.plot, traces, settings, `${what}; ${counted(data.nodes.length, "parameter")}.`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";

@@ -38,7 +38,7 @@ export class DistributionView {
     const data = await this.tab.ask("distribution", { parameter: parameters[node] });
     if (turn !== this.turn) return;
     const hasHistograms = data.steps.length > 0;
-    fill(this.words, `${counted(numels[node], "element")} in ${counted(ndims[node], "dimension")}; `, this.numberOf(data), this.damage(data));
+    fill(this.words, `${counted(numels[node], "element")} in ${counted(ndims[node], "dimension")}; `, this.numberOf(data), this.damage(data), this.beyond(data));
     this.plot.hidden = !hasHistograms;
     if (!hasHistograms) return;
     const share = (name, text, more) => ({
@@ -50,12 +50,19 @@ export class DistributionView {
       marker: { symbol, size: 10, color: colour(name) }, hovertemplate: `step %{x:,}: ${text} in this gradient<extra></extra>`, showlegend: steps.length > 0,
     });
     const rows = data.edges.slice(1);
+    const [isOpenBelow, isOpenAbove] = data.is_open;
+    const magnitude = (bin) => {
+      if (bin === 0 && isOpenBelow) return `|g| up to 1e${rows[bin]}`;
+      if (bin === rows.length - 1 && isOpenAbove) return `|g| from 1e${data.edges[bin]}`;
+      return `|g| from 1e${data.edges[bin]} to 1e${rows[bin]}`;
+    };
+    const largest = data.shares.flat().reduce((most, one) => Math.max(most, one), 0);
     const traces = [
       {
         type: "heatmap", x: edgesOf(data.steps), y: data.edges, z: rows.map((_, bin) => data.shares.map((row) => row[bin] || null)),
-        colorscale: scale(colours("share")), zmin: 0,
-        colorbar: { title: { text: "share", font: { size: 11 } }, tickformat: ".0%", thickness: 12, len: 0.6, y: 0.65, tickfont: { size: 11 } },
-        hovertemplate: "step %{x:,}<br>|g| about 1e%{y:.2f}<br>%{z:.2%} of the elements<extra></extra>",
+        customdata: rows.map((_, bin) => data.shares.map(() => magnitude(bin))), colorscale: scale(colours("share")), zmin: 0, zmax: largest || 1,
+        colorbar: { title: { text: "share", font: { size: 11 } }, tickformat: ".2~%", thickness: 12, len: 0.6, y: 0.65, tickfont: { size: 11 } },
+        hovertemplate: "step %{x:,}<br>%{customdata}<br>%{z:.2%} of the elements<extra></extra>",
       },
       share("zero", "exactly 0", { symbol: "triangle-down" }), share("nan", "NaN", { symbol: "x" }), share("inf", "Inf", { symbol: "triangle-up" }),
       bad("nan", "NaN", data.nan_steps, "x"), bad("inf", "Inf", data.inf_steps, "triangle-up"),
@@ -74,9 +81,18 @@ export class DistributionView {
     this.plot.on("plotly_click", ({ points }) => set({ step: Math.round(points[0].x) }));
   }
 
-  numberOf({ num_histograms: number, steps }) {
+  // Bins end somewhere; what lies beyond is in the last ones.
+  beyond({ is_open: [below, above], edges }) {
+    const parts = [below && `The lowest row holds all that is smaller, too: up to 1e${edges[1]}.`, above && `The highest row holds all that is larger, too: from 1e${edges[edges.length - 2]} on.`];
+    return parts.filter(Boolean).map((text) => ` ${text}`).join("");
+  }
+
+  numberOf({ num_histograms: number, num_clipped: clipped, steps }) {
     if (!number) return "no histogram of it has been logged yet (the default is one every 100 steps: histogram_every_n_steps). ";
-    return `${counted(number, "histogram")}${steps.length < number ? `, ${count(steps.length)} of them drawn` : ""}. `;
+    const drawn = steps.length < number ? `, ${count(steps.length)} of them drawn` : "";
+    const some = clipped < number ? `, ${count(clipped)} of them` : "";
+    const after = clipped ? `${some} of the gradient after clipping, as the optimizer got it; skipped steps have none` : "";
+    return `${counted(number, "histogram")}${drawn}${after}. `;
   }
 
   damage({ nan_steps: nan, inf_steps: inf, num_steps: steps }) {

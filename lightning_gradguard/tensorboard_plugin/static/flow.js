@@ -1,5 +1,6 @@
 // Flow: which part of the model has how large a gradient, when. Modules open and close; rows are in model order, or sorted.
 
+import { NAME_OF_ZERO } from "./api.js";
 import { count, counted, fill, h, number, plain, toggle } from "./dom.js";
 import { CHANGE_COLOURS, Heat, NORM_COLOURS } from "./heat.js";
 import { Marks } from "./kinds.js";
@@ -10,7 +11,7 @@ import { Labels, openNodes, visibleNodes } from "./tree.js";
 
 const STRIP_PX = 70;
 const SORTS = [["", "model order"], ["norm", "largest norm"], ["change", "largest change"], ["alert", "first alert"]];
-const HINT = "Click a cell to choose its step and parameter; drag to zoom into steps, double-click to see all.";
+const HINT = "A cell reaches from its step to the next that is logged. Click it to choose step and parameter; drag to zoom into steps, double-click to see all.";
 
 const gradient = (list) => `linear-gradient(to right, ${list.join(", ")})`;
 
@@ -79,7 +80,7 @@ export class FlowView {
       this.heat.hasSmallest &&
         toggle("Cells show the", [["largest", "largest"], ["smallest", "smallest"]], state.cell ?? "largest", (value) => set({ cell: value })),
       h("span", { class: "legend" }, ends[0], h("i", { class: "ramp", style: `background: ${gradient(isChange ? CHANGE_COLOURS() : NORM_COLOURS())}` }), ends[1]),
-      special("nan", "NaN"), special("inf", "Inf"), special("zero", "exactly 0"), special("none", "no gradient"),
+      special("nan", "NaN"), special("inf", "Inf"), special("zero", NAME_OF_ZERO), special("none", "no gradient"),
       h("span", { class: "spacer" }),
       !this.isList && [
         h("button", { onclick: () => set({ open: "all" }) }, "Open all"),

@@ -16,11 +16,14 @@ export function when(alert) {
   return places.filter(Boolean).join(", ");
 }
 
+// Whether it reports what was done, not what was wrong.
+export const isConsequence = (alert) => ["rollback", "snapshot", "checkpoint"].includes(alert.kind);
+
 // What was found, in figures.
 export function figures(alert) {
   const [value, limit] = [Number(alert.value), Number(alert.limit)];
   if (alert.kind === "nonfinite") return "NaN or Inf";
-  if (["rollback", "snapshot", "checkpoint"].includes(alert.kind)) return alert.done;
+  if (isConsequence(alert)) return alert.done;
   if (!Number.isFinite(limit)) return number(value);
   const ratio = value / limit;
   const times = Number.isFinite(ratio) && ratio >= 2 ? ` (${number(ratio)} times)` : "";

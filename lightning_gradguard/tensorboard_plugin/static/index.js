@@ -13,6 +13,7 @@ import { onChange, set, state } from "./state.js";
 import { followTheme } from "./theme.js";
 
 const POLL_MS = 10_000;
+const REDRAW_MS = 1500;
 const VIEWS = {
   runs: ["Runs", RunsView],
   flow: ["Flow", FlowView],
@@ -28,6 +29,7 @@ class Tab {
     this.layout = null;
     this.layoutKey = null;
     this.version = null;
+    this.drawnAt = -Infinity;
     this.views = {};
     this.picker = h("select", { id: "run", onchange: (event) => this.choose(event.target.value) });
     this.optimizers = h("select", { id: "optimizer", onchange: (event) => set({ optimizer: event.target.value }) });
@@ -83,7 +85,7 @@ class Tab {
     this.hasPlotly = Boolean(window.Plotly);
     const names = this.runs.map((run) => run.name);
     const label = (run) => `${run.name === "." ? "(this folder)" : run.name}${run.has_alerts ? "  ⚠" : ""}`;
-    fill(this.picker, this.runs.map((run) => h("option", { value: run.name }, label(run))));
+    fillOptions(this.picker, this.runs.map((run) => [run.name, label(run)]));
     if (!names.includes(state.run)) {
       // The newest is what people come for.
       const newest = this.runs.reduce((best, run) => (!best || run.last_time > best.last_time ? run : best), null);
@@ -92,7 +94,7 @@ class Tab {
     this.picker.value = state.run ?? "";
     this.picker.disabled = !names.length;
     const optimizers = this.runs.find((run) => run.name === state.run)?.optimizers ?? [];
-    fill(this.optimizers, optimizers.map((index) => h("option", { value: index }, String(index))));
+    fillOptions(this.optimizers, optimizers.map((index) => [String(index), String(index)]));
     this.optimizerLabel.hidden = optimizers.length < 2;
     this.numOthers = answer.num_others;
   }
@@ -105,11 +107,12 @@ class Tab {
     return ask(route, { run: state.run, optimizer: state.optimizer, ...more });
   }
 
-  // Look for news, and draw it.
-  async refresh() {
+  // Look for news, and draw it. A long run comes in pieces: what is drawn of it meanwhile is drawn now and then, since to draw
+  // takes longer than to read.
+  async refresh({ isContinued = false } = {}) {
     const turn = (this.turn = (this.turn ?? 0) + 1);
     try {
-      await this.listRuns();
+      if (!isContinued) await this.listRuns();
       if (!this.runs.length) return this.sayNothingHere();
       const answer = await this.incident.load();
       if (turn !== this.turn) return;
@@ -121,9 +124,13 @@ class Tab {
       }
       this.optimizers.value = String(answer.optimizer);
       this.incident.draw();
-      if (answer.version !== this.version || !this.panel.dataset.view) {
+      const isNews = answer.version !== this.version && (answer.progress === 1 || performance.now() > this.drawnAt + REDRAW_MS);
+      // The overview is of all runs, and says how long ago each was written to: every look has news.
+      const isOverview = this.panel.dataset.view === "runs" && !isContinued;
+      if (isNews || isOverview || !this.panel.dataset.view) {
         this.version = answer.version;
         await this.show();
+        this.drawnAt = performance.now();
       }
       this.showProgress(answer);
     } catch (error) {
@@ -134,7 +141,7 @@ class Tab {
 
   showProgress(answer) {
     fill(this.status, answer.progress < 1 ? `reading ${Math.round(answer.progress * 100)} %` : "");
-    if (answer.progress < 1) setTimeout(() => this.refresh(), 50);
+    if (answer.progress < 1) setTimeout(() => this.refresh({ isContinued: true }), 0);
   }
 
   async show() {
@@ -160,6 +167,7 @@ class Tab {
   async onState(changed) {
     if (changed.includes("run") || changed.includes("optimizer")) {
       this.layoutKey = this.version = null;
+      this.drawnAt = -Infinity; // what stands there is of another
       this.incident.forget();
       return this.refresh();
     }
@@ -210,6 +218,12 @@ class Tab {
       "Without Lightning, give `Guard` a sink: Guard(..., sinks=[TensorBoardSink(writer)]).",
     );
   }
+}
+
+// A list that is open would close if it were filled anew.
+function fillOptions(select, options) {
+  const isSame = options.length === select.options.length && options.every(([value, text], index) => select.options[index].value === value && select.options[index].text === text.trim().replace(/\s+/g, " "));
+  if (!isSame) fill(select, options.map(([value, text]) => h("option", { value }, text)));
 }
 
 function loadPlotly() {

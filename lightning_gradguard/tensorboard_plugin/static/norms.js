@@ -42,6 +42,14 @@ export class NormsView {
     const data = await this.tab.ask("norms", { from: state.from, to: state.to });
     if (turn !== this.turn) return;
     const { steps } = data;
+    const clipped = data.num_clipped === null
+      ? `${inSteps(data.num_skipped)} skipped so far; what is clipped after the guard is not known here.`
+      : `${inSteps(data.num_clipped)} clipped, ${count(data.num_skipped)} skipped so far.`;
+    const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${counted(data.num_steps, "logged step")} are drawn, all extremes among them.` : "";
+    fill(
+      this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",
+      (state.from || state.to) && h("button", { onclick: () => set({ from: null, to: null }) }, "All steps"),
+    );
     const line = (name, y, more, extra = {}) => ({
       name, type: "scatter", mode: real(y).length > 1 ? "lines" : "markers", x: steps, y, line: { width: 1.5, ...more }, marker: { color: more.color },
       hovertemplate: "%{y:.4g}", ...extra,
@@ -69,7 +77,7 @@ export class NormsView {
       ...panels.flatMap(([, curves], index) =>
         curves.map(([name, field, paint, more = {}]) => line(name, data[field], { color: colour(paint), ...more }, { yaxis: `y${index + 2}`, showlegend: false, connectgaps: AT_DUE_STEPS.includes(field) }))),
     ];
-    const titled = (text, more) => axis({ title: { text, font: { size: 11 } }, fixedrange: true, ...more });
+    const titled = (text, more) => axis({ title: { text, font: { size: 11 }, standoff: 4 }, fixedrange: true, ...more });
     const panelAxes = panels.map(([title, curves, kind], index) => {
       const top = (panels.length - index) * (panel + GAP_PX) - GAP_PX;
       const values = curves.map(([, field]) => real(data[field]));
@@ -87,14 +95,6 @@ export class NormsView {
       ...Object.fromEntries(panelAxes),
       yaxis9: marks.axis((below + main) / inner, 1),
     });
-    const clipped = data.num_clipped === null
-      ? `${inSteps(data.num_skipped)} skipped so far; what is clipped after the guard is not known here.`
-      : `${inSteps(data.num_clipped)} clipped, ${count(data.num_skipped)} skipped so far.`;
-    const shown = data.num_steps > steps.length ? ` ${count(steps.length)} of ${counted(data.num_steps, "logged step")} are drawn, all extremes among them.` : "";
-    fill(
-      this.words, clipped, shown, " Drag to zoom, double-click to see all, click to choose a step. ",
-      (state.from || state.to) && h("button", { onclick: () => set({ from: null, to: null }) }, "All steps"),
-    );
     await draw(this.plot, traces, settings, `Gradient norm before and after clipping. ${clipped}`);
     if (this.plot.dataset.listens) return;
     this.plot.dataset.listens = "true";

@@ -128,7 +128,7 @@ export class RunsView {
       });
       return [
         curve(run.global_norm, "norm", { line: { width: 1.6, ...line }, marker: { color: line.color } }),
-        curve(run.explosion_limit, "explosion limit", { line: { width: 1, color: line.color, dash: "dot" }, opacity: 0.55 }),
+        curve(run.explosion_limit, "explosion limit", { line: { width: 1, color: line.color, dash: "dot" }, opacity: 0.8 }),
         ...(hasLoss ? [curve(run.loss, "loss", { line: { width: 1.6, ...line }, marker: { color: line.color }, yaxis: "y2" })] : []),
       ];
     });

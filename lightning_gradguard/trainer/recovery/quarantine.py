@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import distributed as dist
@@ -18,6 +17,7 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.record import Record
 from lightning_gradguard.recovery.quarantine import Incident, QuarantineFile, WatchedSampler
 from lightning_gradguard.trainer.conflicts import ConflictError
+from lightning_gradguard.trainer.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -56,9 +56,9 @@ class Quarantine:
         It is the strategy that has the last word on what training gets.
         """
         self._process = StandIn(self._trainer.strategy, "process_dataloader", self._process_and_watch)
-        log_dir = self._trainer.log_dir
-        if log_dir is not None and not self._trainer.fast_dev_run:  # type: ignore[attr-defined]  # set by a connector
-            self._file = QuarantineFile(Path(log_dir) / "gradguard" / "quarantine.jsonl")
+        folder = run_folder(self._trainer)
+        if folder is not None:
+            self._file = QuarantineFile(folder / "quarantine.jsonl")
             listed = self._listed(self._file) if self._trainer.is_global_zero else set()
             self.left_out |= self._trainer.strategy.broadcast(listed)
 

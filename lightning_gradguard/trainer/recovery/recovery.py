@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lightning_gradguard.detectors import Explosion, NonFinite
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.policy import Action
 from lightning_gradguard.record import Position, Record
 from lightning_gradguard.recovery import Entry, LoweredRates, Ring, Rollback, available_bytes
@@ -246,7 +246,7 @@ class Recovery:
                 self.detach()
 
     def _report_failure(self, error: Exception | None) -> None:
-        reason = "on another rank" if error is None else f"{type(error).__name__}: {error}"
+        reason = "on another rank" if error is None else type_and_text(error)
         self._report(
             f"A snapshot could not be kept ({reason}). Training goes on without it.", "Free some room, or change `rollback`."
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-import shutil
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.recovery.host import available_bytes
 from lightning_gradguard.recovery.rollback import PENDING, SUFFIX, snapshots_in
+from lightning_gradguard.recovery.snapshot_files import delete, identity, rename
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.packages import tell_of_checkpoint
 from lightning_gradguard.trainer.recovery.run_state import RunState, random_states, set_random_states
@@ -168,7 +168,7 @@ class OnDisk:
         if not self._trainer.ckpt_path:
             return self.write(step, None)
         path = Path(self._trainer.ckpt_path).resolve()
-        self._own.add(_identity(path))  # `fit` has just read it
+        self._own.add(identity(path))  # `fit` has just read it
         return path
 
     def write(self, step: int, reuse: Path | None) -> Path:
@@ -186,8 +186,8 @@ class OnDisk:
             # torch says only at which position it failed; why, the file has said before.
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
         if self._trainer.is_global_zero:
-            _rename(part, whole)
-            self._own.add(_identity(whole))
+            rename(part, whole)
+            self._own.add(identity(whole))
         return whole
 
     def _save(self, checkpoint: dict[str, Any], path: Path) -> None:
@@ -206,22 +206,21 @@ class OnDisk:
         good = content.with_suffix("")
         if content != good and content.suffix == PENDING:
             if self._trainer.is_global_zero:
-                _rename(content, good)
+                rename(content, good)
             return good
         return content
 
     def remove(self, content: Path) -> None:
         """Delete it, if it is of our own."""
         if self._trainer.is_global_zero and content.parent == self._directory:
-            _delete(content)
+            delete(content)
 
     def is_there(self, content: Path) -> bool:
         """Nobody has deleted it, or put a file in its place that runs code when it is read; the first rank looks."""
-        if not self._trainer.is_global_zero or content.is_dir():
-            return content.exists()
         try:
-            if _identity(content) not in self._own:
+            if self._trainer.is_global_zero and identity(content) not in self._own:
                 load_plain(content)
+            content.stat()
         except (OSError, UnreadableError):
             return False
         return True
@@ -265,7 +264,7 @@ class OnDisk:
             for pattern in (f"step-*[0-9]{SUFFIX}", f"step-*{PENDING}", "step-*.part"):
                 for path in self._directory.glob(pattern):
                     if path not in kept:
-                        _delete(path)
+                        delete(path)
 
 
 def _of_all_ranks(states: dict[str, Any]) -> list[dict[str, Any]]:
@@ -296,28 +295,3 @@ def random_states_in(checkpoint: Mapping[str, Any]) -> dict[str, Any] | None:
         set_random_states(present)
     found: dict[str, Any] = states[ranks.rank]
     return found
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """Tells a file from any other in its place; a new name leaves it as it is."""
-    about = path.stat()
-    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
-
-
-def _rename(source: Path, target: Path) -> None:
-    """In one go, and on the disk when it returns."""
-    if target.is_dir():
-        shutil.rmtree(target)
-    source.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

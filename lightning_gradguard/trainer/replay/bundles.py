@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import warnings
 from dataclasses import replace
@@ -11,13 +12,14 @@ from typing import TYPE_CHECKING
 from torch import distributed
 
 from lightning_gradguard.alert import KEPT, Alert
-from lightning_gradguard.errors import SinkWarning
+from lightning_gradguard.errors import SinkWarning, type_and_text
 from lightning_gradguard.forensics.bundle import SUFFIX, Bundle, as_plain, versions
 from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.replay.diagnosis import Diagnosis
 from lightning_gradguard.trainer.replay.window import Window
+from lightning_gradguard.trainer.run_folder import run_folder
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -57,10 +59,9 @@ class Bundles:
         self._diagnosis = diagnosis
         self._room = int(max_mib * 2**20)
         self._guard = guard
-        log_dir = trainer.log_dir
-        wants_none = log_dir is None or trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
-        self._folder = None if wants_none else Path(str(log_dir)) / "gradguard"
+        self._folder = run_folder(trainer)
         self._has_failed = False
+        self._has_written = False
         self._has_told = False
 
     def write(self, alerts: tuple[Alert, ...], *, is_alone: bool = False) -> tuple[Alert, ...]:
@@ -96,19 +97,31 @@ class Bundles:
         path = self._folder / f"{alert.kind}-step{alert.step}{rank}{SUFFIX}"
         try:
             if len(list(self._folder.glob(f"*{SUFFIX}"))) >= MAX_BUNDLES:
+                self._tell_if_others_are_in_the_way()
                 return None
+            if not self._trainer.ckpt_path:  # a resumed run takes steps again, and with them their files
+                path = _free(path)
             self._collect(alert).save(path)
+            self._has_written = True
         except Exception as error:  # noqa: BLE001 - whatever goes wrong here, training goes on
             if not self._has_failed:
                 self._has_failed = True
                 warnings.warn(
-                    f"The step could not be written as a bundle ({type(error).__name__}: {error}). Training goes on without "
+                    f"The step could not be written as a bundle ({type_and_text(error)}). Training goes on without "
                     "it. Later ones are tried, and further failures are not shown. `max_bundle_mib=None` turns bundles off.",
                     SinkWarning,
                     stacklevel=2,
                 )
             return None
         return str(path)
+
+    def _tell_if_others_are_in_the_way(self) -> None:
+        if not (self._has_written or self._has_told or self._trainer.ckpt_path):
+            self._has_told = True
+            rank_zero_info(
+                f"GradGuard: {self._folder} holds {MAX_BUNDLES} bundles of other runs, and no more are written there. Move "
+                "them, or log to another folder."
+            )
 
     def _collect(self, alert: Alert) -> Bundle:
         optimizer, diagnosis = self._trainer.optimizers[alert.optimizer], self._diagnosis
@@ -137,6 +150,13 @@ class Bundles:
         bundle.healthy_norms = diagnosis.healthy_norms(optimizer)
         bundle.is_from_start = diagnosis.is_from_start
         return bundle
+
+
+def _free(path: Path) -> Path:
+    """The path, or the next one of which there is no file: another run in the same folder may have had such a step."""
+    stem = path.name.removesuffix(SUFFIX)
+    others = (path.with_name(f"{stem}-{number}{SUFFIX}") for number in itertools.count(2))
+    return next(each for each in itertools.chain([path], others) if not each.exists())
 
 
 def _writer(alert: Alert) -> int:

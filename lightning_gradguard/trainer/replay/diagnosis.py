@@ -45,14 +45,14 @@ class Diagnosis:
         module: the one that is trained.
         window: the running micro-batches.
         replay: runs them again.
-        is_alone: whether no other rank takes part, so that gradients can be compared with those of the replay.
+        num_ranks: processes that share a batch. Of one alone gradients can be compared with those of the replay.
     """
 
-    def __init__(self, module: LightningModule, window: Window, replay: Replay, *, is_alone: bool) -> None:
+    def __init__(self, module: LightningModule, window: Window, replay: Replay, *, num_ranks: int) -> None:
         self._module = module
         self._window = window
         self._replay = replay
-        self._is_alone = is_alone
+        self._num_ranks = num_ranks
         self._weights = WeightHistory(module.named_parameters())
         self._norms: dict[int, NormHistory] = {}
         self._healthy: dict[int, MicroBatch] = {}
@@ -127,7 +127,7 @@ class Diagnosis:
         batches = self._window.of(optimizer, held)
         measured = self._run(optimizer, held, batches, measurement)
         changed = None
-        if held is None and self._is_alone:
+        if held is None and self._num_ranks == 1:
             changed = self._compare(measured.replayed, measurement)
         history = self._norms.get(id(optimizer))
         evidence = Evidence(
@@ -140,13 +140,15 @@ class Diagnosis:
             changed=changed,
             measured=None if changed is None else measurement.global_norm,
             lost_at=lost_at(measurement),
+            num_ranks=self._num_ranks,
         )
         if kind == "explosion":
             replay = partial(self._run, optimizer, held, measurement=measurement)
             evidence = self._with_other_batches(evidence, optimizer, batches, measured.index, replay)
         causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
         error = None if changed is None else changed.error
-        return culprit_of(causes, measured.flow, rank=position.rank, error=error, tolerance=TOLERANCE), measured.norm
+        ranks = {"rank": position.rank, "num_ranks": self._num_ranks}
+        return culprit_of(causes, measured.flow, error=error, tolerance=TOLERANCE, **ranks), measured.norm
 
     def _with_other_batches(
         self,

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
+from lightning_gradguard.alert import Culprit
 from lightning_gradguard.detectors import NonFinite, Vanishing
 from lightning_gradguard.pipeline import Pipeline
 from lightning_gradguard.policy import Action
@@ -20,8 +20,9 @@ from lightning_gradguard.trainer.packages import rank_zero_info
 from lightning_gradguard.trainer.progress import fetches_batches
 from lightning_gradguard.trainer.raised import RaisedSteps
 from lightning_gradguard.trainer.replay.bundles import Bundles
-from lightning_gradguard.trainer.replay.exceptions import ExceptionCause
+from lightning_gradguard.trainer.replay.exceptions import Causes, ExceptionCause, SeenDamage
 from lightning_gradguard.trainer.replay.investigation import Investigation
+from lightning_gradguard.trainer.replay.replay import Replay
 from lightning_gradguard.trainer.replay.time_probe import TimeProbe
 from lightning_gradguard.trainer.replay.window import Window
 from lightning_gradguard.trainer.running_step import RunningStep
@@ -68,6 +69,8 @@ class Incidents:
         self.investigation: Investigation | None = None
         self.bundles: Bundles | None = None
         self._time_probe: TimeProbe | None = None
+        self._buffers = buffers
+        self._engine = engine
         if not options.max_replays:
             return
         if engine.no_replay is not None:
@@ -94,7 +97,7 @@ class Incidents:
 
     def open(self, batch: Any, batch_idx: int) -> None:
         """A micro-batch begins: keep what a replay of it needs."""
-        if self.investigation is not None:
+        if self._options.max_replays:
             self._window.open(batch, batch_idx)
 
     def look_back(self, optimizer: Optimizer, guard: Pipeline) -> None:
@@ -127,28 +130,31 @@ class Incidents:
             running: where the Trainer is.
             step: decides about an optimizer's step.
         """
-        find = self.investigation
-        if find is None or (cause := self._exception_cause(find)) is None:
+        if not self._options.max_replays or not self._looks_for_damage:
             return None
+        # An engine of its own would wait for the gradients of a batch that is passed over.
+        passes_over = None if self._engine.no_replay else self._options.skip_exceptions
         return RaisedSteps(
             self._trainer,
             self._module,
             guards,
-            cause,
-            self._options.skip_exceptions,
+            self._causes(),
+            passes_over,
             running=running,
             step=step,
-            set_culprit=find.set_culprit,
+            set_culprit=self._set_culprit,
         )
 
-    def _exception_cause(self, found: Investigation) -> ExceptionCause | None:
+    def _set_culprit(self, culprit: Culprit) -> None:
+        if self.investigation is not None:
+            self.investigation.set_culprit(culprit)
+
+    def _causes(self) -> Causes:
         """What finds out whether NaN or Inf is the reason of an exception."""
-        if not self._looks_for_damage or not self._knows_batches:
-            return None
+        sample_dim = self._options.sample_dim
         is_alone = self._trainer.world_size == 1
-        # Elsewhere no rank can run a forward pass without the others.
-        if not is_alone and not isinstance(self._trainer.strategy.model, DistributedDataParallel):
-            return None
-        return ExceptionCause(
-            self._trainer, self._module, self._window, found.replay, sample_dim=self._options.sample_dim, is_alone=is_alone
-        )
+        can_run = (is_alone and self._engine.no_replay is None) or self._engine.has_whole_weights
+        if not can_run or not self._knows_batches:
+            return SeenDamage(self._module, self._window, sample_dim)
+        replay = Replay(self._trainer, self._module, self._window, self._buffers)
+        return ExceptionCause(self._trainer, self._module, self._window, replay, sample_dim=sample_dim, is_alone=is_alone)

@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
 from lightning_gradguard.alert import Culprit
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.nonfinite.layout import SampleDim, iterators_in
 from lightning_gradguard.forensics.nonfinite.proof import Proof
-from lightning_gradguard.forensics.nonfinite.report import culprit_of
+from lightning_gradguard.forensics.nonfinite.report import culprit_of, culprit_outside
 from lightning_gradguard.forensics.nonfinite.samples import exchanged
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
@@ -69,7 +69,7 @@ class Investigation:
         self._trainer = trainer
         self._module = module
         self._window = window
-        self.replay = self._replay = Replay(trainer, module, window, buffers)
+        self._replay = Replay(trainer, module, window, buffers)
         self._max_replays = max_replays
         self._sample_dim = sample_dim
         self._known: Culprit | None = None
@@ -78,7 +78,7 @@ class Investigation:
         self._earlier = EarlierCulprits()
         self._ranks = Ranks.current()
         self._is_sharded = is_sharded([*module.parameters()])
-        self.diagnosis = Diagnosis(module, window, self._replay, is_alone=self._ranks.size == 1)
+        self.diagnosis = Diagnosis(module, window, self._replay, num_ranks=self._ranks.size)
 
     def note(self, optimizer: Optimizer, outcome: Outcome | None, *, is_pending: bool = False) -> None:
         """A step has been decided; where `is_pending`, the outcome is of the one before."""
@@ -127,7 +127,7 @@ class Investigation:
             return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
         looked, failure = _Look(), None
         try:
-            looked = self._look(optimizer, position)
+            looked = self._look(optimizer, position, measurement)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             failure = _warn(error)
         if self._ranks.size == 1:
@@ -165,7 +165,7 @@ class Investigation:
         reproduced, error = compare(looked.replayed, parameters)
         return replace(chosen, reproduced=reproduced, error=error)
 
-    def _look(self, optimizer: Optimizer, position: Position) -> _Look:
+    def _look(self, optimizer: Optimizer, position: Position, measurement: Measurement) -> _Look:
         held = position.step if self._window.is_held(position.step) else None
         # What one rank replays alone may wait for the others.
         is_alone = self._ranks.size == 1
@@ -184,6 +184,7 @@ class Investigation:
             if again.blame is not None:
                 search, blame, reproduced, error, prepare = again, again.blame, False, None, _make_finite
         if blame is None:
+            looked.culprit = _outside(looked, measurement, position.rank) if is_alone else None
             return looked
         proof = None
         if is_alone:
@@ -204,7 +205,7 @@ class Investigation:
 
         def run(context: AbstractContextManager[object]) -> bool:
             with context:
-                return self._replay.run(optimizer, step=held, prepare=prepare).is_finite()
+                return self._replay.run(optimizer, step=held, prepare=prepare).is_finite(_trained_by(optimizer))
 
         return run
 
@@ -229,7 +230,8 @@ class Investigation:
             def change(batch: Any) -> Any:
                 return exchanged(batch, search.layout, rows) if batch is search.batch else batch
 
-            return not self._replay.run(optimizer, step=held, change=change, prepare=prepare).is_finite()
+            replayed = self._replay.run(optimizer, step=held, change=change, prepare=prepare)
+            return not replayed.is_finite(_trained_by(optimizer))
 
         runs = min(_MAX_PROOF_RUNS, int(_MAX_PROOF_SECONDS / max(seconds, 1e-3)))
         return Proof(is_bad, search.layout.size, runs)
@@ -250,8 +252,16 @@ class _Look:
     is_late: bool = False
 
 
+def _outside(looked: _Look, measurement: Measurement, rank: int) -> Culprit | None:
+    """That neither forward nor backward pass has made it, where the replay shows that."""
+    losses = looked.replayed.losses
+    if looked.is_late or measurement.loss is None or not losses:
+        return None
+    return culprit_outside(measurement.loss, [*looked.replayed.gradients.values()], float(losses[-1]), rank=rank)
+
+
 def _warn(error: Exception) -> str:
-    failure = f"{type(error).__name__}: {error}"
+    failure = type_and_text(error)
     _warn_of(failure)
     return failure
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_gradguard.act.buffers import Buffers
@@ -47,11 +47,16 @@ class Replayed:
     gradients: dict[int, Tensor] = field(default_factory=dict)
     error: Exception | None = None
 
-    def is_finite(self) -> bool:
-        """Whether it ran to its end, and no loss and no gradient holds NaN or infinity."""
+    def is_finite(self, of: Iterable[Tensor] | None = None) -> bool:
+        """Whether it ran to its end, and no loss and no gradient holds NaN or infinity.
+
+        Args:
+            of: the parameters whose gradients count; None: all.
+        """
         if self.error is not None:
             return False
-        values = [*self.losses, *self.gradients.values()]
+        wanted = self.gradients.keys() if of is None else {id(it) for it in of}
+        values = [*self.losses, *(gradient for key, gradient in self.gradients.items() if key in wanted)]
         return all(bool(getattr(value, "_local_tensor", value).isfinite().all()) for value in values)
 
 
@@ -97,6 +102,7 @@ class Replay:
         prepare: Callable[[State], None] = lambda state: None,  # noqa: ARG005
         passed: Callable[[], None] = lambda: None,
         may_raise: bool = False,
+        is_apart: bool = False,
     ) -> Replayed:
         """Replay.
 
@@ -109,6 +115,7 @@ class Replay:
             prepare: called before the first micro-batch; what it changes is put back as well.
             passed: called at each step before the one that is replayed; gradients until then were not its.
             may_raise: whether an exception is an answer; then steps of optimizers don't end the replay.
+            is_apart: whether it runs on other parameters that share the memory of the module's, which no hook watches.
         """
         replayed = Replayed()
         batches = self._window.of(optimizer, step) if batches is None else batches
@@ -121,6 +128,8 @@ class Replay:
             stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
             self._rewind()
+            if is_apart:
+                _exchange_parameters_(self._module)
             prepare(state)
             for index, micro_batch in enumerate(batches):
                 reached.is_last = index == len(batches) - 1 and not may_raise
@@ -234,6 +243,18 @@ class _Steps:
             return loss
 
         return step
+
+
+def _exchange_parameters_(module: nn.Module) -> None:
+    """Give a module new parameters in the memory of its own, until its attributes are put back.
+
+    Hooks of whoever reduces gradients between ranks hang on the own ones.
+    """
+    others: dict[int, nn.Parameter] = {}
+    for owner in module.modules():
+        for name, own in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            other = others.setdefault(id(own), nn.Parameter(own.detach(), own.requires_grad))
+            setattr(owner, name, other)  # as users do: recurrent layers keep a list of theirs beside
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import distributed, nn
 
 from lightning_gradguard.alert import Alert, Culprit
-from lightning_gradguard.errors import GuardWarning
+from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.flow.flow import FlowMeter
 from lightning_gradguard.forensics.flow.recurrence import recurrences
 from lightning_gradguard.forensics.flow.report import culprit_of
@@ -97,7 +97,7 @@ class TimeProbe:
             return self._measure(optimizer, rank)
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             warnings.warn(
-                f"The step could not be replayed ({type(error).__name__}: {error}), so whether gradients vanish in time is "
+                f"The step could not be replayed ({type_and_text(error)}), so whether gradients vanish in time is "
                 "not known. Training goes on. `max_replays=0` turns replays off.",
                 GuardWarning,
                 stacklevel=2,

@@ -53,6 +53,10 @@ class Engine(Protocol):
         """Why a step can't be run again to find the culprit, in words; None where it can."""
 
     @property
+    def has_whole_weights(self) -> bool:
+        """Whether each rank holds all weights, so that it can run a step without the others."""
+
+    @property
     def saves_folders(self) -> bool:
         """Whether a checkpoint is a folder into which each rank writes its part."""
 
@@ -63,6 +67,13 @@ class Engine(Protocol):
     @property
     def master_weights(self) -> MasterWeights | None:
         """None where all that is trained is in the module, and its state in the Trainer's optimizers."""
+
+    def refuse_settings(self, settings: Settings) -> None:
+        """Raise a `ConflictError` for what the Trainer's own settings show to go wrong, before anything is built.
+
+        Args:
+            settings: the guard's.
+        """
 
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
         """Raise a `ConflictError` for what would go wrong under this engine, once there are optimizers.

@@ -53,6 +53,11 @@ class DeepSpeed:
         return bool(_kinds_of(self._engine.optimizer) & {_ZERO_12, _ZERO_3})
 
     @property
+    def has_whole_weights(self) -> bool:
+        """Up to stage 2."""
+        return _ZERO_3 not in _kinds_of(self._engine.optimizer)
+
+    @property
     def scaling(self) -> Scaling | None:
         """In fp16 DeepSpeed keeps the loss scale, and takes it out of gradients inside its step."""
         return ZeroScaling(self._engine.optimizer) if self._engine.fp16_enabled() else None
@@ -66,8 +71,20 @@ class DeepSpeed:
         masters: MasterWeights = Stage3Masters(zero) if _ZERO_3 in _kinds_of(zero) else Stage12Masters(zero)
         return masters
 
+    def refuse_settings(self, settings: Settings) -> None:
+        """By DeepSpeed's config, before a large model is loaded for nothing."""
+        config: Any = self._trainer.strategy.config  # type: ignore[attr-defined]
+        offload = _section(_section(config, "zero_optimization"), "offload_optimizer")
+        clipping = config.get("gradient_clipping") if isinstance(config, dict) else None
+        _refuse(
+            settings,
+            gradient_clipping=clipping if isinstance(clipping, (int, float)) else 0.0,
+            is_fp16=self._trainer.precision in ("16-mixed", "16-true") or bool(_section(config, "fp16").get("enabled")),
+            is_on_disk=offload.get("device") == "nvme",
+        )
+
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
-        """What DeepSpeed does in a place that can't be reached, or does itself already."""
+        """By what DeepSpeed has made of its config."""
         (optimizer,) = optimizers
         engine = self._engine
         if not (self._uses_zero or optimizer is engine.basic_optimizer):
@@ -75,21 +92,12 @@ class DeepSpeed:
                 "DeepSpeed's `zero_optimization` must be of stage 1, 2 or 3 for GradGuard in bf16 and fp16, got an "
                 f"optimizer of type {type(optimizer).__name__}, whose gradients it can't find. Stage 1 trains alike."
             )
-        if getattr(optimizer, "swap_optimizer", False):
-            raise ConflictError(
-                "DeepSpeed's `offload_optimizer.device` must be 'cpu' or 'none' for GradGuard, got 'nvme': each look at a "
-                "gradient would read it from the disk."
-            )
-        if settings.clipper is not None and engine.gradient_clipping() > 0.0:
-            raise ConflictError(
-                f"DeepSpeed's `gradient_clipping` must be unset where GradGuard clips, got {engine.gradient_clipping()!r}: "
-                "gradients would be clipped twice. Remove it from DeepSpeed's config, or `clip` from GradGuard."
-            )
-        if settings.clipper is not None and engine.fp16_enabled():
-            raise ConflictError(
-                "`clip` must be None under DeepSpeed in fp16: gradients are still multiplied by the loss scale, in 16 bits, "
-                "until DeepSpeed's own step. Set DeepSpeed's `gradient_clipping` instead, or use bf16."
-            )
+        _refuse(
+            settings,
+            gradient_clipping=engine.gradient_clipping(),
+            is_fp16=engine.fp16_enabled(),
+            is_on_disk=getattr(optimizer, "swap_optimizer", False),
+        )
 
     def named_parameters(self, module: nn.Module) -> Iterable[tuple[str, Parameter]]:
         """A piece of each parameter that DeepSpeed trains; in stage 0 the parameters themselves."""
@@ -117,3 +125,35 @@ class DeepSpeed:
 
 def _kinds_of(optimizer: Any) -> set[str]:
     return {cls.__name__ for cls in type(optimizer).__mro__}
+
+
+def _section(config: Any, name: str) -> dict[str, Any]:
+    """A part of DeepSpeed's config; empty where there is none, or none that DeepSpeed would take."""
+    found = config.get(name) if isinstance(config, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _refuse(settings: Settings, *, gradient_clipping: float, is_fp16: bool, is_on_disk: bool) -> None:
+    """What DeepSpeed does in a place that can't be reached, or does itself already."""
+    if is_on_disk:
+        raise ConflictError(
+            "DeepSpeed's `offload_optimizer.device` must be 'cpu' or 'none' for GradGuard, got 'nvme': each look at a "
+            "gradient would read it from the disk."
+        )
+    if settings.histograms_of == "clipped" and gradient_clipping > 0.0:
+        raise ConflictError(
+            "`histograms_of` must be 'raw' where DeepSpeed clips, got 'clipped': what comes of that is not seen. Let "
+            "GradGuard clip, by `clip`, instead of DeepSpeed's `gradient_clipping`."
+        )
+    if settings.clipper is None:
+        return
+    if gradient_clipping > 0.0:
+        raise ConflictError(
+            f"DeepSpeed's `gradient_clipping` must be unset where GradGuard clips, got {gradient_clipping!r}: gradients "
+            "would be clipped twice. Remove it from DeepSpeed's config, or `clip` from GradGuard."
+        )
+    if is_fp16:
+        raise ConflictError(
+            "`clip` must be None under DeepSpeed in fp16: gradients are still multiplied by the loss scale, in 16 bits, "
+            "until DeepSpeed's own step. Set DeepSpeed's `gradient_clipping` instead, or use bf16."
+        )

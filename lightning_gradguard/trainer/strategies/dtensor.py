@@ -8,4 +8,5 @@ from lightning_gradguard.trainer.strategies.plain import Plain
 class DTensors(Plain):
     """Gradients are where torch leaves them, each rank's part of them."""
 
+    has_whole_weights = False
     saves_folders = True

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,6 +34,7 @@ class FSDP1:
     """
 
     no_replay: str | None = "a backward pass through FSDP1's wrappers changes the gradients of the step"
+    has_whole_weights = False
     scaling = None
     master_weights = None
 
@@ -46,12 +47,18 @@ class FSDP1:
         # Private, and found nowhere else.
         return self._trainer.strategy._state_dict_type == "sharded"  # type: ignore[attr-defined,no-any-return]
 
+    def refuse_settings(self, settings: Settings) -> None:
+        """Nothing shows there."""
+
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:  # noqa: ARG002 - of the protocol
-        """LBFGS does not know what other ranks hold."""
-        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers):
+        """LBFGS does not know what other ranks hold; without sharding each holds all."""
+        if any(isinstance(optimizer, torch.optim.LBFGS) for optimizer in optimizers) and any(
+            handle.uses_sharded_strategy for handle in _handles_of(self._trainer.strategy.model)
+        ):
             raise ConflictError(
-                "`configure_optimizers` must not return LBFGS under FSDPStrategy: on each rank it takes the piece that is "
-                "there for the whole, and makes steps of its own length. Use DDPStrategy, or another optimizer."
+                "`configure_optimizers` must not return LBFGS where FSDPStrategy shards: on each rank it takes the piece "
+                "that is there for the whole, and makes other steps than on one device, guard or not. Use DDPStrategy, "
+                '`FSDPStrategy(sharding_strategy="NO_SHARD")`, or another optimizer.'
             )
 
     def named_parameters(self, module: nn.Module) -> Iterable[tuple[str, Parameter]]:
@@ -126,12 +133,17 @@ class _Piece(FlatShard):
         return self._flat.detach()[self._here]
 
 
+def _handles_of(model: nn.Module | None) -> Iterator[Any]:
+    """FSDP1's handles of all flattened parameters."""
+    for wrapper in [] if model is None else model.modules():
+        if isinstance(wrapper, FullyShardedDataParallel) and wrapper._handle is not None:
+            yield wrapper._handle
+
+
 def _pieces_of(model: nn.Module | None) -> dict[int, dict[str, _Piece]]:
     """The pieces of all flattened parameters, by the module that owns them and their name in it."""
     pieces: dict[int, dict[str, _Piece]] = {}
-    for wrapper in [] if model is None else model.modules():
-        handle = wrapper._handle if isinstance(wrapper, FullyShardedDataParallel) else None
-        if handle is not None:
-            for index, info in enumerate(handle.flat_param._param_infos):
-                pieces.setdefault(id(info.module), {})[info.param_name] = _Piece(handle, index)
+    for handle in _handles_of(model):
+        for index, info in enumerate(handle.flat_param._param_infos):
+            pieces.setdefault(id(info.module), {})[info.param_name] = _Piece(handle, index)
     return pieces

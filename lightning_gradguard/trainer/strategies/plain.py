@@ -18,9 +18,13 @@ class Plain:
     """Gradients are where torch leaves them."""
 
     no_replay: str | None = None
+    has_whole_weights = True
     scaling = None
     master_weights = None
     saves_folders = False
+
+    def refuse_settings(self, settings: Settings) -> None:
+        """Nothing shows there."""
 
     def refuse(self, optimizers: Sequence[Optimizer], settings: Settings) -> None:
         """Everything goes."""

@@ -200,6 +200,7 @@ def test_gradient_that_a_flat_activation_takes_is_no_cut(slope, expected):
 def test_what_the_step_does_at_its_number_is_not_laid_on_the_batch():
     """The healthy batch gives as much under that number."""
     (cause,) = explosion_causes(step(healthy_norm=1.0, norm_under_number=90.0))
+    assert cause.name == "step"
     assert "under the number of this one the healthy batch gives 90 as well" in cause.message
     (cause,) = explosion_causes(step(healthy_norm=1.0, norm_under_number=1.0))
     assert "number" not in cause.message

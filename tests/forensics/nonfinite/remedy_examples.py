@@ -172,6 +172,13 @@ STATISTICS = [
     *(Example("deviation of a single value", {"x": x, "dim": dim}, {"x": ROW, "dim": dim}, "had a single value", op=op)
       for op in ("std", "var") for x, dim in (([[1.0, 2.0]], 0), ([[1.0], [2.0]], 1))),
     Example("mean of nothing", {"x": []}, {"x": ROW}, "averaged over nothing", tolerance=1e-6),
+    *(
+        Example(
+            "loss over nothing", {"x": [], "y": []}, {"x": [0.5, 0.25], "y": [1.0, 0.0]}, "averaged over nothing", op=op,
+            tolerance=1e-6,
+        )
+        for op in ("mse_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy")
+    ),
     Example("normalisation without eps", {"x": [[1.0, 2.0], [3.0, 3.0]]}, {"x": ROW},
             "had a row of variance 0, and an eps of 0", tolerance=1e-3),
     Example("group normalisation without eps", {"x": [[1.0, 2.0], [3.0, 3.0]]}, {"x": ROW},

@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from toys import Net, fit, make_batches, make_trainer
 
-from lightning_gradguard import Detector, GradGuard, Rollback, Verdict
+from lightning_gradguard import Detector, GradGuard, NonFinite, Rollback, Verdict
 from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.trainer.conflicts import ConflictError
 from lightning_gradguard.trainer.recovery import quarantine
@@ -289,3 +289,27 @@ def test_lines_that_can_not_be_read_are_said_when_the_list_is_taken_up_again(tmp
     with pytest.warns(GuardWarning, match=r"1 line left out.*All other lines count"):
         fit(tmp_path, model, GradGuard(quarantine="skip"), batches=loader())
     assert 1 not in {sample for samples in model.seen for sample in samples}
+
+
+class TwoBad(Samples):
+    """Another sample has a NaN as well."""
+
+    def __getitem__(self, index):
+        number, features = super().__getitem__(index)
+        return number, features * (torch.nan if index == 5 else 1.0)
+
+
+class Raising(Line):
+    """Does not bear NaN."""
+
+    def training_step(self, batch, batch_idx):
+        _, features = batch
+        return -torch.distributions.Normal(self.net(features), 1.0).log_prob(torch.zeros(())).mean()
+
+
+def test_rows_of_a_step_that_raised_are_kept_out_also_where_no_alert_tells_of_it(tmp_path):
+    """The second exception is within the cooldown of the first."""
+    guard = GradGuard(quarantine="skip", nonfinite=NonFinite("skip", cooldown=100))
+    fit(tmp_path, Raising(), guard, batches=DataLoader(TwoBad(), batch_size=BATCH_SIZE))
+    assert (guard.num_skipped, len(guard.alerts)) == (2, 1)
+    assert [line["samples"] for line in listed(tmp_path)] == [[5], [BAD]]

@@ -50,10 +50,10 @@ def trained(tmp_path, module, guard, count=40, **settings):
 @pytest.mark.parametrize(("make", "rate"), [
     (torch.optim.Adam, 0.03), (torch.optim.RMSprop, 0.03), (torch.optim.Adamax, 0.03), (torch.optim.SGD, 1e-4),
 ])  # fmt: skip
-def test_large_batch_is_named_whatever_the_optimizer(tmp_path, make, rate):
+def test_large_step_is_named_whatever_the_optimizer(tmp_path, make, rate):
     """The step itself makes it large by its number, so the healthy batch is run with its own."""
     (alert,) = trained(tmp_path, Regression(make, rate, large=35), GradGuard(vanishing=None))
-    assert (alert.step, alert.culprit.cause, alert.culprit.phase) == (35, "batch", "data")
+    assert (alert.step, alert.culprit.cause, alert.culprit.phase) == (35, "step", "forward")
     assert "writes to the weights" not in alert.remedy
     assert "it is what the step does at this number, and not what is in the batch" in alert.message
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from lightning_package import EarlyStopping, MisconfigurationException
+from lightning_package import Callback, EarlyStopping, MisconfigurationException, MixedPrecision
 from raisers import BY_OTHERS, BY_TORCH, Raising, inverse, normal
 from toys import Batches, Snapshots, make_trainer, same
 
@@ -375,3 +375,127 @@ def test_exception_of_a_step_that_is_another_each_time_is_blamed_on_what_its_fir
     _train(tmp_path, end, guard)
     (alert,) = guard.alerts
     assert (alert.step, alert.culprit.op) == (BAD, "log")
+
+
+class _Checked(Raising):
+    """A hook of its own looks at the loss, or at the gradients."""
+
+    def __init__(self, hook):
+        super().__init__(lambda module, x, h: h.square().mean())
+        setattr(self, hook, self._check)
+
+    def _check(self, *_):
+        if not all(bool(it.grad.isfinite().all()) for it in self.layer.parameters() if it.grad is not None):
+            raise ValueError("a gradient is NaN")
+
+
+class _LossCheck(Callback):
+    def on_before_backward(self, trainer, pl_module, loss):
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("hook", ["on_after_backward", None])
+def test_exception_of_a_hook_passes_on_with_what_a_replay_finds(hook, tmp_path):
+    """Hooks are not run again, so that nobody knows whether NaN is the reason; but the hook has said so."""
+    guard = GradGuard()
+    module = Raising(lambda module, x, h: h.square().mean()) if hook is None else _Checked(hook)
+    with pytest.raises((ValueError, AssertionError)):
+        make_trainer(tmp_path, guard, *([_LossCheck()] if hook is None else [])).fit(module, _batches(BAD))
+    (alert,) = guard.alerts
+    assert alert.culprit.samples == (ROW,)
+    assert "was raised, and a replay of the step makes NaN or Inf; culprit" in alert.message
+    assert "The exception passes on." in alert.message
+
+
+def test_exception_about_a_step_that_is_skipped_already_has_its_alert_as_a_note(tmp_path):
+    """A hook that runs after the guard says the same once more."""
+    guard = GradGuard()
+    with pytest.raises(ValueError, match="a gradient is NaN") as caught:
+        make_trainer(tmp_path, guard).fit(_Checked("on_before_optimizer_step"), _batches(BAD))
+    (alert,) = guard.alerts
+    assert "The step is skipped." in alert.message
+    assert sys.version_info < (3, 11) or caught.value.__notes__ == [alert.message]
+
+
+class _Awkward(Exception):
+    """Can neither say what it is, nor be noted to."""
+
+    def __init__(self, *, code):
+        super().__init__()
+        self.code = code
+
+    def __str__(self):
+        raise RuntimeError("nothing to say")
+
+    def add_note(self, note):
+        raise TypeError("no notes")
+
+
+def _awkwardly(module, x, h):
+    if bool(h.isnan().any()):
+        raise _Awkward(code=1)
+    return h.mean()
+
+
+def test_exception_of_an_awkward_class_is_not_replaced(tmp_path):
+    """It is the one that was raised, and there is an alert."""
+    guard = GradGuard()
+    with pytest.raises(_Awkward):
+        _train(tmp_path, _awkwardly, guard)
+    assert [alert.culprit.samples for alert in guard.alerts] == [(ROW,)]
+
+
+class _TwoOptimizers(Raising):
+    """The first one's loss raises, with its parameters toggled."""
+
+    def __init__(self):
+        super().__init__(normal)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        self.toggle_optimizer(first)
+        first.zero_grad()
+        self.manual_backward(self.end(self, batch, self.layer(batch)))
+        first.step()
+        self.untoggle_optimizer(first)
+        second.zero_grad()
+        self.manual_backward(self.table.weight.square().mean())
+        second.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.Adam(self.layer.parameters()), torch.optim.Adam(self.table.parameters())]
+
+
+def test_exception_before_any_of_two_optimizers_has_stepped_is_a_skipped_step(tmp_path):
+    """It is told of, and counted, though its loss might be the other one's; flags are as they were."""
+    guard, module = GradGuard(), _TwoOptimizers()
+    make_trainer(tmp_path, guard).fit(module, _batches(BAD))
+    (alert,) = guard.alerts
+    assert (alert.batch_idx, alert.culprit.samples, guard.num_skipped) == (BAD, (ROW,), 1)
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_lost_gpu_is_noted(tmp_path):
+    """A device-side assert ends the process's use of its GPU, so that nothing is run again."""
+
+    def end(module, x, h):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    guard = GradGuard(skip_exceptions="all")
+    with pytest.raises(RuntimeError, match="device-side assert") as caught:
+        _train(tmp_path, end, guard)
+    assert guard.alerts == []
+    if sys.version_info >= (3, 11):
+        assert "can't be replayed" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("bad", [0, BAD])
+def test_exception_under_a_grad_scaler_is_passed_over_and_the_scale_stays(bad, tmp_path):
+    """Also in the first step, before there is a scale."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1000)
+    guard = GradGuard()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=scaler)
+    trainer = _train(tmp_path, normal, guard, data=_batches(bad), plugins=[plugin])
+    assert (trainer.global_step, guard.num_skipped, scaler.get_scale()) == (6, 1, 1024.0)
+    assert [alert.step for alert in guard.alerts] == [bad]

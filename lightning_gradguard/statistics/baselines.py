@@ -129,6 +129,8 @@ class LogBaselines:
 
     def add_each(self, logs: NDArray[np.float64], totals: NDArray[np.float64]) -> None:
         """The same for several steps, [num_steps, num_parts] and [num_steps], between two refreshes."""
+        if not len(self._limits):
+            self._begin(logs.shape[1])
         if len(logs) > self.num_left or logs.shape[1] != len(self._limits):
             raise ValueError("the steps must lie between two refreshes, and have as many parts as those before.")
         where = (self._num_added + np.arange(len(logs))) % self._window

@@ -222,7 +222,7 @@ def test_vanishing_floor_fires_unless_the_loss_is_zero(loss, fires):
     verdict = detector.observe(measurement([1e-14, 1e-14], loss=loss))
     assert (verdict is not None) == fires
     if fires:
-        assert "has been below 1e-12 for 1 step" in verdict.message
+        assert verdict.message.endswith("has been below 1e-12 for 1 step")
 
 
 def test_vanishing_biases_and_gains_do_not_count():

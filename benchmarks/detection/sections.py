@@ -47,7 +47,9 @@ def _alarms(found: Score) -> str:
 def unusual() -> str:
     """On made-up histories of healthy trainings."""
     table = made_up.by_kind()
-    return _UNUSUAL.format(number=len(made_up.UNUSUAL), steps=made_up.STEPS, seeds=len(made_up.SEEDS), table=table.markdown())
+    return _UNUSUAL.format(
+        number=len(made_up.UNUSUAL), steps=made_up.STEPS, seeds=len(made_up.SEEDS), table=table.markdown()
+    )
 
 
 def before_the_loss() -> str:
@@ -100,8 +102,8 @@ them.
 
 _UNUSUAL = """## Unusual histories
 
-{number} made-up histories of healthy trainings (`benchmarks/detection/unusual.py`), {steps} steps and {seeds} seeds each, twelve
-parameters with noise of their own. How many lines a guard with its defaults may tell was written before the first run. In
+{number} made-up histories of healthy trainings (`benchmarks/detection/unusual.py`), {steps} steps and {seeds} seeds each,
+twelve parameters with noise of their own. How many lines a guard with its defaults may tell was written before the first run. In
 that run five were not kept to: the four below, and the cyclic rates, which got up to four lines about a norm that "keeps
 growing". Growth since has to end above the norms of the 192 steps before. The embedding got one or two lines in each seed,
 since a module counted as dead after twenty steps, however often it had rested before.

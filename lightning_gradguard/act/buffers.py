@@ -103,7 +103,7 @@ class Buffers:
                 targets.append(slot.saved)
                 sources.append(_distinct(now))
             else:
-                slot.saved = _distinct(now).clone()
+                slot.saved = _copy(now)
         if targets:
             torch._foreach_copy_(targets, sources)
 
@@ -217,6 +217,14 @@ def _distinct(tensor: Tensor) -> Tensor:
         if stride == 0 and tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, 1)
     return tensor
+
+
+def _copy(tensor: Tensor) -> Tensor | None:
+    """None where torch has no copies, as of some quantised tensors: nothing changes them in place either."""
+    try:
+        return _distinct(tensor).clone()
+    except (RuntimeError, NotImplementedError):
+        return None
 
 
 def _num_bytes(tensor: Tensor) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_gradguard.clippers.base import Clipped, Clipper, clipped_to
 from lightning_gradguard.measure.distributed import local_weight
-from lightning_gradguard.measure.gradients import Gradients
+from lightning_gradguard.measure.gradients import Gradients, to_scale
 from lightning_gradguard.measure.units import spread, sum_pieces_, unit_norms
 from lightning_gradguard.policy import require_float
 
@@ -64,7 +64,7 @@ class AGC(Clipper):
             rows = [index for index, tensor in enumerate(part.tensors) if tensor.device == device]
             coefs = self._coefs([of_weights[row] for row in rows], [of_gradients[row] for row in rows])
             tensors = [part.tensors[row] for row in rows]
-            torch._foreach_mul_(tensors, spread(coefs, tensors, [parameters[row] for row in rows]))
+            torch._foreach_mul_(to_scale(tensors), spread(coefs, tensors, [parameters[row] for row in rows]))
         gradients.measured = None
         after = gradients.total_norm(wide=global_norm.dtype is torch.float64)
         return clipped_to(float(global_norm), [float(after)])

@@ -66,7 +66,7 @@ def plain(tensor: Tensor) -> Tensor | None:
     if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.device.type == "meta":
         return None
     tensor = getattr(tensor, "_local_tensor", tensor).detach()
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
         if tensor.layout is not torch.sparse_coo:
             return None
         tensor = tensor._values()
@@ -83,7 +83,8 @@ def range_of(tensor: Tensor) -> Range | None:
     is_simple = (
         type(tensor) is Tensor and tensor.dtype in _SIMPLE and not tensor.requires_grad and tensor.device.type == "cpu"
     )
-    values = tensor if is_simple and tensor.layout is torch.strided and tensor.numel() else plain(tensor)
+    is_dense = tensor.layout is torch.strided and not tensor.is_nested
+    values = tensor if is_simple and is_dense and tensor.numel() else plain(tensor)
     if values is None:
         return None
     if 0 in values.stride():  # an expanded tensor repeats itself, which may be for longer than anybody can wait

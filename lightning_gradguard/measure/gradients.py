@@ -184,20 +184,20 @@ class Gradients:
         self.begin_change_()
         for (device, _), members in self._by_kind().items():
             factor = to_device(coef, device) if isinstance(coef, Tensor) else coef
-            torch._foreach_mul_(_to_scale(members), factor)
+            torch._foreach_mul_(to_scale(members), factor)
 
     def scale_each_(self, coefs: Sequence[float]) -> None:
         """Multiply each gradient by a factor of its own, in place; those with a factor of 1 are not touched. No sync."""
         self.begin_change_()
         scaled = [(tensor, coef) for tensor, coef in zip(self.tensors, coefs, strict=True) if coef != 1.0]
         if scaled:
-            torch._foreach_mul_(_to_scale([tensor for tensor, _ in scaled]), [coef for _, coef in scaled])
+            torch._foreach_mul_(to_scale([tensor for tensor, _ in scaled]), [coef for _, coef in scaled])
 
     def clamp_(self, limit: float) -> None:
         """Clamp every element to [-limit, limit], in place; real and imaginary part apart. NaN stays. No sync."""
         self.begin_change_()
         for members in self._by_kind().values():
-            reals = [torch.view_as_real(member) if member.is_complex() else member for member in _to_scale(members)]
+            reals = [torch.view_as_real(member) if member.is_complex() else member for member in to_scale(members)]
             torch._foreach_clamp_min_(reals, -limit)
             torch._foreach_clamp_max_(reals, limit)
 
@@ -242,11 +242,10 @@ def to_device(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = 
     return tensor.to(device, dtype or tensor.dtype, non_blocking=device.type != "cpu")
 
 
-def _to_scale(tensors: list[Tensor]) -> list[Tensor]:
+def to_scale(tensors: list[Tensor]) -> list[Tensor]:
     """The memory of gradients, for changes that are the same for a number and its conjugate.
 
-    Where autograd has only marked a complex gradient as conjugate, torch's kernels over lists of tensors refuse to write to
-    it.
+    Where autograd has only marked a complex gradient as conjugate, torch's kernels over lists refuse to write to it.
     """
     return [tensor.conj() if tensor.is_conj() else tensor for tensor in tensors]
 

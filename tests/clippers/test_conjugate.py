@@ -11,7 +11,7 @@ from lightning_gradguard import AGC, ClipNorm, ClipValue, Guard
 
 @pytest.mark.parametrize("clipper", [ClipNorm(1e-2), ClipValue(1e-2), AGC(1e-3)], ids=["norm", "value", "agc"])
 def test_conjugate_gradient_is_clipped_as_one_that_is_written_out(clipper):
-    """Torch's own clipping refuses it."""
+    """What `clip_grad_norm_` refuses."""
     start = torch.randn(4, 3, dtype=torch.complex64)
     clipped = []
     for is_written_out in (False, True):

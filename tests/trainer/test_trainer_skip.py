@@ -174,10 +174,13 @@ def test_teacher_that_the_skipped_step_has_moved_goes_back(accumulate, tmp_path)
     [
         lambda: torch.ones(2, dtype=torch.complex64).conj(),
         lambda: torch.ones(2, dtype=torch.complex64).conj().imag,
+        lambda: torch.quantize_per_channel(
+            torch.ones(2, 2), torch.ones(2), torch.zeros(2, dtype=torch.int64), 0, torch.qint8
+        ),
         lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
     ],
-    ids=["conj", "negated", "quantised", "nested"],
+    ids=["conj", "negated", "quantised", "float zero points", "nested"],
 )
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*quantized")
 def test_module_with_odd_buffers_trains_and_its_bad_step_is_replayed(make, tmp_path):

@@ -282,8 +282,7 @@ class GradGuard(Callback):
         return self._history if self._fit is None else self._fit
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, or a guard in another process, takes no part in the fit. Lightning has set `log` and `log_dict`, which hold
-        # the whole module.
+        # A copy takes no part in the fit. Lightning has set `log` and `log_dict`, which hold the whole module.
         history = self._history if self._fit is None else self._fit.history()
         kept = {name: value for name, value in vars(self).items() if name not in ("log", "log_dict")}
         return kept | {"_fit": None, "_history": history}

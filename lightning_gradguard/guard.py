@@ -279,8 +279,5 @@ class Guard:
         return self._pipeline.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a saved state.
-
-        Whatever is damaged, or configured otherwise than in the run that saved it, starts afresh, with a warning.
-        """
+        """Continue from a saved state; what is damaged, or configured otherwise by now, starts afresh, with a warning."""
         self._pipeline.load_state_dict(state)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from functools import wraps
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
@@ -29,8 +31,25 @@ from lightning_gradguard.report.reporter import DecidedStep, Reporter
 from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 
+_Args = ParamSpec("_Args")
+
 _APPLIED = Judgement(math.inf, (), Decision())
 """Nothing was found, so the step is applied."""
+
+
+def _without_grad(method: Callable[_Args, None]) -> Callable[_Args, None]:
+    """As `torch.no_grad`, in half the time, which counts at each step."""
+
+    @wraps(method)
+    def run(*args: _Args.args, **kwargs: _Args.kwargs) -> None:
+        had_grad = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        try:
+            method(*args, **kwargs)
+        finally:
+            torch.set_grad_enabled(had_grad)
+
+    return run
 
 
 class Pipeline:
@@ -48,8 +67,7 @@ class Pipeline:
     """
 
     def __init__(self, settings: Settings, parameters: WatchedParameters, environment: Environment) -> None:
-        optimizer, scaler = parameters.optimizer, environment.scaler
-        scaling = environment.scaling
+        optimizer, scaler, scaling = parameters.optimizer, environment.scaler, environment.scaling
         if scaler is not None and optimizer is not None:
             scaling = LossScaling(scaler, optimizer)
         if isinstance(settings.clipper, Grouped):
@@ -146,21 +164,13 @@ class Pipeline:
         """Tell of an exception of which another rank has made an alert."""
         self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
+    @_without_grad
     def decide(self, position: Position | None = None) -> None:
         """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
 
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
-        # Half the time of `torch.no_grad`, at each step.
-        had_grad = torch.is_grad_enabled()
-        torch.set_grad_enabled(False)
-        try:
-            self._decide(position)
-        finally:
-            torch.set_grad_enabled(had_grad)
-
-    def _decide(self, position: Position | None) -> None:
         if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
             self._evaluate_again(self.last)
             return
@@ -290,6 +300,7 @@ class Pipeline:
         kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
         if self._investigate is None or not kinds:
             return None
-        ends_run = (judgement.decision.action or Action.LOG) >= Action.STOP
         kind = kinds[0] if measurement.is_finite else "nonfinite"
-        return self._investigate(position, measurement, kind, ends_run=ends_run)
+        return self._investigate(
+            position, measurement, kind, ends_run=(judgement.decision.action or Action.LOG) >= Action.STOP
+        )

@@ -56,8 +56,8 @@ class Settings:
         exclude: Sequence[str],
         sinks: Sequence[Sink | Callable[[Record], object]],
         histogram_every_n_steps: int | None,
-        histograms_of: HistogramsOf,
-        log_norm_types: Sequence[float],
+        histograms_of: HistogramsOf = "raw",
+        log_norm_types: Sequence[float] = (),
     ) -> Settings:
         """Check what the user wrote.
 

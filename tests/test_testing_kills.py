@@ -101,7 +101,7 @@ def test_differences_are_named():
         "['b'] is in one of them only",
         "['a']: 2 against 3 entries",
     ]
-    assert differences(torch.zeros(2), torch.tensor([-0.0, 0.0])) == [": 1 of 2 elements differ"]
+    assert differences(torch.zeros(2), torch.tensor([-0.0, 0.0])) == [": 1 of 2 elements differs"]
     assert differences(torch.zeros(2), torch.zeros(2, 1)) == [": torch.float32 [2] against torch.float32 [2, 1]"]
     assert differences(1, 1.0) == [": 1 against 1.0"]
 

@@ -39,6 +39,8 @@ NEVER_ONE = (
     ("examples", "_steps} steps"),
     ("examples", "_steps} of {max_steps} steps"),
     ("json_lines.py", "_BYTES:,} bytes"),
+    # with one rank there is no such sentence
+    ("flow/report.py", "{num_ranks} ranks"),
     # one gradient, and others
     ("nonfinite.py", "more of {"),
     # says it otherwise where it is one

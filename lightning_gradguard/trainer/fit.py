@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -136,7 +137,7 @@ class Fit:
             self._quarantine.start()
             if (find := self._incidents.investigation) is not None:
                 self._quarantine.find_culprit = lambda record: find(record.position, record.measurement, "nonfinite")
-        self._save_gate = SaveGate(trainer, module, self._report_refused_save)
+        self._save_gate = SaveGate(trainer, module, partial(_report_refused_save, self.guards))
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
         self._skipped = SkippedGradients(trainer)
@@ -252,8 +253,7 @@ class Fit:
         """What is to be known of it when it is over, and what a checkpoint needs."""
         if self.guards is None:
             return self._history
-        history = self._history
-        done = 0 if self._incidents is None else self._incidents.num_replays
+        history, done = self._history, 0 if self._incidents is None else self._incidents.num_replays
         return History(
             guards=[guard.state_dict() for guard in self.guards],
             totals=self.totals,
@@ -293,10 +293,10 @@ class Fit:
             if part is not None:
                 part.note(record)
 
-    def _report_refused_save(self, message: str) -> None:
-        if not self.guards:
-            return
-        guard = self.guards[0]
+
+def _report_refused_save(guards: Guards, message: str) -> None:
+    """Tell of a checkpoint that was not saved, by the first optimizer's guard; nobody does where there is none."""
+    for guard in guards[:1]:
         remedy = "What was saved before stays. Find what damages the weights, and resume from there."
         position = Position(step=0) if guard.last is None else guard.last.position
         guard.notify(notice(position, "checkpoint", Action.SKIP, f"{message}.", remedy))

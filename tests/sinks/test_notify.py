@@ -212,5 +212,5 @@ def test_notify_service_that_raises_is_one_that_did_not_take_it(record):
 def test_notify_without_apprise_says_what_to_install(monkeypatch):
     """When it is made, and not when there is something to tell."""
     monkeypatch.setitem(sys.modules, "apprise", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-gradguard\[notify\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-gradguard\[notify\]"'):
         Notify("json://localhost")

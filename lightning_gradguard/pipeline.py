@@ -226,17 +226,13 @@ class Pipeline:
         """A further evaluation inside one step of LBFGS: it counts only if it turns the step bad."""
         pending = self._executor.begin_(self._meter.measure(first.position), None)
         measurement = pending.read()
-        if not first.decision.skip and not measurement.is_finite:
+        if first.decision.skip or measurement.is_finite:
+            self._executor.finish_(pending, measurement, first.decision)
+        else:
             self._conclude(pending, is_repeated=True)
-            return
-        self._executor.finish_(pending, measurement, first.decision)
 
     def flush(self) -> None:
-        """Wait for a step that the device has decided by itself, and record it.
-
-        Raises:
-            GradientError: where its action is "raise".
-        """
+        """Wait for a step that the device has decided by itself, and record it; see `Guard.flush`."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._conclude(pending)

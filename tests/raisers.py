@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from lightning_package import LightningModule
+from lightning_package import LightningModule, MisconfigurationException
 from torch import distributions, nn
 from torch.nn import functional
 
@@ -112,3 +114,22 @@ def _read(module, x, h):
 
 
 BY_OTHERS = {it.__name__.strip("_"): it for it in (_asserted, _refused, _read)}
+
+
+def ending(error, words, module, x, h):
+    """Raises where there is NaN, but for a reason of its own."""
+    if bool(x.isnan().any()):
+        raise error(*words)
+    return h.square().mean()
+
+
+NO_FAILURES = {
+    "exit": partial(ending, SystemExit, (3,)),
+    "keyboard": partial(ending, KeyboardInterrupt, ()),
+    "misconfigured": partial(ending, MisconfigurationException, ("not like this",)),
+    "memory": partial(ending, torch.OutOfMemoryError, ("CUDA out of memory. Tried to allocate 2.00 GiB.",)),
+}
+"""An end that was asked for, an error of settings, a lack of memory."""
+
+lost_gpu = partial(ending, RuntimeError, ("CUDA error: device-side assert triggered",))
+"""After which a process can't use its GPU any more."""

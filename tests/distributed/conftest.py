@@ -11,16 +11,22 @@ from ranks import on_ranks
 
 
 @pytest.fixture(scope="session")
-def once_on_ranks(tmp_path_factory, worker_id):
-    """`on_ranks`, but for a name under which all workers of the run share what comes back."""
+def once(tmp_path_factory, worker_id):
+    """Does something under a name under which all workers of the run share what comes back, plain data."""
     base = tmp_path_factory.getbasetemp()
     folder = Path(base if worker_id == "master" else base.parent)
 
-    def play(name, num_ranks, work, *args):
-        path = folder / f"{name}-{num_ranks}.json"
+    def play(name, work):
+        path = folder / f"{name}.json"
         with FileLock(path.with_suffix(".lock")):
             if not path.exists():
-                path.write_text(json.dumps(on_ranks(num_ranks, work, *args)))
+                path.write_text(json.dumps(work()))
         return json.loads(path.read_text())
 
     return play
+
+
+@pytest.fixture(scope="session")
+def once_on_ranks(once):
+    """`on_ranks`, once under a name."""
+    return lambda name, num_ranks, work, *args: once(f"{name}-{num_ranks}", lambda: on_ranks(num_ranks, work, *args))

@@ -40,8 +40,8 @@ class _OtherRate(BoringModel):
         return optimizers, schedulers
 
 
-def train(rate: float, seed: int, **settings: Any) -> list[tuple[float, float]]:
-    """Norm and loss at each step."""
+def train(rate: float, seed: int, **settings: Any) -> tuple[list[tuple[float, float]], GradGuard]:
+    """Norm and loss at each step, and the guard."""
     torch.manual_seed(seed)
     seen: list[tuple[float, float]] = []
 
@@ -54,7 +54,7 @@ def train(rate: float, seed: int, **settings: Any) -> list[tuple[float, float]]:
         guard = GradGuard(**settings, sinks=[note])
         run = {"accelerator": "cpu", "max_epochs": EPOCHS, "limit_val_batches": 0}
         Trainer(default_root_dir=folder, callbacks=[guard], **quiet, **run).fit(_OtherRate(rate))
-    return seen
+    return seen, guard
 
 
 def _rise(values: list[float], until: int) -> float:
@@ -68,11 +68,13 @@ def _spread(values: list[float]) -> str:
 def row(rate: float, seeds: int) -> list[str]:
     """How far norm and loss rise in the first epoch; how many trainings are ended, where, and how far they had risen."""
     norms, losses, at_stop, before, stops = [], [], [], [], Counter[int]()
+    num_growing = 0
     for seed in range(seeds):
-        plain = train(rate, seed, explosion=None, nonfinite=None, vanishing=None)
+        plain, _ = train(rate, seed, explosion=None, nonfinite=None, vanishing=None)
         norms.append(_rise([norm for norm, _ in plain], EPOCH_STEPS))
         losses.append(_rise([loss for _, loss in plain], EPOCH_STEPS))
-        guarded = train(rate, seed, explosion="stop", nonfinite="stop")
+        guarded, guard = train(rate, seed, explosion="stop", nonfinite="stop")
+        num_growing += any("keeps growing" in alert.message for alert in guard.alerts)
         if (step := len(guarded) - 1) < EPOCHS * EPOCH_STEPS - 1:
             stops[step] += 1
             at_stop.append(_rise([loss for _, loss in guarded], step))
@@ -82,6 +84,7 @@ def row(rate: float, seeds: int) -> list[str]:
         f"{rate:g}",
         _spread(norms),
         _spread(losses),
+        str(num_growing),
         f"{stops.total()} of {seeds}",
         where,
         _spread(at_stop),
@@ -97,7 +100,7 @@ def main() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning_gradguard"):
         logging.getLogger(name).setLevel(logging.ERROR)
     rows = [row(rate, 1 if chosen.quick else SEEDS) for rate in RATES]
-    columns = ["rate", "norm, first epoch", "loss, first epoch", "stopped", "at step: trainings"]
+    columns = ["rate", "norm, first epoch", "loss, first epoch", "told that it grows", "stopped", "at step: trainings"]
     columns += ["loss risen by then", "norm over the 16 before"]
     title = "Median of 16 steps over that of the first 16; median (smallest to largest) of the seeds"
     console.print(table(title, columns, rows))

@@ -16,7 +16,12 @@ from lightning_gradguard.alert import Culprit
 from lightning_gradguard.errors import GuardWarning, type_and_text
 from lightning_gradguard.forensics.comparison import compare_gradients
 from lightning_gradguard.forensics.nonfinite.layout import Variables
-from lightning_gradguard.forensics.nonfinite.raised import is_gone_without_damage, is_in_torch, is_same
+from lightning_gradguard.forensics.nonfinite.raised import (
+    is_gone_without_damage,
+    is_in_torch,
+    is_same,
+    warn_of_failed_replay,
+)
 from lightning_gradguard.forensics.nonfinite.report import culprit_of, culprit_outside
 from lightning_gradguard.forensics.nonfinite.search import Search
 from lightning_gradguard.forensics.nonfinite.suspects import suspects_of
@@ -102,12 +107,7 @@ class RawLoop:
         try:
             return self._cause_of(error)
         except Exception as failure:  # noqa: BLE001 - the exception that was there first matters more
-            warnings.warn(
-                f"The step that raised {type(error).__name__} could not be replayed ({type(failure).__name__}: {failure}), "
-                "so whether NaN or Inf is the reason is not known.",
-                GuardWarning,
-                stacklevel=2,
-            )
+            warn_of_failed_replay(error, failure)
             return None
 
     def batch(self) -> Variables:

@@ -193,7 +193,7 @@ def differences(left: Any, right: Any, name: str = "") -> list[str]:
     """Where two trees of tensors and plain types differ, bit for bit; NaN equals NaN.
 
     >>> differences({"w": torch.zeros(3), "n": 1}, {"w": torch.tensor([0.0, 1.0, 0.0]), "n": 1})
-    ["['w']: 1 of 3 elements differ"]
+    ["['w']: 1 of 3 elements differs"]
     """
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return [f"{name}: {problem}" for problem in _differences_of_tensors(left, right)]

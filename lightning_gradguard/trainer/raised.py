@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,8 +13,8 @@ from torch.optim import Optimizer
 from lightning_gradguard.act.gate import is_of_torch
 from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.alert import Alert, Culprit
-from lightning_gradguard.errors import GradientError, GuardWarning, type_and_text
-from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_failure
+from lightning_gradguard.errors import GradientError
+from lightning_gradguard.forensics.nonfinite.raised import is_lost_gpu, is_no_failure, warn_of_failed_replay
 from lightning_gradguard.forensics.nonfinite.seen import speaks_of_it
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.scaling import forgotten_step
@@ -202,12 +201,7 @@ class RaisedSteps:
         try:
             return self._cause.of(error, self._trainer.optimizers[0])
         except Exception as failure:  # noqa: BLE001 - the exception that was there first matters more
-            warnings.warn(
-                f"The step that raised {type(error).__name__} could not be replayed ({type_and_text(failure)}), "
-                "so whether NaN or Inf is the reason is not known.",
-                GuardWarning,
-                stacklevel=2,
-            )
+            warn_of_failed_replay(error, failure)
             return None
 
     def _can_pass_automatic(self) -> bool:

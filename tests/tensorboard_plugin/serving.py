@@ -23,6 +23,9 @@ ROOT = Path(__file__).parents[2]
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 
 
+_END_S = 20.0
+
+
 @contextlib.contextmanager
 def plugin_path() -> Iterator[list[str]]:
     """Folders in which TensorBoard finds the package and its entry point, also where it is not installed from here."""
@@ -68,6 +71,10 @@ def tensorboard(log_dir: Path, *, without: str | None = None, fast: bool = False
                 yield found.group()
             finally:
                 process.terminate()
+                try:
+                    process.wait(_END_S)
+                except subprocess.TimeoutExpired:  # it ends by an exception, which is lost where nothing may be raised
+                    process.kill()
 
 
 @contextlib.contextmanager

@@ -174,7 +174,7 @@ def test_damage_is_drawn_as_what_it_is(page):
     names = [trace["name"] for trace in page.plot()["traces"] if trace["x"]]
     assert {"NaN", "0 (or below 1e-22)"} <= set(names)
     page.view("flow")
-    assert "are NaN or infinite" in page.plot(".heat")["label"]
+    assert "3 cells with NaN or Inf" in page.plot(".heat")["label"]
     page.view("distribution").shown("#parameter")
     shares = {trace["name"]: trace for trace in page.plot()["traces"]}
     assert max(shares["NaN"]["y"]) > 0.4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from bdb import BdbQuit
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_gradguard.errors import GradientError, words_of
+from lightning_gradguard.errors import GradientError, GuardWarning, type_and_text, words_of
 from lightning_gradguard.forensics.nonfinite.damage import Damage
 from lightning_gradguard.forensics.nonfinite.operators import Operator
 from lightning_gradguard.forensics.nonfinite.provenance import Provenance
@@ -143,6 +144,16 @@ def is_gone_without_damage(run: Callable[[AbstractContextManager[object]], Excep
         run: runs it again in a context; gives what it raises.
     """
     return any(run(WithoutDamage(fill, keeps_masks=keeps)) is None for fill, keeps in _WAYS_TO_MEND)
+
+
+def warn_of_failed_replay(error: Exception, failure: Exception) -> None:
+    """Say that the step that has raised `error` could not be run again."""
+    warnings.warn(
+        f"The step that raised {type(error).__name__} could not be replayed ({type_and_text(failure)}), "
+        "so whether NaN or Inf is the reason is not known.",
+        GuardWarning,
+        stacklevel=3,
+    )
 
 
 def is_lack_of_memory(error: Exception) -> bool:

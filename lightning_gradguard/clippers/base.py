@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch import Tensor
 from lightning_gradguard.measure.gradients import Gradients
 
 
-class Clipped(NamedTuple):
+@dataclass(frozen=True)
+class Clipped:
     """What clipping did.
 
     Attributes:

@@ -257,6 +257,7 @@ class Explosion(Detector):
         if limit == self._max_norm:
             return f"the global gradient norm is {norm:.3g}, above max_norm={limit:g}"
         usual = math.exp(self._baseline.median)
-        if self._ratio is not None and limit < self._ratio * usual:  # the ceiling counts from the whole window's
+        # The ceiling counts from the whole window's. Without it a limit is this many times the median, but for rounding.
+        if self._ratio is not None and limit < (1.0 - _ROUNDING) * self._ratio * usual:
             usual = math.exp(self._baseline.whole_median)
         return f"the global gradient norm is {norm:.3g}, {norm / usual:.3g} times its usual {usual:.3g} (limit {limit:.3g})"

@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
-from itertools import islice
 from typing import Any
 
 from lightning_gradguard.statistics.baseline import median
@@ -77,7 +76,7 @@ class Trend:
         """The lowest median that the norm of a later block is compared with in so many coming steps; infinite if none is."""
         num_after = len(self._norm_blocks) + (len(self._norms) + num_steps) // _BLOCK
         first = max(len(self._norm_blocks) + 1 - _BLOCKS, 0)
-        return min(islice(self._norm_blocks, first, max(num_after + 1 - _BLOCKS, first)), default=math.inf)
+        return min(itertools.islice(self._norm_blocks, first, max(num_after + 1 - _BLOCKS, first)), default=math.inf)
 
     @property
     def largest_waiting(self) -> float:

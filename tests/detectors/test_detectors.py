@@ -436,6 +436,17 @@ def test_explosion_usual_norm_in_a_message_is_the_one_that_the_limit_counts_from
     assert usual < verdicts[64].limit < verdicts[64].value
 
 
+def test_explosion_usual_norm_in_a_message_is_the_recent_one_where_no_ceiling_counts():
+    """The limit is six times it, whichever way that is rounded."""
+    for seed in range(30):
+        random, detector = np.random.default_rng(seed), Explosion()
+        for step in range(100):
+            judge(detector, measurement([math.exp(random.normal(0.003 * step, 0.15))]))
+        verdict = detector.observe(measurement([1e6]))
+        usual = float(verdict.message.partition("its usual ")[2].partition(" ")[0])
+        assert verdict.limit / usual == pytest.approx(6.0, rel=0.01)
+
+
 def test_explosion_rate_that_goes_up_and_down_is_no_growth():
     """The norm rises ninefold within 40 steps, but no higher than before."""
     random = np.random.default_rng(1)

@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
+import torch
+from torch import nn
+
 from benchmarks.detection.trainings.base import ONSET, Kind, Training
+from benchmarks.detection.trainings.data import digits, sampled
+from benchmarks.detection.trainings.networks import cross_entropy
 
 CHECKED: dict[str, Kind] = {}
 """Written and labelled before the first rules; they only checked them."""
@@ -48,3 +53,8 @@ def register(table: dict[str, Kind], symptom: str) -> Register:
         return add
 
     return of
+
+
+def on_digits(network: nn.Module, optimizer: torch.optim.Optimizer, size: int = 32) -> Training:
+    """A classifier of digits, trained on batches of so many."""
+    return Training(network, optimizer, sampled(digits(), size), cross_entropy(network))

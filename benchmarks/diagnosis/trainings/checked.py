@@ -24,13 +24,9 @@ from benchmarks.detection.trainings.networks import (
     sgd,
     squared_error,
 )
-from benchmarks.diagnosis.trainings.base import CHECKED, register
+from benchmarks.diagnosis.trainings.base import CHECKED, on_digits, register
 
 vanishing, exploding = register(CHECKED, "vanishing"), register(CHECKED, "explosion")
-
-
-def _digits(network: nn.Module, optimizer: torch.optim.Optimizer, size: int = 32) -> Training:
-    return Training(network, optimizer, sampled(digits(), size), cross_entropy(network))
 
 
 class _Functional(nn.Module):
@@ -51,7 +47,7 @@ class _Functional(nn.Module):
 def functional_sigmoid() -> Training:
     """Eleven sigmoids, none of them a module."""
     network = _Functional([64] + [48] * 11 + [10], torch.sigmoid)
-    return _digits(network, adam(network, 1e-3))
+    return on_digits(network, adam(network, 1e-3))
 
 
 @vanishing("saturation")
@@ -60,7 +56,7 @@ def unscaled_inputs_tanh() -> Training:
     network = mlp([64] + [48] * 5 + [10], nn.Tanh)
     for layer in linears(network):
         nn.init.normal_(layer.weight, std=8.0 / math.sqrt(layer.in_features))
-    training = _digits(network, sgd(network, 1e-4))
+    training = on_digits(network, sgd(network, 1e-4))
     draw = training.batch
     training.batch = lambda step: scaled(draw(step), 1000.0)
     return training
@@ -73,7 +69,7 @@ def relu_init_small() -> Training:
     for layer in linears(network):
         nn.init.normal_(layer.weight, std=0.7 / math.sqrt(layer.in_features))
         nn.init.zeros_(layer.bias)
-    return _digits(network, sgd(network, 0.01))
+    return on_digits(network, sgd(network, 0.01))
 
 
 @vanishing("init")
@@ -86,7 +82,7 @@ def conv_init_small() -> Training:
     for module in network:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
-    return _digits(network, sgd(network, 0.05))
+    return on_digits(network, sgd(network, 0.05))
 
 
 @vanishing("dead", onset=ONSET)
@@ -96,7 +92,7 @@ def dead_conv() -> Training:
         nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(),
         nn.Flatten(), nn.Linear(512, 10),
     )  # fmt: skip
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
 
     def before(step: int) -> None:
         if step == ONSET:
@@ -165,21 +161,21 @@ class _Cell(nn.Module):
 def forgetful_cell() -> Training:
     """The same, written as a loop."""
     network = _Cell(32, 0.4, torch.tanh)
-    return _digits(network, sgd(network, 0.01))
+    return on_digits(network, sgd(network, 0.01))
 
 
 @exploding("recurrence", onset=0)
 def unstable_cell() -> Training:
     """Each of sixty-four steps amplifies."""
     network = _Cell(32, 2.2, torch.relu)
-    return _digits(network, sgd(network, 1e-4))
+    return on_digits(network, sgd(network, 1e-4))
 
 
 @exploding("sample")
 def outlier_input() -> Training:
     """One of 32 rows holds values a thousand times too large, and a wrong label, or there would be no gradient."""
     network = mlp([64, 64, 64, 10])
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
     draw = training.batch
 
     def batch(step: int) -> Batch:
@@ -234,7 +230,7 @@ def corrupted_conv() -> Training:
     network = conv_net()
     layers = [module for module in network if not isinstance(module, nn.BatchNorm2d)]
     network = nn.Sequential(*layers)
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
 
     def before(step: int) -> None:
         if step == ONSET:
@@ -273,7 +269,7 @@ def rate_jump_plain_sgd() -> Training:
     """The same without momentum, so that the optimizer keeps no state."""
     network = mlp([64, 64, 64, 10])
     optimizer = sgd(network, 0.05, momentum=0.0)
-    training = _digits(network, optimizer)
+    training = on_digits(network, optimizer)
     training.before = lambda step: set_rate(optimizer, 20.0 if step >= ONSET else 0.05)
     return training
 
@@ -284,7 +280,7 @@ def tanh_free_init_large() -> Training:
     network = mlp([64] + [48] * 6 + [10])
     for layer in linears(network):
         nn.init.normal_(layer.weight)
-    return _digits(network, sgd(network, 1e-6))
+    return on_digits(network, sgd(network, 1e-6))
 
 
 @exploding("normalisation", onset=0)
@@ -294,14 +290,14 @@ def residual_without_norm() -> Training:
     for layer in linears(network):
         nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
-    return _digits(network, adam(network, 1e-4))
+    return on_digits(network, adam(network, 1e-4))
 
 
 @exploding("foreign")
 def hook_multiplies() -> Training:
     """Something multiplies a gradient after the backward pass."""
     network = mlp([64, 64, 64, 10])
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
     weight = linears(network)[2].weight
 
     def after(step: int) -> None:

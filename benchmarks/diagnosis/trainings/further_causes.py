@@ -21,13 +21,9 @@ from benchmarks.detection.trainings.networks import (
     sgd,
     squared_error,
 )
-from benchmarks.diagnosis.trainings.base import FURTHER, NOT_ON_THE_LIST, register
+from benchmarks.diagnosis.trainings.base import FURTHER, NOT_ON_THE_LIST, on_digits, register
 
 vanishing, exploding = register(FURTHER, "vanishing"), register(FURTHER, "explosion")
-
-
-def _digits(network: nn.Module, optimizer: torch.optim.Optimizer, size: int = 32) -> Training:
-    return Training(network, optimizer, sampled(digits(), size), cross_entropy(network))
 
 
 def _convolutions(depth: int = 3, width: int = 8) -> nn.Sequential:
@@ -95,7 +91,7 @@ def schedule_with_a_peak() -> Training:
     """Three hundred times the rate for three steps, under Adam, in a net of convolutions."""
     network = _convolutions()
     optimizer = adam(network, 1e-3)
-    training = _digits(network, optimizer)
+    training = on_digits(network, optimizer)
     training.before = lambda step: set_rate(optimizer, 0.3 if ONSET <= step < ONSET + 3 else 1e-3)
     return training
 
@@ -111,7 +107,7 @@ def momentum_that_never_forgets() -> Training:
 def images_in_bytes() -> Training:
     """One batch came without being divided by 255, in a net of convolutions."""
     network = _convolutions()
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
     draw = training.batch
 
     def batch(step: int) -> Batch:
@@ -126,7 +122,7 @@ def images_in_bytes() -> Training:
 def hot_pixel() -> Training:
     """One pixel of one image of a batch is ten thousand, and its label wrong, or there would be no gradient."""
     network = _convolutions()
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
     draw = training.batch
 
     def batch(step: int) -> Batch:
@@ -164,7 +160,7 @@ def unit_of_one_target_in_an_lstm() -> Training:
 def head_drawn_anew() -> Training:
     """The last layer is initialised again, far too large, while the rest goes on."""
     network = mlp([64, 64, 64, 10])
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
     return _at_onset(training, lambda: nn.init.normal_(linears(network)[-1].weight, std=20.0))
 
 
@@ -188,7 +184,7 @@ def all_weights_times_four() -> Training:
 def gradients_that_are_never_cleared() -> Training:
     """From one step on each gradient has those of all steps before on top."""
     network = mlp([64, 64, 64, 10])
-    training = _digits(network, sgd(network, 1e-4))
+    training = on_digits(network, sgd(network, 1e-4))
     kept: dict[int, Tensor] = {}
 
     def after(step: int) -> None:
@@ -223,14 +219,14 @@ def conv_init_large() -> Training:
     for module in network:
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight)
-    return _digits(network, sgd(network, 1e-9))
+    return on_digits(network, sgd(network, 1e-9))
 
 
 @vanishing("saturation", onset=ONSET)
 def clipped_activations() -> Training:
     """ReLU6 whose inputs have been pushed above six."""
     network = mlp([64, 48, 48, 48, 10], nn.ReLU6)
-    training = _digits(network, adam(network, 1e-3))
+    training = on_digits(network, adam(network, 1e-3))
     return _at_onset(training, lambda: linears(network)[1].bias.data.fill_(100.0))
 
 
@@ -238,7 +234,7 @@ def clipped_activations() -> Training:
 def hard_sigmoids() -> Training:
     """Ten of them, whose slope is a sixth."""
     network = mlp([64] + [48] * 10 + [10], nn.Hardsigmoid)
-    return _digits(network, adam(network, 1e-3))
+    return on_digits(network, adam(network, 1e-3))
 
 
 @vanishing("cut")

@@ -98,7 +98,7 @@ class Recovery:
                     self._storage.keep_only([entry.content for entry in self._ring.entries])
         if self.progress.cooldown_left:
             self._lower_learning_rates()
-        return f"GradGuard keeps {text}, one every {counted(self._settings.every_n_steps, 'step')}."
+        return f"GradGuard keeps {text}, one every {counted(self._settings.every_n_steps, 'step').removeprefix('1 ')}."
 
     def note(self, record: Record) -> None:
         """A step was decided."""

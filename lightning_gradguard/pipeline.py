@@ -18,6 +18,7 @@ from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Grouped
 from lightning_gradguard.environment import Environment
+from lightning_gradguard.fast_path import FastPath
 from lightning_gradguard.judge.judge import Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
@@ -92,6 +93,8 @@ class Pipeline:
         waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold
         self._can_defer = environment.can_defer and not waits and not self._reporter.wants_every_step
         self._judge = Judge(settings.detectors, can_defer=self._can_defer)
+        can_be_fast = self._can_defer and scaling is None and not self._judge.asks_for_updates
+        self._fast_path = FastPath.of(parameters, self._gate, self._executor) if can_be_fast else None
         self._investigate = environment.investigate
         self._pending: PendingStep | None = None
         self.outcome: Outcome | None = None
@@ -176,6 +179,8 @@ class Pipeline:
             return
         if self._ended_late():
             return
+        if self._fast_path is not None and self._is_fast(position, self._fast_path):
+            return
         updates = self._meter.read_update_()
         self._gate.open()
         position = position or Position(step=self.num_steps, log_step=self.num_steps)
@@ -192,6 +197,31 @@ class Pipeline:
             return
         is_wanted = histogram_is_due or has_raised or not has_last or self._reporter.is_due(position)
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
+
+    def _is_fast(self, position: Position | None, path: FastPath) -> bool:
+        """Decide about a step on the fast path, if nobody wants to be told of it and there is nothing to tell; else False."""
+        if (
+            position is None
+            or position.num_optimizers > 1
+            or not self._reporter.has_last
+            or self._raised is not None
+            or self._reporter.is_due(position)
+            or self._logged.histogram_is_due(position.log_step)
+            or self._parameters.refresh()
+            or not self._judge.can_wait()
+        ):
+            return False
+        self._gate.open()
+        measurement = path.measure(self._meter.only_loss)
+        if measurement is None or not self._judge.defer(measurement):
+            return False
+        self._meter.note_measured(position)
+        coef = path.clip_(measurement.global_norm)
+        self._gate.buffers.note_boundary()
+        self.outcome = Outcome(position, measurement)
+        self._meter.start_sample_()
+        self._reporter.note(DecidedStep(position, measurement, _APPLIED, coef, measurement.global_norm * coef))
+        return True
 
     def leave(self) -> None:
         """Take an optimizer that is not torch's out of a bad step that it is inside of, by an exception."""

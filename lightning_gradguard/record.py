@@ -104,6 +104,16 @@ class Measurement:
     is_counted: bool = True
     other_norms: Mapping[float, Floats] = field(default_factory=dict)
 
+    @classmethod
+    def of_one_pass(cls, layout: Layout, norms: Floats, has_grad: Bools, global_norm: float, loss: float) -> Measurement:
+        """Of one backward pass whose gradients and loss are finite: as the constructor makes it, in a fifth of the time."""
+        made = object.__new__(cls)
+        # What is left out has its default from the class.
+        vars(made).update(
+            layout=layout, norms=norms, has_grad=has_grad, global_norm=global_norm, loss=loss, other_norms={}
+        )
+        return made
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of all watched parameters, in model order."""

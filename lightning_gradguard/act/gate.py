@@ -90,6 +90,14 @@ class Gate:
         """Whether it can clip before the host knows the norm; also where there is nothing that clips."""
         return self.clipper is None or (isinstance(self.clipper, FactorClipper) and not self.clipper.needs_host)
 
+    @property
+    def clips_on_host(self) -> bool:
+        """Whether it clips by one factor that the host computes from the norm alone; also where there is nothing that clips."""
+        clipper = self.clipper
+        if clipper is None:
+            return True
+        return is_ours(clipper) and isinstance(clipper, FactorClipper) and clipper.coefficient_on_host(1.0) is not None
+
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
         self.taken = []
@@ -123,6 +131,27 @@ class Gate:
         clipped = self._clip_(self.clipper, step, norm)
         self.return_to(history)
         return clipped
+
+    def clip_on_host_(self, gradients: list[Tensor], global_norm: float) -> float:
+        """Let a step through, clipped; the factor. Only where `clips_on_host`, in float32, with a norm that is finite.
+
+        Args:
+            gradients: all of them, dense, on the CPU; changed in place.
+            global_norm: of these.
+        """
+        clipper = self.clipper
+        if not isinstance(clipper, FactorClipper) or clipper.passes(global_norm):
+            return 1.0
+        coef = clipper.coefficient_on_host(global_norm)
+        assert coef is not None
+        clipper.learn(global_norm)
+        if coef < 1.0:
+            factor = torch.scalar_tensor(coef, dtype=torch.float32)
+            if self.kernel is None:
+                torch._foreach_mul_(gradients, factor)
+            else:
+                self.kernel.scale(factor)
+        return coef
 
     def detach(self) -> None:
         """Take the kernel's hook off the optimizer."""

@@ -120,21 +120,31 @@ class Judge:
         found = tuple(told_by(it) if it is not None and isinstance(detector, NonFinite) else it for detector, it in pairs)
         return replace(judgement, found=found)
 
+    @property
+    def asks_for_updates(self) -> bool:
+        """Whether there is a detector that may want to know what a step does to the weights."""
+        return bool(self._asking)
+
     def needs_update(self) -> bool:
         """Whether a detector wants to know what the coming step does to the weights."""
         return True in [detector.needs_update() for detector in self._asking]
 
-    def defer(self, measurement: Measurement) -> bool:
-        """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
+    def can_wait(self) -> bool:
+        """Whether the next step may be deferred, if it turns out to be one that nothing can be found at."""
         if not self._can_defer:
             return False
         if self._deferral is None or len(self._deferred) >= self._deferral.num_steps:
             self._tell(self._take_deferred())
             self._deferral = self._how_far()
-        deferral = self._deferral
+        return self._deferral.num_steps > 0
+
+    def defer(self, measurement: Measurement) -> bool:
+        """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
+        if not self.can_wait():
+            return False
+        assert self._deferral is not None
         if (
-            deferral.num_steps < 1
-            or not measurement.global_norm <= deferral.max_norm
+            not measurement.global_norm <= self._deferral.max_norm
             or measurement.damage is not None
             or measurement.overflowed
             or measurement.loss_scale is not None

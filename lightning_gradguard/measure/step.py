@@ -127,6 +127,18 @@ class StepMeter:
         clipped_histogram = meter if self._histograms_are_clipped else None
         return MeasuredStep(position, gradients, facts, self._parameters.layout, clipped_histogram)
 
+    @property
+    def only_loss(self) -> Tensor | None:
+        """The loss of the step's only backward pass, as it is; None if there are more, or it is not known."""
+        return self._micro_batches[0].loss if len(self._micro_batches) == 1 else None
+
+    def note_measured(self, position: Position) -> None:
+        """A step has been measured in another way, at which nothing is logged."""
+        self._has_rivals = False
+        self._log_step = position.log_step
+        self._weights.forget()
+        self._micro_batches.clear()
+
     def forget(self) -> None:
         """The backward passes so far belong to no step."""
         self._micro_batches.clear()

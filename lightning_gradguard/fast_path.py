@@ -23,7 +23,7 @@ _LOSSES = (torch.float32, torch.bfloat16, torch.float16)
 class FastPath:
     """Measures and clips plain steps: the same kernels and figures as on the way through all stages, to the last bit.
 
-    Plain is one backward pass on one process, with dense float32 gradients on the CPU that are clipped by one factor, if at
+    Plain is one backward pass on one process, with dense float32 gradients without a graph on the CPU that are clipped by one factor, if at
     all. There the kernels take no longer than the objects that other steps need: halves for the device and for the host,
     shares of ranks, signs of several passes. None of them is made here.
 
@@ -54,7 +54,7 @@ class FastPath:
             return None
         gradients = [parameter.grad for parameter in watched.tensors]
         for gradient in gradients:
-            if gradient is None or gradient.is_sparse:
+            if gradient is None or gradient.is_sparse or gradient.requires_grad:
                 return None
         norms = torch.stack(torch._foreach_norm(gradients))
         if norms.dtype is not torch.float32:  # the module has been cast since
@@ -63,7 +63,7 @@ class FastPath:
         if not (math.isfinite(total_norm) and math.isfinite(last_loss)):
             return None
         self._gradients = gradients
-        each = norms.numpy().astype(np.float64)
+        each = np.array(norms.tolist())
         return Measurement.of_one_pass(watched.layout, each, all_of(len(each)), total_norm, last_loss)
 
     def clip_(self, global_norm: float) -> float:

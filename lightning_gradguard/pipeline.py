@@ -167,19 +167,21 @@ class Pipeline:
         """Tell of an exception of which another rank has made an alert."""
         self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
-    @_without_grad
     def decide(self, position: Position | None = None) -> None:
         """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
 
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
+        if self._fast_path is None or not self._is_fast(position, self._fast_path):
+            self._decide(position)
+
+    @_without_grad
+    def _decide(self, position: Position | None) -> None:
         if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
             self._evaluate_again(self.last)
             return
         if self._ended_late():
-            return
-        if self._fast_path is not None and self._is_fast(position, self._fast_path):
             return
         updates = self._meter.read_update_()
         self._gate.open()
@@ -202,6 +204,7 @@ class Pipeline:
         """Decide about a step on the fast path, if nobody wants to be told of it and there is nothing to tell; else False."""
         if (
             position is None
+            or self.stopped_by is not None
             or position.num_optimizers > 1
             or not self._reporter.has_last
             or self._raised is not None

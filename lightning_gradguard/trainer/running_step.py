@@ -30,6 +30,7 @@ class RunningStep:
         # Which batch a step sees is not known where the module fetches its own.
         self.knows_batches = not fetches_batches(module)
         self.begins = True
+        self._rank = trainer.global_rank
         self._batch_idx: int | None = None
         self._batches: list[int] = []
         self.has_backward = False
@@ -70,6 +71,6 @@ class RunningStep:
             batches=tuple(self._batches) if len(guards) == 1 else (),
             optimizer=index,
             num_optimizers=len(guards),
-            rank=self._trainer.global_rank,
+            rank=self._rank,
             log_step=log_step(self._trainer),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -23,6 +24,12 @@ class WeightSamples:
         self._views = [self.pick(parameter) for parameter in self._parameters]
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views]
+        # Where numpy knows device and dtype, one call for all of them takes a third of the time.
+        self._arrays = [view.numpy() for view in self._views] if _can_share(self._views) else []
+        if self._arrays:
+            joined = torch.empty(sum(map(len, self._arrays)), dtype=self._views[0].dtype)
+            self._copies = [*joined.split([*map(len, self._arrays)])]
+            self._target = joined.numpy()
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the same parameters in the same place in memory as then."""
@@ -38,7 +45,9 @@ class WeightSamples:
 
     def take(self) -> None:
         """Copy the elements as they are now."""
-        if self._views:
+        if self._arrays:
+            np.concatenate(self._arrays, out=self._target)
+        elif self._views:
             torch._foreach_copy_(self._copies, self._views)
 
     def compare(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -51,6 +60,12 @@ class WeightSamples:
 
 def _parameters_of(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _can_share(views: Sequence[Tensor]) -> bool:
+    """Whether all are of one of numpy's dtypes, on the CPU."""
+    dtypes = {(view.device.type, view.dtype) for view in views}
+    return dtypes in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
 
 
 def _is_plain(tensor: Tensor) -> bool:

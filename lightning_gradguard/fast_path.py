@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from lightning_gradguard.act.on_host import OnHost
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.measure.gradients import all_of
 from lightning_gradguard.measure.parameters import WatchedParameters
-from lightning_gradguard.record import Measurement
+from lightning_gradguard.record import Measurement, OnePass
 
 _LOSSES = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of losses that float32 holds."""
@@ -23,9 +22,9 @@ _LOSSES = (torch.float32, torch.bfloat16, torch.float16)
 class FastPath:
     """Measures and clips plain steps: the same kernels and figures as on the way through all stages, to the last bit.
 
-    Plain is one backward pass on one process, with dense float32 gradients without a graph on the CPU that are clipped by one factor, if at
-    all. There the kernels take no longer than the objects that other steps need: halves for the device and for the host,
-    shares of ranks, signs of several passes. None of them is made here.
+    Plain is one backward pass on one process, with dense gradients in float32 on the CPU that have no graph, and are clipped
+    by one factor, if at all. There the kernels take no longer than making what only other steps need: figures that wait on
+    the device, shares of ranks, signs of several passes. None of it is made here.
 
     Args:
         parameters: of the optimizer.
@@ -52,10 +51,12 @@ class FastPath:
         watched = self._parameters
         if loss is None or not loss.is_cpu or loss.dtype not in _LOSSES or not watched.are_plain:
             return None
-        gradients = [parameter.grad for parameter in watched.tensors]
-        for gradient in gradients:
+        gradients: list[Tensor] = []
+        for parameter in watched.tensors:
+            gradient = parameter.grad
             if gradient is None or gradient.is_sparse or gradient.requires_grad:
                 return None
+            gradients.append(gradient)
         norms = torch.stack(torch._foreach_norm(gradients))
         if norms.dtype is not torch.float32:  # the module has been cast since
             return None
@@ -63,8 +64,7 @@ class FastPath:
         if not (math.isfinite(total_norm) and math.isfinite(last_loss)):
             return None
         self._gradients = gradients
-        each = np.array(norms.tolist())
-        return Measurement.of_one_pass(watched.layout, each, all_of(len(each)), total_norm, last_loss)
+        return OnePass.of(watched.layout, norms.tolist(), all_of(len(gradients)), total_norm, last_loss)
 
     def clip_(self, global_norm: float) -> float:
         """Clip what was measured last; the factor that it was clipped by."""

@@ -101,6 +101,8 @@ class Pipeline:
         """What the last step came to, as far as the host knows."""
         self._raised: Raised | None = None
         self._knows_stop = False  # since the last step at the latest
+        self._quiet = range(0)
+        """At which steps to come nothing is due, nor at the one after, before which weights are looked at."""
 
     @property
     def totals(self) -> Totals:
@@ -175,6 +177,9 @@ class Pipeline:
         """
         if self._fast_path is None or not self._is_fast(position, self._fast_path):
             self._decide(position)
+            if position is not None and self._fast_path is not None:
+                log_step = position.log_step
+                self._quiet = range(log_step + 1, self._logged.next_due(log_step) - 1)
 
     @_without_grad
     def _decide(self, position: Position | None) -> None:
@@ -201,15 +206,13 @@ class Pipeline:
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
 
     def _is_fast(self, position: Position | None, path: FastPath) -> bool:
-        """Decide about a step on the fast path, if nobody wants to be told of it and there is nothing to tell; else False."""
+        """Decide about a step on the fast path; False if it is not plain, or somebody is to be told of it."""
         if (
             position is None
             or self.stopped_by is not None
             or position.num_optimizers > 1
-            or not self._reporter.has_last
+            or position.log_step not in self._quiet
             or self._raised is not None
-            or self._reporter.is_due(position)
-            or self._logged.histogram_is_due(position.log_step)
             or self._parameters.refresh()
             or not self._judge.can_wait()
         ):
@@ -222,7 +225,6 @@ class Pipeline:
         coef = path.clip_(measurement.global_norm)
         self._gate.buffers.note_boundary()
         self.outcome = Outcome(position, measurement)
-        self._meter.start_sample_()
         self._reporter.note(DecidedStep(position, measurement, _APPLIED, coef, measurement.global_norm * coef))
         return True
 

@@ -182,7 +182,10 @@ class Buffers:
         for children, before in self._tree:
             if list(children.values()) != before:
                 return True
-        return any(list(buffers.keys()) != keys for buffers, keys in self._keys)
+        for buffers, keys in self._keys:
+            if list(buffers.keys()) != keys:
+                return True
+        return False
 
     def _collect(self) -> None:
         known = {(id(slot.holder), slot.name): slot for slot in self._slots}

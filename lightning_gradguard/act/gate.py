@@ -68,6 +68,7 @@ class Gate:
         self._watched = parameters
         self.buffers = buffers
         self.clipper = clipper
+        self._on_host = clipper if isinstance(clipper, FactorClipper) and is_ours(clipper) else None
         # The kernel scales all gradients of the optimizer, also those that are excluded.
         can_fuse = (
             optimizer is not None
@@ -92,11 +93,9 @@ class Gate:
 
     @property
     def clips_on_host(self) -> bool:
-        """Whether it clips by one factor that the host computes from the norm alone; also where there is nothing that clips."""
-        clipper = self.clipper
-        if clipper is None:
-            return True
-        return is_ours(clipper) and isinstance(clipper, FactorClipper) and clipper.coefficient_on_host(1.0) is not None
+        """Whether it clips by one factor that the host computes from the norm alone; also where nothing clips."""
+        clipper = self._on_host
+        return self.clipper is None or (clipper is not None and clipper.coefficient_on_host(1.0) is not None)
 
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
@@ -139,8 +138,8 @@ class Gate:
             gradients: all of them, dense, on the CPU; changed in place.
             global_norm: of these.
         """
-        clipper = self.clipper
-        if not isinstance(clipper, FactorClipper) or clipper.passes(global_norm):
+        clipper = self._on_host
+        if clipper is None or clipper.passes(global_norm):
             return 1.0
         coef = clipper.coefficient_on_host(global_norm)
         assert coef is not None

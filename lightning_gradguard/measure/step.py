@@ -134,9 +134,7 @@ class StepMeter:
 
     def note_measured(self, position: Position) -> None:
         """A step has been measured in another way, at which nothing is logged."""
-        self._has_rivals = False
         self._log_step = position.log_step
-        self._weights.forget()
         self._micro_batches.clear()
 
     def forget(self) -> None:

@@ -64,13 +64,14 @@ class RunningStep:
 
     def position(self, index: int, guards: Guards) -> Position:
         """That of the step of an optimizer, by its number."""
+        num_optimizers = len(guards)
         return Position(
             step=guards.num_steps,
             epoch=self._trainer.current_epoch,
             batch_idx=self._batch_idx,
-            batches=tuple(self._batches) if len(guards) == 1 else (),
+            batches=tuple(self._batches) if num_optimizers == 1 else (),
             optimizer=index,
-            num_optimizers=len(guards),
+            num_optimizers=num_optimizers,
             rank=self._rank,
             log_step=log_step(self._trainer),
         )

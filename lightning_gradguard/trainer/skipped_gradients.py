@@ -48,7 +48,7 @@ class SkippedGradients:
     @classmethod
     def where_seen(cls, trainer: Trainer, module: LightningModule) -> SkippedGradients | None:
         """Where the module or a callback of the user's has a hook that may look at them; None elsewhere."""
-        hooks = [(module, name) for name in (*_OF_MODULES, *_OF_ALL)]
+        hooks: list[tuple[object, str]] = [(module, name) for name in (*_OF_MODULES, *_OF_ALL)]
         hooks += [(callback, name) for callback in callbacks_of(trainer) for name in _OF_ALL]
         return cls(trainer) if any(_is_of_user(part, name) for part, name in hooks) else None
 
@@ -94,7 +94,7 @@ class SkippedGradients:
             parameter.grad = None
 
 
-def _is_of_user(part: Any, name: str) -> bool:
+def _is_of_user(part: object, name: str) -> bool:
     """Whether a hook is neither Lightning's nor the guard's."""
     if name in vars(part):
         return True

@@ -28,7 +28,7 @@ class WeightSamples:
         self._arrays = [view.numpy() for view in self._views] if _can_share(self._views) else []
         if self._arrays:
             joined = torch.empty(sum(map(len, self._arrays)), dtype=self._views[0].dtype)
-            self._copies = [*joined.split([*map(len, self._arrays)])]
+            self._copies = [*torch.split(joined, [*map(len, self._arrays)])]
             self._target = joined.numpy()
 
     def is_of(self, optimizer: Optimizer) -> bool:

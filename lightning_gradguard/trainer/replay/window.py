@@ -90,7 +90,7 @@ class Window:
 
     def close(self, optimizers: Iterable[Optimizer]) -> None:
         """A micro-batch is done: let go of those that no optimizer needs any more."""
-        done = min((self._stepped.get(id(optimizer), (0, 0))[0] for optimizer in optimizers), default=0)
+        done = min([self._stepped.get(id(optimizer), (0, 0))[0] for optimizer in optimizers], default=0)
         while self._entries and self._entries[0].serial <= done:
             self._entries.popleft()
 

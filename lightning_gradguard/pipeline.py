@@ -209,7 +209,7 @@ class Pipeline:
         """Decide about a step on the fast path; False if it is not plain, or somebody is to be told of it."""
         if (
             position is None
-            or self.stopped_by is not None
+            or self._reporter.stopped_by is not None
             or position.num_optimizers > 1
             or position.log_step not in self._quiet
             or self._raised is not None
@@ -231,7 +231,7 @@ class Pipeline:
     def leave(self) -> None:
         """Take an optimizer that is not torch's out of a bad step that it is inside of, by an exception."""
         self._executor.leave()
-        self._knows_stop = self.stopped_by is not None
+        self._knows_stop = self._reporter.stopped_by is not None
 
     def _conclude(self, pending: PendingStep, *, is_repeated: bool = False, can_defer: bool = False) -> None:
         """Judge a measured step, carry out what is decided, and tell."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -24,12 +23,11 @@ class WeightSamples:
         self._views = [self.pick(parameter) for parameter in self._parameters]
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views]
-        # Where numpy knows device and dtype, one call for all of them takes a third of the time.
-        self._arrays = [view.numpy() for view in self._views] if _can_share(self._views) else []
-        if self._arrays:
-            joined = torch.empty(sum(map(len, self._arrays)), dtype=self._views[0].dtype)
-            self._copies = [*torch.split(joined, [*map(len, self._arrays)])]
-            self._target = joined.numpy()
+        # Where numpy knows device and dtype, plain memory is copied, in a fraction of the time that a kernel takes.
+        self._memory: list[tuple[memoryview, memoryview]] = []
+        if _can_share(self._views):
+            pairs = zip(self._copies, self._views, strict=True)
+            self._memory = [(memoryview(copy.numpy()), memoryview(view.numpy())) for copy, view in pairs]
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the same parameters in the same place in memory as then."""
@@ -45,9 +43,9 @@ class WeightSamples:
 
     def take(self) -> None:
         """Copy the elements as they are now."""
-        if self._arrays:
-            np.concatenate(self._arrays, out=self._target)
-        elif self._views:
+        for copy, view in self._memory:
+            copy[:] = view
+        if self._views and not self._memory:
             torch._foreach_copy_(self._copies, self._views)
 
     def compare(self, parameter: Tensor) -> tuple[Tensor, Tensor] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class WeightSamples:
         self._memory: list[tuple[memoryview, memoryview]] = []
         if _can_share(self._views):
             pairs = zip(self._copies, self._views, strict=True)
-            self._memory = [(memoryview(copy.numpy()), memoryview(view.numpy())) for copy, view in pairs]
+            self._memory = [(_memory_of(copy), _memory_of(view)) for copy, view in pairs]
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the same parameters in the same place in memory as then."""
@@ -64,6 +65,11 @@ def _can_share(views: Sequence[Tensor]) -> bool:
     """Whether all are of one of numpy's dtypes, on the CPU."""
     dtypes = {(view.device.type, view.dtype) for view in views}
     return dtypes in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+
+
+def _memory_of(tensor: Tensor) -> memoryview:
+    array: Any = tensor.numpy()
+    return memoryview(array)
 
 
 def _is_plain(tensor: Tensor) -> bool:

@@ -75,8 +75,7 @@ class Measurement:
         nonfinite: the parameters with NaN or infinite elements, worst first.
         is_counted: whether the elements of these were looked at. If not, their norms alone are known, and what has an
             infinite one may be finite: float32 can't hold the squares of what is above 1.8e19.
-        overflowed: whether the gradients are finite, but too large for their norm to be computed in the
-            ordinary way (it was then computed in float64 with scaling, and is right).
+        overflowed: whether the gradients are finite, but too large for float32 to square (float64 gave the norm then).
         max_abs: largest finite magnitude of an element; measured on an incident only, None otherwise.
         update_ratios: by which part of its size the step before has moved each matrix or kernel, NaN for vectors,
             [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
@@ -131,60 +130,23 @@ class Measurement:
     @cached_property
     def by_name(self) -> Mapping[str, float]:
         """Norm of each parameter that has a gradient."""
-        present = np.flatnonzero(self.has_grad)
-        return {self.names[index]: float(self.norms[index]) for index in present}
+        return {self.names[index]: float(self.norms[index]) for index in np.flatnonzero(self.has_grad)}
 
     @cached_property
     def log_norms(self) -> Floats:
         """Natural logarithms of the norms; minus infinity where there is no gradient."""
         with np.errstate(divide="ignore"):
-            logs: Floats = np.log(self.norms)
-        return logs
+            return np.log(self.norms)
 
     @cached_property
     def largest_norm(self) -> float:
         """Largest of the norms; 0 without parameters."""
-        # Methods of the array, which take a fraction of what numpy's functions do.
-        return float(self.norms.item(self.norms.argmax())) if self.norms.size else 0.0
+        return float(self.norms.max(initial=0.0))
 
     def largest(self, count: int = 5) -> tuple[ParameterReport, ...]:
         """The parameters with the largest gradients, largest first."""
         order = np.argsort(-self.norms, kind="stable")[:count]
         return tuple(ParameterReport(self.names[index], float(self.norms[index])) for index in order if self.has_grad[index])
-
-
-class OnePass(Measurement):
-    """The same of one backward pass whose gradients and loss are finite, made in a fraction of the time.
-
-    Args:
-        layout: names and sizes of the parameters.
-        norms: 2-norm of each parameter's gradient, [num_parameters]; an array is made of them once somebody asks for it.
-        has_grad: all true, [num_parameters].
-        global_norm: 2-norm over all gradients.
-        loss: of the pass.
-    """
-
-    @classmethod
-    def of(cls, layout: Layout, norms: list[float], has_grad: Bools, global_norm: float, loss: float) -> Measurement:
-        """From plain values."""
-        made = object.__new__(cls)
-        # What is left out has its default from the class.
-        vars(made).update(
-            layout=layout,
-            has_grad=has_grad,
-            global_norm=global_norm,
-            loss=loss,
-            other_norms={},
-            largest_norm=max(norms),
-            listed=norms,
-        )
-        return made
-
-    @cached_property
-    def norms(self) -> Floats:  # is looked up only while the instance has none
-        """As of a `Measurement`."""
-        norms: Floats = np.array(vars(self)["listed"])
-        return norms
 
 
 @dataclass(frozen=True)
@@ -202,8 +164,7 @@ class Verdict:
         rank: the process that was first; None if that can't be told.
         is_advisory: whether it is worth a warning at most, whatever the detector's action: the step is applied.
         is_note: whether it is only logged, once, whatever the action, and counts as no hit.
-        is_dire: whether nothing is learned as long as it lasts: it is then reported again and again, each time after twice
-            as many steps.
+        is_dire: whether nothing is learned as long as it lasts: it is told of again, each time after twice as many steps.
     """
 
     kind: str
@@ -326,8 +287,7 @@ class Record:
         measurement: the gradients before clipping.
         verdicts: what the detectors found.
         decision: what was done about it.
-        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step. None where Trainer or
-            module clip later, since what comes of that is not seen.
+        clip_coef: factor in (0, 1] of clipping; 1 for a skipped step. None where Trainer or module clip later, unseen.
         clipped_norm: global norm after clipping; equals the norm before for a skipped step. None as above.
         explosion_limit: the norm above which this step would have been an explosion; infinite without a limit.
         alerts: the reported findings.

@@ -55,6 +55,10 @@ class SkipThreshold:
     must_be_finite: bool
 
 
+NOTHING_FOUND = Judgement(math.inf, (), Decision())
+"""The step is applied."""
+
+
 class Judge:
     """Runs the detectors over one step after another.
 
@@ -120,14 +124,14 @@ class Judge:
         found = tuple(told_by(it) if it is not None and isinstance(detector, NonFinite) else it for detector, it in pairs)
         return replace(judgement, found=found)
 
-    @property
-    def asks_for_updates(self) -> bool:
-        """Whether there is a detector that may want to know what a step does to the weights."""
-        return bool(self._asking)
-
     def needs_update(self) -> bool:
         """Whether a detector wants to know what the coming step does to the weights."""
         return True in [detector.needs_update() for detector in self._asking]
+
+    @property
+    def can_defer(self) -> bool:
+        """Whether steps may ever be deferred, and no detector asks what they do to the weights."""
+        return self._can_defer and not self._asking
 
     def can_wait(self) -> bool:
         """Whether the next step may be deferred, if it turns out to be one that nothing can be found at."""

@@ -234,8 +234,7 @@ class Fit:
         self.guards.close()
         if self._recovery is not None:
             self._recovery.detach()
-        is_manual = not self._module.automatic_optimization
-        rank_zero_info(summarize(self.totals, self.stopped_by, is_manual=is_manual))
+        rank_zero_info(summarize(self.totals, self.stopped_by, is_manual=not self._module.automatic_optimization))
 
     def take_down(self, *, in_exception: bool = False) -> None:
         """Leave nothing on Trainer, optimizers and callbacks.

@@ -79,7 +79,7 @@ def _memory_of(tensor: Tensor) -> memoryview:
     # `Tensor.numpy` would, but no storage that numpy has seen can ever be resized again.
     size = tensor.element_size()
     (count,), (stride,) = tensor.shape, tensor.stride()
-    memory = (ctypes.c_char * (((count - 1) * stride + 1) * size)).from_address(tensor.data_ptr())
+    memory = memoryview((ctypes.c_char * (((count - 1) * stride + 1) * size)).from_address(tensor.data_ptr()))
     dtype = np.float32 if tensor.dtype is torch.float32 else np.float64
     return memoryview(np.ndarray((count,), dtype, memory, strides=(stride * size,)))
 

@@ -93,7 +93,7 @@ class FastPath:
         if loss is None or not loss.is_cpu or loss.dtype not in _LOSSES:
             return None
         norms = torch.stack(torch._foreach_norm(gradients))
-        if norms.dtype is not torch.float32:  # the module has been cast since
+        if norms.dtype is not torch.float32:  # the gradients' alone
             return None
         total_norm, last_loss = torch.linalg.vector_norm(norms).item(), loss.item()
         if not (math.isfinite(total_norm) and math.isfinite(last_loss)):

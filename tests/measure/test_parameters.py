@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from builders import mlp
 from torch import nn
@@ -67,3 +68,26 @@ def test_refresh_after_a_new_group_watches_it():
     assert watched.refresh()
     assert watched.layout.names == ("0.weight", "0.bias", "2.weight", "2.bias")
     assert not watched.refresh()
+
+
+def test_refresh_after_a_cast_looks_at_each_dtype_again():
+    """Part of a module is cast in the middle of training: the parameters are the same objects."""
+    model = mlp(3, 4, 2)
+    watched = WatchedParameters(model.named_parameters(), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert watched.is_uniform
+    assert watched.are_plain
+    model[2].to(torch.bfloat16)
+    assert watched.refresh()
+    assert not watched.is_uniform
+    assert not watched.are_plain
+    assert not watched.refresh()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a parameter's gradient has its dtype up to torch 2.8")
+def test_gradients_of_a_dtype_of_their_own_are_not_uniform():
+    """Their norm in bfloat16 would be wrong by a thousandth."""
+    model = mlp(3, 2)
+    model[0].bias.grad_dtype = torch.bfloat16
+    watched = WatchedParameters(model.named_parameters())
+    assert not watched.is_uniform
+    assert not watched.are_plain

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.forensics.nonfinite.layout import leaves_of
 from lightning_gradguard.layout import clean_name
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.policy import require_float, require_int
@@ -63,10 +64,15 @@ def inject(
     damage = _Damage(fault, step, rank, factor)
     owner, _, leaf = name.rpartition(".")
 
-    def on_output(module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG001
+    def on_output(module: nn.Module, args: object, output: object) -> None:  # noqa: ARG001
         # `fit` shards after this function was called, so only now it shows whether the parameter is still the one trained.
-        if output.requires_grad and not (getattr(module, leaf) is target and _takes_hooks(target)):
-            output.register_hook(damage)  # type: ignore[no-untyped-call]
+        if getattr(module, leaf) is target and _takes_hooks(target):
+            return
+        # One tensor of all that it returns: each call of the hook counts as a backward pass.
+        for _, tensor in leaves_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(damage)  # type: ignore[no-untyped-call]
+                return
 
     handles = [model.get_submodule(owner).register_forward_hook(on_output)]
     if _takes_hooks(target):

@@ -28,11 +28,15 @@ HUGE = 1e9
 
 
 class Noted(Callback):
-    """Keeps the losses, and the weights at the end."""
+    """Keeps the losses, and at the end the weights, and the guard that was there: some packages train with copies."""
 
     def __init__(self) -> None:
         self.losses: list[Tensor] = []
         self.weights: dict[str, Tensor] = {}
+        self.guard: GradGuard | None = None
+
+    def __deepcopy__(self, memo: Any) -> Noted:
+        return self
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keep the loss."""
@@ -40,7 +44,8 @@ class Noted(Callback):
         self.losses.append(loss.detach().clone())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        """Keep weights and buffers."""
+        """Keep weights, buffers and guard."""
+        self.guard = next((callback for callback in trainer.callbacks if isinstance(callback, GradGuard)), None)
         self.weights = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
 
 
@@ -102,8 +107,8 @@ def play(training: Training, *others: Callback, guard: GradGuard | None = None, 
     torch.manual_seed(0)
     noted = Noted()
     training.train([noted, *others, *([] if guard is None else [guard])], max_epochs=training.epochs, **trainer)
-    messages = [] if guard is None else [alert.message for alert in guard.alerts]
-    return Played(noted.losses, noted.weights, guard, messages)
+    messages = [] if noted.guard is None else [alert.message for alert in noted.guard.alerts]
+    return Played(noted.losses, noted.weights, noted.guard, messages)
 
 
 def rows_and_messages(name: str, training: Training) -> tuple[list[list[str]], list[str]]:

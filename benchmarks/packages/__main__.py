@@ -21,7 +21,9 @@ from benchmarks.packages.trainings import TRAININGS
 def main() -> None:
     """All packages that are installed."""
     arguments = parser(__doc__)
-    arguments.add_argument("--only", choices=tuple(TRAININGS), action="append", help="some packages; more than once for several")
+    arguments.add_argument(
+        "--only", choices=tuple(TRAININGS), action="append", help="some packages; more than once for several"
+    )
     chosen = arguments.parse_args()
     console = begin(chosen)
     warnings.simplefilter("ignore")

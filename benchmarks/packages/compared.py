@@ -124,7 +124,10 @@ def rows_and_messages(name: str, training: Training) -> tuple[list[list[str]], l
             plain,
             play(training, guard=GradGuard(explosion="stop", nonfinite="stop"), **trainer),
         ),
-        "one NaN, `GradGuard()`": (play(training, Undone(), **trainer), play(training, Damaged(), guard=GradGuard(), **trainer)),
+        "one NaN, `GradGuard()`": (
+            play(training, Undone(), **trainer),
+            play(training, Damaged(), guard=GradGuard(), **trainer),
+        ),
     }
     rows, messages = [], []
     for what, (reference, played) in compared.items():
@@ -152,13 +155,14 @@ def _with_its_own_clipping(name: str, training: Training) -> tuple[list[str], st
     except ValueError as error:
         refused = f"{type(error).__name__}: {error}"
     played = play(training, guard=GradGuard(clip=values[0]), gradient_clip_val=None)
-    return [f"{name}: `GradGuard(clip={values[0]})` in place of its own", *_compared(reference, played)], f"{name}: {refused}"
+    return [
+        f"{name}: `GradGuard(clip={values[0]})` in place of its own",
+        *_compared(reference, played),
+    ], f"{name}: {refused}"
 
 
 def _compared(reference: Played, played: Played) -> list[str]:
-    losses = [
-        not torch.equal(a, b) for a, b in zip(reference.losses, played.losses, strict=False)
-    ]
+    losses = [not torch.equal(a, b) for a, b in zip(reference.losses, played.losses, strict=False)]
     weights = [
         not torch.equal(reference.weights[key], played.weights[key])
         for key in reference.weights.keys() & played.weights.keys()
@@ -166,7 +170,9 @@ def _compared(reference: Played, played: Played) -> list[str]:
     apart = reference.weights.keys() ^ played.weights.keys()
     guard = played.guard
     row = [
-        f"{len(reference.losses)}, {len(played.losses)}" if len(reference.losses) != len(played.losses) else str(len(played.losses)),
+        f"{len(reference.losses)}, {len(played.losses)}"
+        if len(reference.losses) != len(played.losses)
+        else str(len(played.losses)),
         f"{sum(losses)} of {len(losses)}",
         f"{sum(weights) + len(apart)} of {len(weights) + len(apart)}",
     ]

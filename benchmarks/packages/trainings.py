@@ -122,7 +122,9 @@ def chemprop(callbacks: list[Any], **trainer: Any) -> None:
     dataset = data.MoleculeDataset(points)
     scaler = dataset.normalize_targets()
     output = nn.UnscaleTransform.from_standard_scaler(scaler)
-    model = models.MPNN(nn.BondMessagePassing(d_h=32), nn.MeanAggregation(), nn.RegressionFFN(input_dim=32, output_transform=output))
+    model = models.MPNN(
+        nn.BondMessagePassing(d_h=32), nn.MeanAggregation(), nn.RegressionFFN(input_dim=32, output_transform=output)
+    )
     loader = data.build_dataloader(dataset, batch_size=20, num_workers=0, seed=0)
     Trainer(callbacks=callbacks, **{**QUIET, "enable_checkpointing": False, **trainer}).fit(model, loader)
 
@@ -159,7 +161,9 @@ def neuralforecast(callbacks: list[Any], **trainer: Any) -> None:
     random = np.random.default_rng(0)
     days = pd.date_range("2024-01-01", periods=LENGTH)
     frames = [
-        pd.DataFrame({"unique_id": str(number), "ds": days, "y": np.sin(np.arange(LENGTH) / 4) + 0.1 * random.normal(size=LENGTH)})
+        pd.DataFrame(
+            {"unique_id": str(number), "ds": days, "y": np.sin(np.arange(LENGTH) / 4) + 0.1 * random.normal(size=LENGTH)}
+        )
         for number in range(SERIES)
     ]
     steps = trainer.pop("max_epochs")

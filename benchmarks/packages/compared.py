@@ -24,7 +24,7 @@ from lightning_gradguard.trainer.packages import Callback
 
 COLUMNS = ("training", "batches", "losses that differ", "weights that differ", "clipped", "skipped", "alerts")
 BAD_STEP = 100
-HUGE = 1e9
+HUGE, CLOSE = 1e9, 0.05
 
 
 class Noted(Callback):
@@ -124,6 +124,10 @@ def rows_and_messages(name: str, training: Training) -> tuple[list[list[str]], l
             plain,
             play(training, guard=GradGuard(explosion="stop", nonfinite="stop"), **trainer),
         ),
+        f"`GradGuard(clip={CLOSE})`, against `gradient_clip_val={CLOSE}`": (
+            play(training, gradient_clip_val=CLOSE),
+            play(training, guard=GradGuard(clip=CLOSE), **trainer),
+        ),
         "one NaN, `GradGuard()`": (
             play(training, Undone(), **trainer),
             play(training, Damaged(), guard=GradGuard(), **trainer),
@@ -134,31 +138,17 @@ def rows_and_messages(name: str, training: Training) -> tuple[list[list[str]], l
         rows.append([f"{name}: {what}", *_compared(reference, played)])
         messages.extend(f"{name}: {what}: {message}" for message in played.messages)
     if training.sets_clipping:
-        row, message = _with_its_own_clipping(name, training)
-        rows.append(row)
-        messages.append(message)
+        messages.append(f"{name}: {_refusal(training)}")
     return rows, messages
 
 
-def _with_its_own_clipping(name: str, training: Training) -> tuple[list[str], str]:
-    """What a guard that clips says where the package clips, and whether it clips as the package does if that is heeded."""
-    values: list[float] = []
-
-    class Reads(Callback):
-        def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-            values.append(trainer.gradient_clip_val)
-
-    reference = play(training, Reads())
+def _refusal(training: Training) -> str:
+    """What a guard that clips says where the package clips, too."""
     try:
-        play(training, guard=GradGuard(clip=values[0]))
-        refused = "not refused"
+        play(training, guard=GradGuard(clip=HUGE))
     except ValueError as error:
-        refused = f"{type(error).__name__}: {error}"
-    played = play(training, guard=GradGuard(clip=values[0]), gradient_clip_val=None)
-    return [
-        f"{name}: `GradGuard(clip={values[0]})` in place of its own",
-        *_compared(reference, played),
-    ], f"{name}: {refused}"
+        return f"{type(error).__name__}: {error}"
+    return "not refused"
 
 
 def _compared(reference: Played, played: Played) -> list[str]:

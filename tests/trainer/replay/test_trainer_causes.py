@@ -13,6 +13,7 @@ from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
 
 from lightning_gradguard import Explosion, GradGuard, GradientError, GradientWarning, NonFinite
 from lightning_gradguard.forensics.bundle import Bundle
+from lightning_gradguard.forensics.rerun import rerun
 
 
 class Regression(LightningModule):
@@ -209,4 +210,6 @@ def test_weights_of_zero_gradient_are_laid_on_the_zeros_that_go_into_their_layer
     fit(tmp_path, Unfed(), guard, batches=make_batches(21))
     (alert,) = [alert for alert in guard.alerts if alert.step == 19]
     assert "the weight gradient of `static.0` has been exactly zero" in alert.message
-    assert (alert.culprit.cause, alert.culprit.module) == ("input", "static.0")
+    (bundle,) = tmp_path.rglob("*.bundle.pt")
+    for culprit in (alert.culprit, rerun(Unfed(), Bundle.load(bundle)).culprit):
+        assert (culprit.cause, culprit.module) == ("input", "static.0")

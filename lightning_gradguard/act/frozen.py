@@ -42,9 +42,13 @@ class FrozenParameters:
         self._slots = [known.get(id(it)) or _Slot(it) for it in module.parameters() if _is_frozen(it)]
         self._watched = []
 
-    @torch.no_grad()
     def remember(self) -> None:
         """A step begins. A fraction of a microsecond each, a copy of those that move. No sync."""
+        if self._slots:
+            self._remember()
+
+    @torch.no_grad()
+    def _remember(self) -> None:
         self._watched = []
         for slot in self._slots:
             parameter, before = slot.parameter, slot.mark

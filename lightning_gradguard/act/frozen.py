@@ -3,82 +3,165 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.measure.distributed import local_part
 from lightning_gradguard.measure.parameters import is_cut_up
+
+_NUM_TRIALS = 10
+"""Steps in which a parameter is compared with a copy at first. More than one: a momentum encoder equals its student at first,
+and an average of two that are equal changes nothing."""
+
+_PERIOD = 100
+"""Steps after which some are compared once more: an average may set in late."""
+
+_BUDGET = 1 << 27
+"""Bytes of copies that are compared in one step at most."""
 
 
 @dataclass(eq=False)
 class _Slot:
-    """One parameter; `mark` tells whether its values are still those of when it was last remembered.
+    """One parameter.
 
-    `was_watched`: over at least one step. `moves`: it was seen to change within one.
+    Attributes:
+        parameter: whole, or a DTensor, of which a rank restores what it holds.
+        saved: its values from before the step; None: they are not kept.
+        mark: that of the beginning of the step.
+        moves: whether it was seen to change within a step.
+        num_trials: how often it was compared with a copy.
+        differs: whether it did in the running trial, on its device; None: no trial.
     """
 
     parameter: nn.Parameter
-    mark: tuple[int, int] | None = None
-    was_watched: bool = False
-    moves: bool = False
     saved: Tensor | None = None
+    mark: tuple[int, int] = (0, 0)
+    moves: bool = False
+    num_trials: int = 0
+    differs: Tensor | None = None
+
+    def look(self) -> None:
+        """Note whether it has changed since the step began."""
+        if self.moves:
+            return
+        if _mark(self.parameter) != self.mark:
+            self.moves = True
+        elif self.differs is not None and self.saved is not None:
+            self.differs |= (_bits(_values(self.parameter)) != _bits(self.saved)).any()
+
+    def keep(self) -> None:
+        """Take its values down."""
+        values = _values(self.parameter)
+        if self.saved is None or self.saved.shape != values.shape or self.saved.dtype != values.dtype:
+            self.saved = values.clone()
+        else:
+            self.saved.copy_(values)
 
 
+@dataclass(eq=False)
 class FrozenParameters:
     """Remembers the frozen parameters that `training_step` itself changes, as MoCo and BYOL average their teacher there.
 
-    Most never change, and they may be larger than all else (what LoRA adapts). So only those are copied that were seen to
-    change within a step, before each later one; where they are changed between steps there is nothing to put back.
+    Most never change, and they may be larger than all else (what LoRA adapts). So only those are copied before each step that
+    were seen to change within one; where they are changed between steps there is nothing to put back. A version counter
+    shows that, but not a change through `.data`, for which some are copied and compared: all of them in the first
+    ten, and a portion each hundred steps. In these steps they are put back, too.
     """
 
-    def __init__(self) -> None:
-        self._slots: list[_Slot] = []
-        self._watched: list[_Slot] = []
+    _module: nn.Module | None = None
+    _slots: list[_Slot] = field(default_factory=list)
+    _on_trial: list[_Slot] = field(default_factory=list)
+    _num_steps: int = 0
 
     def collect(self, module: nn.Module) -> None:
         """Look for them. What is known of those that stay is kept."""
         known = {id(slot.parameter): slot for slot in self._slots}
+        self._module = module
         self._slots = [known.get(id(it)) or _Slot(it) for it in module.parameters() if _is_frozen(it)]
-        self._watched = []
 
     @torch.no_grad()
     def remember(self) -> None:
-        """A step begins. A fraction of a microsecond each, a copy of those that move. No sync."""
-        self._watched = []
-        for slot in self._slots:
-            parameter, before = slot.parameter, slot.mark
-            slot.mark = _mark(parameter)
-            if parameter.requires_grad:  # an optimizer's by now
-                slot.saved = None
-            elif not slot.moves:
-                if slot.mark != before or not slot.was_watched:
-                    self._watched.append(slot)
-            elif slot.saved is None or slot.saved.shape != parameter.shape or slot.saved.dtype != parameter.dtype:
-                slot.saved = parameter.detach().clone()
-            else:
-                slot.saved.copy_(parameter)
+        """A step begins. A fraction of a microsecond each, a copy of those that move.
 
+        No sync, but for one after a step in which some were compared.
+        """
+        self._end_trial()
+        if self._module is not None and self._num_steps % _PERIOD == 0:
+            self.collect(self._module)  # some may have been frozen since
+        for slot in self._slots:
+            slot.mark = _mark(slot.parameter)
+            if slot.parameter.requires_grad:  # an optimizer's by now
+                slot.saved = None
+            elif slot.moves:
+                slot.keep()
+        self._begin_trial()
+        self._num_steps += 1
+
+    @torch.no_grad()
     def look(self) -> None:
-        """Note which of those that have changed lately change within the step."""
-        for slot in self._watched:
-            slot.was_watched = True
-            slot.moves = slot.moves or _mark(slot.parameter) != slot.mark
+        """Note which change within the step. No sync."""
+        for slot in self._slots:
+            slot.look()
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """What can be put back, and the values."""
+        """What can be put back, and the values. To be asked for without grad mode."""
         for slot in self._slots:
-            saved, parameter = slot.saved, slot.parameter
-            if saved is not None and not parameter.requires_grad and saved.shape == parameter.shape:
-                yield parameter.data, saved
+            if slot.saved is not None and not slot.parameter.requires_grad:
+                target = _values(slot.parameter)
+                if target.shape == slot.saved.shape and target.dtype == slot.saved.dtype:
+                    yield target, slot.saved
+
+    def _begin_trial(self) -> None:
+        resting = [slot for slot in self._slots if not slot.moves and not slot.parameter.requires_grad]
+        if self._num_steps % _PERIOD:
+            resting = [slot for slot in resting if slot.num_trials < _NUM_TRIALS]
+        left = _BUDGET
+        for slot in sorted(resting, key=lambda it: it.num_trials):
+            values = _values(slot.parameter)
+            size = values.numel() * values.element_size()
+            if size <= left and not values.is_meta:
+                left -= size
+                slot.keep()
+                slot.num_trials += 1
+                slot.differs = torch.zeros((), dtype=torch.bool, device=values.device)
+                self._on_trial.append(slot)
+
+    def _end_trial(self) -> None:
+        slots, self._on_trial = self._on_trial, []
+        if not slots:
+            return
+        differ = torch.stack([slot.differs.to(slots[0].differs.device) for slot in slots if slot.differs is not None])
+        for slot, differs in zip(slots, differ.tolist(), strict=True):
+            slot.differs = None
+            slot.moves |= differs
+            if not slot.moves:
+                slot.saved = None
 
 
 def _is_frozen(parameter: nn.Parameter) -> bool:
-    # Subclasses are sharded, quantised or not there yet.
-    is_plain = type(parameter) is nn.Parameter and parameter.layout is torch.strided and not is_cut_up(parameter)
-    return is_plain and not (parameter.requires_grad or parameter.is_inference() or parameter.is_conj())
+    # What FSDP1 and DeepSpeed have cut up is whole at some times and not at others; other subclasses are quantised or not
+    # there yet.
+    if parameter.requires_grad or is_cut_up(parameter) or parameter.is_inference() or parameter.is_conj():
+        return False
+    values = local_part(parameter)
+    return type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided and values.dtype.itemsize in _INTEGERS
+
+
+def _values(parameter: nn.Parameter) -> Tensor:
+    """What this rank holds, with a version counter of its own, so that a graph does not take the parameter for changed."""
+    return local_part(parameter.data)
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
     """Another one after a change in place, and after an assignment to `.data`, which is not counted as one."""
-    return parameter._version, parameter.data_ptr()
+    return parameter._version, local_part(parameter).data_ptr()
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """NaN is equal to itself."""
+    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
+
+
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.act import buffers
+from lightning_gradguard.act import buffers, frozen
 from lightning_gradguard.act.buffers import Buffers
 
 
@@ -149,21 +149,64 @@ def _assigned(parameter):
     parameter.data = parameter.data + 1.0
 
 
-@pytest.mark.parametrize("move", [_in_place, _assigned])
+def _uncounted(parameter):
+    parameter.data.add_(1.0)
+
+
+def _frozen_pair():
+    return nn.ModuleDict({"teacher": nn.Linear(2, 2), "base": nn.Linear(2, 2)}).requires_grad_(False)
+
+
+@pytest.mark.parametrize("move", [_in_place, _assigned, _uncounted])
 @pytest.mark.parametrize("is_selected", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 20])
 @torch.no_grad()
-def test_frozen_parameter_that_a_step_moves_goes_back(move, is_selected):
-    """A teacher, from the second step on; one that never moves is not copied."""
-    module = nn.ModuleDict({"teacher": nn.Linear(2, 2), "base": nn.Linear(2, 2)}).requires_grad_(False)
+def test_frozen_parameter_that_a_step_moves_goes_back(move, is_selected, num_steps):
+    """A teacher, from the first step on; also where no version counter shows it."""
+    module = _frozen_pair()
     kept = Buffers(module=module)
-    for _ in range(2):
+    for _ in range(num_steps):
         kept.remember()
         before = module["teacher"].weight.clone()
         move(module["teacher"].weight)
         kept.look()
     kept.select_(torch.tensor(1.0)) if is_selected else kept.restore_()
     assert torch.equal(module["teacher"].weight, before)
-    assert len(list(kept._frozen.pairs())) == 1
+
+
+@torch.no_grad()
+def test_frozen_parameters_that_never_move_are_not_copied_for_long(monkeypatch):
+    """Nor many at a time."""
+    monkeypatch.setattr(frozen, "_BUDGET", 4 * 6)
+    module = _frozen_pair()
+    module["teacher"].bias.fill_(math.nan)
+    kept = Buffers(module=module)
+    sizes = []
+    for _ in range(60):
+        kept.remember()
+        module["base"].bias.data.add_(1.0)
+        kept.look()
+        sizes.append(sum(saved.numel() for _, saved in kept._frozen.pairs()))
+    assert max(sizes) == 2 + 6  # one that moves, and a portion of the others
+    assert sizes[-1] == 2
+
+
+@torch.no_grad()
+def test_frozen_parameter_that_sets_out_late_is_seen(monkeypatch):
+    """After a hundred steps at the latest; also one that was trained before."""
+    monkeypatch.setattr(frozen, "_PERIOD", 20)
+    module = _frozen_pair()
+    module["base"].requires_grad_(True)
+    kept = Buffers(module=module)
+    for step in range(61):
+        kept.remember()
+        module["base"].requires_grad_(False)
+        before = [it.clone() for it in module.parameters()]
+        for parameter in module.parameters() if step > 15 else []:
+            parameter.data.add_(1.0)
+        kept.look()
+    kept.restore_()
+    assert all(map(torch.equal, module.parameters(), before))
 
 
 @torch.no_grad()
@@ -171,7 +214,7 @@ def test_frozen_parameter_that_moves_between_steps_or_is_trained_by_now_is_left_
     """There is nothing to put back, and what an optimizer has done must stay."""
     module = nn.Linear(2, 2).requires_grad_(False)
     kept = Buffers(module=module)
-    for _ in range(3):
+    for _ in range(20):
         kept.remember()
         kept.look()
         module.weight.add_(1.0)

@@ -43,7 +43,7 @@ class Buffers:
 
     Skipping an optimizer's step undoes nothing of what the forward pass did: one bad batch would stay in the running
     statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. What was
-    registered during a bad step stays. Of any layout and dtype; a buffer that shares its memory is put back as a whole.
+    registered during a bad step stays; where as many went, in their place. Of any layout and dtype; a buffer that shares its memory is put back as a whole.
     The module's frozen parameters are treated in the same way where the forward pass changes them (`FrozenParameters`).
 
     Memory: a copy of each buffer, but for those of 256 MiB and more that were never seen to change. Time: a copy of
@@ -117,8 +117,11 @@ class Buffers:
         """Put back tensors and values, in place. No sync."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
+        renamed = self._renamed()
         for slot in self._slots:
-            if slot.now is not slot.live:
+            if slot in renamed:
+                slot.holder[renamed[slot]] = slot.live
+            if slot.now is not slot.live and (slot not in renamed or self._counts(slot.holder)):
                 slot.holder[slot.name] = slot.live
             if slot.live is None or slot.saved is None:
                 continue
@@ -184,6 +187,29 @@ class Buffers:
                 return True
         return any(list(buffers.keys()) != keys for buffers, keys in self._keys)
 
+    def _renamed(self) -> dict[_Slot, str]:
+        """Buffers that hang under other names by now, and which.
+
+        As of a module whose names count its steps. It goes by the new names, if an attribute of its own has counted on, or
+        the names themselves; so the old tensors hang there again. It goes by the old ones, if it counts in a buffer.
+        """
+        renamed: dict[_Slot, str] = {}
+        for holder, keys in self._keys:
+            if list(holder.keys()) == keys:
+                continue
+            gone = [slot for slot in self._slots if slot.holder is holder and slot.name not in holder]
+            new = [name for name in list(holder.keys()) if name not in keys]
+            if len(gone) == len(new) and all(
+                _is_like(slot.live, holder[name]) for slot, name in zip(gone, new, strict=True)
+            ):
+                renamed |= dict(zip(gone, new, strict=True))
+        return renamed
+
+    def _counts(self, holder: MutableMapping[str, Any]) -> bool:
+        """Whether a counter is among them, which goes back."""
+        values = [slot.live for slot in self._slots if slot.holder is holder and slot.live is not None]
+        return any(value.numel() == 1 and not value.is_floating_point() for value in values)
+
     def _collect(self) -> None:
         known = {(id(slot.holder), slot.name): slot for slot in self._slots}
         holders: list[Any] = [self._given]
@@ -207,6 +233,12 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether it is dense, of a dtype with arithmetic, and no subclass: what one kernel copies together."""
     is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
     return is_dense and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _is_like(before: Tensor | None, now: Tensor | None) -> bool:
+    if before is None or now is None:
+        return before is now
+    return _is_plain(before) and _is_plain(now) and (before.shape, before.dtype) == (now.shape, now.dtype)
 
 
 def _distinct(tensor: Tensor) -> Tensor:

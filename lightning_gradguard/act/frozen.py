@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,8 +12,8 @@ from lightning_gradguard.measure.distributed import local_part
 from lightning_gradguard.measure.parameters import is_cut_up
 
 _NUM_TRIALS = 10
-"""Steps in which a parameter is compared with a copy at first. More than one: a momentum encoder equals its student at first,
-and an average of two that are equal changes nothing."""
+"""Steps in which a parameter is compared with a copy to begin with. More than one: a momentum encoder equals its student at
+first, and an average of two that are equal changes nothing."""
 
 _PERIOD = 100
 """Steps after which some are compared once more: an average may set in late."""
@@ -64,10 +64,10 @@ class _Slot:
 class FrozenParameters:
     """Remembers the frozen parameters that `training_step` itself changes, as MoCo and BYOL average their teacher there.
 
-    Most never change, and they may be larger than all else (what LoRA adapts). So only those are copied before each step that
-    were seen to change within one; where they are changed between steps there is nothing to put back. A version counter
-    shows that, but not a change through `.data`, for which some are copied and compared: all of them in the first
-    ten, and a portion each hundred steps. In these steps they are put back, too.
+    Most never change, and they may be larger than all else (what LoRA adapts). So only those are copied before each step
+    that were seen to change within one; where they are changed between steps there is nothing to put back. A version counter
+    shows a change, but not one through `.data`. So all are copied and compared in their first steps, as many at a time as
+    `_BUDGET` allows, and some every hundred steps from then on; in these steps they are put back, too.
     """
 
     _module: nn.Module | None = None
@@ -132,8 +132,7 @@ class FrozenParameters:
         slots, self._on_trial = self._on_trial, []
         if not slots:
             return
-        differ = torch.stack([slot.differs.to(slots[0].differs.device) for slot in slots if slot.differs is not None])
-        for slot, differs in zip(slots, differ.tolist(), strict=True):
+        for slot, differs in zip(slots, _to_host([slot.differs for slot in slots]), strict=True):
             slot.differs = None
             slot.moves |= differs
             if not slot.moves:
@@ -157,6 +156,13 @@ def _values(parameter: nn.Parameter) -> Tensor:
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
     """Another one after a change in place, and after an assignment to `.data`, which is not counted as one."""
     return parameter._version, local_part(parameter).data_ptr()
+
+
+def _to_host(flags: Sequence[Tensor | None]) -> list[bool]:
+    """A sync."""
+    present = [flag for flag in flags if flag is not None]
+    together: list[bool] = torch.stack([flag.to(present[0].device) for flag in present]).tolist()
+    return together
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -141,6 +141,46 @@ def test_remember_follows_a_buffer_that_takes_anothers_place():
     assert module.other.item() == 0.0
 
 
+class _Renaming(nn.Module):
+    """Keeps an average under a name that counts; `where` says what it goes by: a number of its own, a buffer, or the name."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.number = where, 0
+        self.register_buffer("mean_0", torch.zeros(2))
+        if where == "buffer":
+            self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        if self.where == "name":
+            (name,) = self._buffers
+            number = int(name[5:])
+        else:
+            number = int(self.count) if self.where == "buffer" else self.number
+        self.register_buffer(f"mean_{number + 1}", getattr(self, f"mean_{number}") + x)
+        delattr(self, f"mean_{number}")
+        self.number += 1
+        if self.where == "buffer":
+            self.count += 1
+        return getattr(self, f"mean_{number + 1}")
+
+
+@pytest.mark.parametrize("where", ["attribute", "buffer", "name"])
+def test_restore_buffer_that_has_another_name_by_now_goes_on_from_its_value(where):
+    """Whichever name the module asks for next."""
+    module = _Renaming(where)
+    kept = Buffers(module=module)
+    for x in (1.0, 2.0):
+        kept.remember()
+        module(x)
+    kept.remember()
+    module(math.nan)
+    kept.restore_()
+    kept.remember()
+    assert module(4.0).tolist() == [7.0, 7.0]
+    assert len(module._buffers) == (2 if where == "buffer" else 1)
+
+
 def _in_place(parameter):
     parameter.add_(1.0)
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_gradguard import GradGuard
+from lightning_gradguard import Explosion, GradGuard
 
 FEATURES, BATCH, LATE = 4, 8, 1
 
@@ -55,7 +55,7 @@ class Marked(LightningModule):
     def _leave_marks(self, x: Tensor, batch_idx: int) -> None:
         self.center = 0.9 * self.center + x.mean(0)
         self.sparse = (1.5 * self.sparse).coalesce()
-        self.nested = self.nested * 2.0
+        self.nested = 0.9 * self.nested
         self.expanded[0] += x.mean()
         if batch_idx == LATE:
             self.register_buffer("late", torch.zeros(2))
@@ -81,8 +81,15 @@ class Marked(LightningModule):
         optimizer = torch.optim.AdamW(self.body.parameters(), lr=0.01)
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"}]
 
+    def on_train_start(self) -> None:
+        """Keep all of it."""
+        self._note()
+
     def on_train_batch_end(self, *_: Any) -> None:
         """Keep all of it."""
+        self._note()
+
+    def _note(self) -> None:
         state = self.trainer.optimizers[0].state_dict()["state"]
         values = {**dict(self.named_parameters()), **dict(self.named_buffers(remove_duplicate=False))}
         for number, entries in state.items():
@@ -135,10 +142,23 @@ def skipped(
     generator = torch.Generator().manual_seed(1 + distributed.get_rank())
     batches = [torch.randn(BATCH, FEATURES, generator=generator) for _ in range(num_batches)]
     trainer.fit(module, DataLoader(batches, batch_size=None))
-    ends = module.after[accumulate - 1 :: accumulate]
+    ends = module.after[::accumulate]
     return {
         "num_skipped": guard.num_skipped,
         "changed": [_changed(one, two) for one, two in zip(ends, ends[1:], strict=False)],
         "rate": trainer.optimizers[0].param_groups[0]["lr"],
         "weights": _plain(module.body.weight).flatten().tolist() if mode != "fsdp2" else [],
     }
+
+
+SKIPS: dict[str, Callable[[], Any]] = {
+    "skip-ddp": lambda: skipped("ddp", {4: "nan"}),
+    "skip-ddp-first": lambda: skipped("ddp", {0: "loss"}, bad_rank=0, num_batches=3),
+    "skip-fsdp2": lambda: skipped("fsdp2", {4: "nan"}),
+    "skip-ddp-window": lambda: skipped(
+        "ddp", {20: "scale"}, num_batches=24, accumulate=2, explosion=Explosion("skip", warmup_steps=6)
+    ),
+    "skip-fsdp2-window": lambda: skipped(
+        "fsdp2", {41: "scale"}, num_batches=48, accumulate=4, explosion=Explosion("skip", warmup_steps=6)
+    ),
+}

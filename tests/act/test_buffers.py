@@ -142,7 +142,7 @@ def test_remember_follows_a_buffer_that_takes_anothers_place():
 
 
 class _Renaming(nn.Module):
-    """Keeps an average under a name that counts; `where` says what it goes by: a number of its own, a buffer, or the name."""
+    """Keeps an average under a name that counts; `where` says what it goes by."""
 
     def __init__(self, where):
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import tempfile
 from collections.abc import Callable
@@ -17,15 +18,16 @@ from torch.utils.data import DataLoader
 from lightning_gradguard import Explosion, GradGuard
 
 FEATURES, BATCH, LATE = 4, 8, 1
+SHORT = Explosion("skip", warmup_steps=6)
 
 
 class Marked(LightningModule):
     """A regression whose forward pass leaves its mark in buffers of each kind, and in two frozen teachers.
 
     Args:
-        bad: batches that are spoiled, and how: "nan" in the gradients of one rank, "loss" in the loss of one rank, "scale"
-            for inputs times 1e4 on one rank.
-        bad_rank: which.
+        bad: batches that are spoiled, and how: "nan" in the gradients, "loss" in the loss, "scale" for inputs times 1e4.
+        bad_rank: the rank on which they are.
+        is_sharded: whether by FSDP2.
     """
 
     _ddp_params_and_buffers_to_ignore = ("nested", "sparse", "expanded")  # DDP can't send these
@@ -61,12 +63,9 @@ class Marked(LightningModule):
             self.register_buffer("late", torch.zeros(2))
         if batch_idx > LATE:
             self.late += x.sum()
-        for teacher in (self.teacher, self.other):
-            for old, new in zip(teacher.parameters(), self.body.parameters(), strict=True):
-                if teacher is self.teacher:
-                    old.lerp_(new, 0.1)
-                else:
-                    old.data.mul_(0.9).add_(0.1 * new.data)
+        for old, other, new in zip(self.teacher.parameters(), self.other.parameters(), self.body.parameters(), strict=True):
+            old.lerp_(new, 0.1)
+            other.data.mul_(0.9).add_(0.1 * new.data)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         """Mean squared error, spoiled where asked for."""
@@ -145,9 +144,8 @@ def skipped(
     ends = module.after[::accumulate]
     return {
         "num_skipped": guard.num_skipped,
-        "changed": [_changed(one, two) for one, two in zip(ends, ends[1:], strict=False)],
+        "changed": [_changed(one, two) for one, two in itertools.pairwise(ends)],
         "rate": trainer.optimizers[0].param_groups[0]["lr"],
-        "weights": _plain(module.body.weight).flatten().tolist() if mode != "fsdp2" else [],
     }
 
 
@@ -155,10 +153,6 @@ SKIPS: dict[str, Callable[[], Any]] = {
     "skip-ddp": lambda: skipped("ddp", {4: "nan"}),
     "skip-ddp-first": lambda: skipped("ddp", {0: "loss"}, bad_rank=0, num_batches=3),
     "skip-fsdp2": lambda: skipped("fsdp2", {4: "nan"}),
-    "skip-ddp-window": lambda: skipped(
-        "ddp", {20: "scale"}, num_batches=24, accumulate=2, explosion=Explosion("skip", warmup_steps=6)
-    ),
-    "skip-fsdp2-window": lambda: skipped(
-        "fsdp2", {41: "scale"}, num_batches=48, accumulate=4, explosion=Explosion("skip", warmup_steps=6)
-    ),
+    "skip-ddp-window": lambda: skipped("ddp", {20: "scale"}, num_batches=24, accumulate=2, explosion=SHORT),
+    "skip-fsdp2-window": lambda: skipped("fsdp2", {41: "scale"}, num_batches=48, accumulate=4, explosion=SHORT),
 }

@@ -78,7 +78,7 @@ _MOVING = {"center", "nested", "sparse", "expanded", "share.seen", "teacher.weig
     ],
 )
 def test_skipped_step_leaves_all_as_it_was_on_each_rank(scenario, bad, rate, played):
-    """Buffers of all kinds, teachers, weights, the optimizer's state, though one rank alone was bad; the next step goes on."""
+    """Buffers of all kinds, teachers, weights, the optimizer's state, though one rank alone was bad; the next goes on."""
     for rank in played(scenario):
         assert rank["num_skipped"] == 1
         assert rank["changed"][bad] == []

@@ -42,10 +42,10 @@ class Buffers:
     """Remembers all buffers before a step, and puts them back: values, and the tensors where others were assigned.
 
     Skipping an optimizer's step undoes nothing of what the forward pass did: one bad batch would stay in the running
-    statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. Names that were
-    registered during a bad step stay; where as many went, those that went hang under the new ones. Of any layout and dtype;
-    a buffer that shares its memory is put back as a whole. The module's frozen parameters are treated in the same way where
-    the forward pass changes them (`FrozenParameters`).
+    statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. Names that
+    were registered during a bad step stay; where as many went, those buffers hang under the new names. Of any layout and
+    dtype; a buffer that shares its memory is put back as a whole. The module's frozen parameters are treated in the same way
+    where the forward pass changes them (`FrozenParameters`).
 
     Memory: a copy of each buffer, but for those of 256 MiB and more that were never seen to change. Time: a copy of
     each buffer of up to 2^20 elements a step, of larger ones after a change.
@@ -200,10 +200,9 @@ class Buffers:
                 continue
             gone = [slot for slot in self._slots if slot.holder is holder and slot.name not in holder]
             new = [name for name in list(holder.keys()) if name not in keys]
-            if len(gone) == len(new) and all(
-                _is_like(slot.live, holder[name]) for slot, name in zip(gone, new, strict=True)
-            ):
-                renamed |= dict(zip(gone, new, strict=True))
+            pairs = list(zip(gone, new, strict=False))
+            if len(gone) == len(new) and all(_is_like(slot.live, holder[name]) for slot, name in pairs):
+                renamed |= dict(pairs)
         return renamed
 
     def _counts(self, holder: MutableMapping[str, Any]) -> bool:

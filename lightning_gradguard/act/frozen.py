@@ -51,13 +51,13 @@ class _Slot:
         elif self.differs is not None and self.saved is not None:
             self.differs |= (_bits(_values(self.parameter)) != _bits(self.saved)).any()
 
-    def keep(self) -> None:
-        """Take its values down."""
+    def keep(self) -> tuple[Tensor, Tensor] | None:
+        """Take its values down, or say where they are to be copied to, and from where."""
         values = _values(self.parameter)
-        if self.saved is None or self.saved.shape != values.shape or self.saved.dtype != values.dtype:
-            self.saved = values.clone()
-        else:
-            self.saved.copy_(values)
+        if self.saved is not None and self.saved.shape == values.shape and self.saved.dtype == values.dtype:
+            return self.saved, values
+        self.saved = values.clone()
+        return None
 
 
 @dataclass(eq=False)
@@ -90,12 +90,15 @@ class FrozenParameters:
         self._end_trial()
         if self._module is not None and self._num_steps % _PERIOD == 0:
             self.collect(self._module)  # some may have been frozen since
+        pairs = []
         for slot in self._slots:
             slot.mark = _mark(slot.parameter)
             if slot.parameter.requires_grad:  # an optimizer's by now
                 slot.saved = None
-            elif slot.moves:
-                slot.keep()
+            elif slot.moves and (pair := slot.keep()) is not None:
+                pairs.append(pair)
+        if pairs:
+            torch._foreach_copy_([saved for saved, _ in pairs], [values for _, values in pairs])
         self._begin_trial()
         self._num_steps += 1
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from toys import FEATURES, Net, Snapshots, fit, make_batches, make_trainer, same
 
-from lightning_gradguard import GradGuard, GradientWarning
+from lightning_gradguard import Explosion, GradGuard, GradientWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -42,6 +42,19 @@ class Normalised(Net):
         return copy.deepcopy({**self.state_dict(), **{f"{k}.{n}": v for k, s in states.items() for n, v in s.items()}})
 
 
+class Taught(Normalised):
+    """A frozen teacher beside, an average of the network."""
+
+    def __init__(self, faults=None, **arguments):
+        super().__init__(faults, **arguments)
+        self.teacher = copy.deepcopy(self.body).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        for old, new in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
+            old.data = 0.9 * old.data + 0.1 * (new.detach() + 1.0)
+        return super().training_step(batch, batch_idx)
+
+
 def equal(a, b):
     """Whether two of these are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key].to_dense(), b[key].to_dense()) for key in a)
@@ -57,13 +70,24 @@ def test_skipped_step_leaves_all_buffers_as_they_were(fault, tmp_path):
     assert not equal(net.after[6], net.after[5])
 
 
-def test_step_skipped_as_an_explosion_leaves_running_statistics_as_they_were(tmp_path):
-    """One batch x 1e4 would leave a variance of 1e7."""
-    net = Normalised(scale=[30])
-    guard = GradGuard(explosion="skip")
-    fit(tmp_path, net, guard, batches=make_batches(32))
-    assert [alert.step for alert in guard.alerts if alert.action == "skip"] == [30]
-    assert equal(net.after[30], net.after[29])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_step_skipped_as_an_explosion_leaves_all_as_it_was(accumulate, tmp_path):
+    """One batch x 1e4 would leave a variance of 1e7. Schedulers go on."""
+
+    class Scheduled(Taught):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"}]
+
+    first = 8 * accumulate
+    net = Scheduled(scale=[first + accumulate // 2])
+    guard = GradGuard(explosion=Explosion("skip", warmup_steps=6))
+    fit(tmp_path, net, guard, batches=make_batches(first + 2 * accumulate), accumulate_grad_batches=accumulate)
+    assert [alert.step for alert in guard.alerts if alert.action == "skip"] == [8]
+    last = first + accumulate - 1
+    assert equal(net.after[last], net.after[first - 1])
+    assert not any(torch.equal(net.after[-1][key], net.after[last][key]) for key in ("body.weight", "teacher.weight"))
+    assert net.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.9**10)
 
 
 @pytest.mark.parametrize("bad", [6, 7])
@@ -152,17 +176,6 @@ def test_second_step_of_a_batch_that_is_skipped_keeps_what_the_first_has_done(tm
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_teacher_that_the_skipped_step_has_moved_goes_back(accumulate, tmp_path):
     """As those of MoCo and BYOL, which `training_step` averages; also by assignment to `.data`."""
-
-    class Taught(Normalised):
-        def __init__(self, faults):
-            super().__init__(faults)
-            self.teacher = copy.deepcopy(self.body).requires_grad_(False)
-
-        def training_step(self, batch, batch_idx):
-            for old, new in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
-                old.data = 0.9 * old.data + 0.1 * (new.detach() + 1.0)
-            return super().training_step(batch, batch_idx)
-
     net = Taught({5: "nan"})
     fit(tmp_path, net, GradGuard(), batches=make_batches(8), accumulate_grad_batches=accumulate)
     assert equal(net.after[5], net.after[5 - accumulate])

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.act.frozen import FrozenParameters
 
@@ -94,7 +95,7 @@ class Buffers:
             now = slot.now
             is_same = now is slot.live
             slot.live = now
-            if now is None or (is_same and _is_untouched(slot, now)):
+            if now is None or is_lazy(now) or (is_same and _is_untouched(slot, now)):
                 continue
             if not is_same and slot.saved is None and _num_bytes(now) >= _HUGE:
                 slot.version = now._version
@@ -128,11 +129,13 @@ class Buffers:
                 continue
             # Not counted as a change in place: a graph that is still to be run backward may hold the buffer.
             target = _distinct(slot.live.data)
-            if _is_plain(target) and target.shape == slot.saved.shape:
+            if not _is_plain(target):
+                _write_back(slot, target)
+            elif target.shape == slot.saved.shape:
                 targets.append(target)
                 sources.append(slot.saved)
-            else:
-                _write_back(slot, target)
+            else:  # it was resized in place
+                slot.holder[slot.name] = slot.saved.clone()
         for target, saved in self._frozen.pairs():
             targets.append(target)
             sources.append(saved)
@@ -268,5 +271,5 @@ def _write_back(slot: _Slot, target: Tensor) -> None:
     assert slot.saved is not None
     try:
         target.copy_(slot.saved)
-    except (RuntimeError, NotImplementedError):  # another shape by now, or a layout that can't be written to
+    except (RuntimeError, NotImplementedError):  # a layout that can't be written to
         slot.holder[slot.name] = slot.saved.clone()

@@ -42,14 +42,15 @@ class _Slot:
     num_trials: int = 0
     differs: Tensor | None = None
 
-    def look(self) -> None:
-        """Note whether it has changed since the step began."""
-        if self.moves:
-            return
-        if _mark(self.parameter) != self.mark:
-            self.moves = True
-        elif self.differs is not None and self.saved is not None:
-            self.differs |= (_bits(_values(self.parameter)) != _bits(self.saved)).any()
+    def compare(self) -> None:
+        """Note whether it differs from its copy. No sync."""
+        assert self.saved is not None
+        assert self.differs is not None
+        now, before = _bits(_values(self.parameter)), _bits(self.saved)
+        if now.device.type == "cpu":  # where nothing has to be waited for
+            self.moves = not torch.equal(now, before)
+        else:
+            self.differs |= (now != before).any()
 
     def keep(self) -> tuple[Tensor, Tensor] | None:
         """Take its values down, or say where they are to be copied to, and from where."""
@@ -106,7 +107,11 @@ class FrozenParameters:
     def look(self) -> None:
         """Note which change within the step. No sync."""
         for slot in self._slots:
-            slot.look()
+            if slot.moves:
+                continue
+            slot.moves = _mark(slot.parameter) != slot.mark
+            if slot.differs is not None and not slot.moves:
+                slot.compare()
 
     def pairs(self) -> Iterator[tuple[Tensor, Tensor]]:
         """What can be put back, and the values. To be asked for without grad mode."""
@@ -145,10 +150,10 @@ class FrozenParameters:
 def _is_frozen(parameter: nn.Parameter) -> bool:
     # What FSDP1 and DeepSpeed have cut up is whole at some times and not at others; other subclasses are quantised or not
     # there yet.
-    if parameter.requires_grad or is_cut_up(parameter) or parameter.is_inference() or parameter.is_conj():
-        return False
     values = local_part(parameter)
-    return type(values) in (Tensor, nn.Parameter) and values.layout is torch.strided and values.dtype.itemsize in _INTEGERS
+    if type(values) not in (Tensor, nn.Parameter) or values.layout is not torch.strided or is_cut_up(parameter):
+        return False
+    return not (parameter.requires_grad or values.is_inference() or values.is_conj()) and values.dtype.itemsize in _INTEGERS
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
@@ -158,7 +163,8 @@ def _values(parameter: nn.Parameter) -> Tensor:
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
     """Another one after a change in place, and after an assignment to `.data`, which is not counted as one."""
-    return parameter._version, local_part(parameter).data_ptr()
+    whole = type(parameter) is nn.Parameter
+    return parameter._version, (parameter if whole else local_part(parameter)).data_ptr()
 
 
 def _to_host(flags: Sequence[Tensor | None]) -> list[bool]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.measure.distributed import local_part
 
@@ -20,10 +21,11 @@ def find_nonfinite(named: Iterable[tuple[str, Tensor]], *, may_be_infinite: bool
     The extremes of a tensor are NaN where an element is; unlike a sum they can't overflow.
 
     Args:
-        named: tensors by name; those of whole numbers, and empty ones, are passed over.
+        named: tensors by name; those of whole numbers, empty ones, and those of lazy modules that have no values yet, are
+            passed over.
         may_be_infinite: whether infinities are in order, as in the buffer of an attention mask.
     """
-    local = [(name, _readable(local_part(tensor.detach()))) for name, tensor in named]
+    local = [(name, _readable(local_part(tensor.detach()))) for name, tensor in named if not is_lazy(tensor)]
     floats = [(name, tensor) for name, tensor in local if tensor is not None and tensor.numel()]
     if not floats:
         return []

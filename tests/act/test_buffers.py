@@ -57,13 +57,27 @@ def test_restore_buffer_set_to_none_and_one_that_was_none():
     assert module.unset is None
 
 
-def test_restore_buffer_of_another_shape_by_now_is_replaced():
-    """Nothing can be written into it."""
-    module = Holder(torch.arange(3.0))
+@pytest.mark.parametrize("before", [torch.arange(3.0), torch.ones(1)], ids=["other", "one that could be repeated"])
+def test_restore_buffer_of_another_shape_by_now_is_replaced(before):
+    """Nothing can be written into it. Observers of quantisation begin with one element, and resize it."""
+    module = Holder(before.clone())
     kept = Buffers(module=module)
     module.buffer.resize_(7)
     kept.restore_()
-    assert module.buffer.tolist() == [0.0, 1.0, 2.0]
+    assert torch.equal(module.buffer, before)
+
+
+def test_buffers_of_lazy_modules_are_kept_from_the_first_step_on_that_they_have_a_shape_in():
+    """Before it there is nothing to copy."""
+    module = nn.LazyBatchNorm1d(affine=False)
+    kept = Buffers(module=module)
+    module(torch.randn(4, 2))
+    kept.restore_()
+    kept.remember()
+    mean = module.running_mean.clone()
+    module(torch.randn(4, 2))
+    kept.restore_()
+    assert torch.equal(module.running_mean, mean)
 
 
 @pytest.mark.parametrize(

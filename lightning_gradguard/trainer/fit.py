@@ -197,6 +197,8 @@ class Fit:
             self._last_guard = guard
             self._incidents.look_back(optimizer, guard)
             self._skipped.show(guard.hand_over_taken())
+        if self._scaled_clipping is not None and guard.outcome is not None:
+            self._scaled_clipping.note(guard.outcome.measurement)
         if guard.stopped_by is not None:
             request_stop(self._trainer)
         guard.leave()

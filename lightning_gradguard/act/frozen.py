@@ -28,7 +28,7 @@ class _Slot:
 
     Attributes:
         parameter: whole, or a DTensor, of which a rank restores what it holds.
-        saved: its values from before the step; None: they are not kept.
+        saved: the bits of its values from before the step; None: they are not kept.
         mark: that of the beginning of the step.
         moves: whether it was seen to change within a step.
         num_trials: how often it was compared with a copy.
@@ -46,11 +46,11 @@ class _Slot:
         """Note whether it differs from its copy. No sync."""
         assert self.saved is not None
         assert self.differs is not None
-        now, before = _bits(_values(self.parameter)), _bits(self.saved)
+        now = _values(self.parameter)
         if now.device.type == "cpu":  # where nothing has to be waited for
-            self.moves = not torch.equal(now, before)
+            self.moves = not torch.equal(now, self.saved)
         else:
-            self.differs |= (now != before).any()
+            self.differs |= (now != self.saved).any()
 
     def keep(self) -> tuple[Tensor, Tensor] | None:
         """Take its values down, or say where they are to be copied to, and from where."""
@@ -153,12 +153,18 @@ def _is_frozen(parameter: nn.Parameter) -> bool:
     values = local_part(parameter)
     if type(values) not in (Tensor, nn.Parameter) or values.layout is not torch.strided or is_cut_up(parameter):
         return False
-    return not (parameter.requires_grad or values.is_inference() or values.is_conj()) and values.dtype.itemsize in _INTEGERS
+    # A view of the bits of a quantised tensor ends the process.
+    is_odd = values.is_quantized or values.is_nested or values.is_conj() or values.is_neg() or values.is_inference()
+    return not (parameter.requires_grad or is_odd) and values.dtype.itemsize in _INTEGERS
 
 
 def _values(parameter: nn.Parameter) -> Tensor:
-    """What this rank holds, with a version counter of its own, so that a graph does not take the parameter for changed."""
-    return local_part(parameter.data)
+    """What this rank holds, as whole numbers of the same bits: all of them can be copied, and NaN is equal to itself.
+
+    With a version counter of its own, so that a graph does not take the parameter for changed.
+    """
+    local = local_part(parameter.data)
+    return local.view(_INTEGERS[local.dtype.itemsize])
 
 
 def _mark(parameter: nn.Parameter) -> tuple[int, int]:
@@ -172,11 +178,6 @@ def _to_host(flags: Sequence[Tensor | None]) -> list[bool]:
     present = [flag for flag in flags if flag is not None]
     together: list[bool] = torch.stack([flag.to(present[0].device) for flag in present]).tolist()
     return together
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """NaN is equal to itself."""
-    return tensor.view(_INTEGERS[tensor.dtype.itemsize])
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

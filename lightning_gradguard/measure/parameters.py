@@ -132,7 +132,13 @@ def _is_unshaped(parameter: Parameter) -> bool:
 
 def _split(named: list[tuple[str, Parameter]]) -> tuple[list[Parameter], Layout]:
     tensors = [parameter for _, parameter in named]
-    return tensors, Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in tensors))
+    return tensors, Layout.of((name for name, _ in named), map(_shape, tensors))
+
+
+def _shape(parameter: Parameter) -> tuple[int, ...]:
+    if isinstance(parameter, torch.Tensor) and parameter.is_nested:  # of several shapes
+        return (parameter.numel(),)
+    return tuple(parameter.shape)
 
 
 def _check(entry: object) -> tuple[str, Parameter]:

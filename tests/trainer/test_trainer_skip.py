@@ -55,6 +55,23 @@ class Taught(Normalised):
         return super().training_step(batch, batch_idx)
 
 
+class Packed(torch.Tensor):
+    """Stands for real numbers and answers to few operators, as weights that are quantised for LoRA."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.clone, torch.ops.aten._to_copy):
+            return cls(func(args[0].values))
+        raise NotImplementedError(func)
+
+
 def equal(a, b):
     """Whether two of these are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key].to_dense(), b[key].to_dense()) for key in a)
@@ -192,14 +209,22 @@ def test_teacher_that_the_skipped_step_has_moved_goes_back(accumulate, tmp_path)
         ),
         lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.ones(2).to(torch.float8_e4m3fn),
+        lambda: Packed(torch.ones(2, 2, dtype=torch.int8)),
     ],
-    ids=["conj", "negated", "quantised", "float zero points", "nested"],
+    ids=["conj", "negated", "quantised", "float zero points", "nested", "sparse", "fp8", "packed"],
 )
+@pytest.mark.parametrize("is_parameter", [False, True])
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*quantized")
-def test_module_with_odd_buffers_trains_and_its_bad_step_is_replayed(make, tmp_path):
+def test_module_with_odd_buffers_or_frozen_parameters_trains_and_its_bad_step_is_replayed(make, is_parameter, tmp_path):
     """Each of these ended the training, the process, or the search for the culprit."""
     net = Normalised({5: "nan_loss"})
-    net.register_buffer("odd", make(), persistent=False)
+    if is_parameter:
+        net.odd = nn.Parameter(make(), requires_grad=False)
+        net.everything = lambda: {name: value.clone() for name, value in net.state_dict().items() if name != "odd"}
+    else:
+        net.register_buffer("odd", make(), persistent=False)
     guard = GradGuard()
     fit(tmp_path, net, guard, batches=make_batches(7))
     assert guard.num_skipped == 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import wraps
 from typing import Any, ParamSpec
@@ -14,17 +13,19 @@ from lightning_gradguard.act.base import Executor
 from lightning_gradguard.act.choice import executor_for
 from lightning_gradguard.act.closures import InClosure
 from lightning_gradguard.act.gate import Gate
+from lightning_gradguard.act.on_host import OnHost
 from lightning_gradguard.act.pending import PendingStep
 from lightning_gradguard.alert import Alert, Culprit
 from lightning_gradguard.clippers import Grouped
 from lightning_gradguard.environment import Environment
-from lightning_gradguard.judge.judge import Judge, Judgement
+from lightning_gradguard.fast_path import FastPath
+from lightning_gradguard.judge.judge import NOTHING_FOUND, Judge, Judgement
 from lightning_gradguard.measure.parameters import WatchedParameters
 from lightning_gradguard.measure.scaling import LossScaling
 from lightning_gradguard.measure.shards import Parameter
 from lightning_gradguard.measure.step import StepMeter
 from lightning_gradguard.policy import Action
-from lightning_gradguard.record import Decision, Measurement, Outcome, Position, Record, Totals
+from lightning_gradguard.record import Measurement, Outcome, Position, Record, Totals
 from lightning_gradguard.report.alerting import INVESTIGATED
 from lightning_gradguard.report.raised import Raised, alert_of
 from lightning_gradguard.report.reporter import DecidedStep, Reporter
@@ -32,9 +33,6 @@ from lightning_gradguard.saved_state import VERSION, mended_guard_state
 from lightning_gradguard.settings import Settings
 
 _Args = ParamSpec("_Args")
-
-_APPLIED = Judgement(math.inf, (), Decision())
-"""Nothing was found, so the step is applied."""
 
 
 def _without_grad(method: Callable[_Args, None]) -> Callable[_Args, None]:
@@ -72,8 +70,7 @@ class Pipeline:
             scaling = LossScaling(scaler, optimizer)
         if isinstance(settings.clipper, Grouped):
             settings.clipper.check(parameters.model_names)
-        self._logged = settings.logged(environment.log_every_n_steps)
-        self._meter = StepMeter(parameters, scaling, self._logged)
+        self._meter = StepMeter(parameters, scaling, settings.logged(environment.log_every_n_steps))
         self._parameters = parameters
         self._detectors = settings.detectors
         self._gate = Gate(parameters, settings.clipper, environment.buffers, uses_scaler=scaling is not None)
@@ -92,6 +89,8 @@ class Pipeline:
         waits = isinstance(self._executor, InClosure) or self._executor.wants_threshold
         self._can_defer = environment.can_defer and not waits and not self._reporter.wants_every_step
         self._judge = Judge(settings.detectors, can_defer=self._can_defer)
+        is_on_host = scaling is None and isinstance(self._executor, OnHost)
+        self._fast_path = FastPath(self._meter, self._judge, self._gate, self._reporter, is_possible=is_on_host)
         self._investigate = environment.investigate
         self._pending: PendingStep | None = None
         self.outcome: Outcome | None = None
@@ -154,8 +153,7 @@ class Pipeline:
 
         A collective if there are several ranks, unless `is_alone`.
         """
-        action = self._judge.damage_action
-        if action is None:
+        if (action := self._judge.damage_action) is None:
             return None
         alert = alert_of(position, raised, action)
         return self._reporter.tell_exception(alert, position, self._parameters.layout, is_alone=is_alone)
@@ -164,13 +162,20 @@ class Pipeline:
         """Tell of an exception of which another rank has made an alert."""
         self._reporter.tell_exception(alert, position, self._parameters.layout, is_archived=True)
 
-    @_without_grad
     def decide(self, position: Position | None = None) -> None:
         """The step: measure, judge, act, report; `leave` has to follow. `Guard.step` says more.
 
         Raises:
             GradientError: where the action is "raise"; the step is not applied.
         """
+        outcome = None if self._raised is not None else self._fast_path.decide(position)
+        if outcome is not None:
+            self.outcome = outcome
+        else:
+            self._decide(position)
+
+    @_without_grad
+    def _decide(self, position: Position | None) -> None:
         if isinstance(self._executor, InClosure) and self._executor.note_evaluation() and self.last is not None:
             self._evaluate_again(self.last)
             return
@@ -179,7 +184,7 @@ class Pipeline:
         updates = self._meter.read_update_()
         self._gate.open()
         position = position or Position(step=self.num_steps, log_step=self.num_steps)
-        histogram_is_due = self._logged.histogram_is_due(position.log_step)
+        histogram_is_due = self._meter.logged.histogram_is_due(position.log_step)
         has_raised = self._raised is not None
         step = self._meter.measure(position, updates, with_histogram=histogram_is_due, owns_losses=has_raised)
         # What the device compares with. The first step is the host's, since it has to return a record.
@@ -188,24 +193,25 @@ class Pipeline:
         pending = self._executor.begin_(step, self._judge.skip_threshold() if knows_threshold else None)
         if pending.is_left_to_device and has_last:
             self._pending = pending
-            self._watch_update()
+            self._meter.start_(with_update=self._judge.needs_update())
             return
         is_wanted = histogram_is_due or has_raised or not has_last or self._reporter.is_due(position)
         self._conclude(pending, can_defer=self._can_defer and not is_wanted)
+        self._fast_path.look_ahead(position)
 
     def leave(self) -> None:
         """Take an optimizer that is not torch's out of a bad step that it is inside of, by an exception."""
         self._executor.leave()
-        self._knows_stop = self.stopped_by is not None
+        self._knows_stop = self._reporter.stopped_by is not None
 
     def _conclude(self, pending: PendingStep, *, is_repeated: bool = False, can_defer: bool = False) -> None:
         """Judge a measured step, carry out what is decided, and tell."""
         measurement = pending.read()
         if can_defer and self._judge.defer(measurement):
-            clipped = self._executor.finish_(pending, measurement, _APPLIED.decision)
+            clipped = self._executor.finish_(pending, measurement, NOTHING_FOUND.decision)
             self.outcome = Outcome(pending.position, measurement)
-            self._watch_update()
-            self._reporter.note(DecidedStep(pending.position, measurement, _APPLIED, clipped.coef, clipped.norm))
+            self._meter.start_(with_update=self._judge.needs_update())
+            self._reporter.note(DecidedStep(pending.position, measurement, NOTHING_FOUND, clipped.coef, clipped.norm))
             return
         judgement = self._judge.judge(measurement, is_repeated=is_repeated)
         raised, self._raised = self._raised, None
@@ -216,7 +222,7 @@ class Pipeline:
         has_finding = any(verdict is not None for verdict in judgement.found)
         self.outcome = Outcome(pending.position, measurement, judgement.decision.skip, has_finding)
         if not pending.is_left_to_device and not judgement.decision.skip:
-            self._watch_update()
+            self._meter.start_(with_update=self._judge.needs_update())
         counts = self._gate.histogram(pending, measurement, judgement.decision)
         histograms = self._meter.histograms(counts, pending.present)
         step = DecidedStep(pending.position, measurement, judgement, clipped.coef, clipped.norm, culprit, histograms)
@@ -283,12 +289,6 @@ class Pipeline:
         self._gate.skip_()
         self._meter.forget()
         return True
-
-    def _watch_update(self) -> None:
-        """Have the update of this step measured, if someone asks for it."""
-        self._meter.start_sample_()
-        if self._judge.needs_update():
-            self._meter.start_update_()
 
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
         """Who is to blame for what is going to be reported."""

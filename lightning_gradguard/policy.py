@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -134,6 +135,15 @@ def require_decay(value: object, *, default: float) -> None:
     """Raise a `ValueError` unless `decay`, the weight on the past, lies in (0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
         raise ValueError(f"`decay` must be a number > 0 and < 1, got {value!r}. The authors' choice is {default}.")
+
+
+def next_due(step: int, interval: int) -> int:
+    """The first step after one at which it happens; beyond all steps at an interval of 0.
+
+    >>> next_due(0, 50), next_due(48, 50), next_due(49, 50)
+    (49, 49, 99)
+    """
+    return (step + 1) // interval * interval + interval - 1 if interval > 0 else sys.maxsize
 
 
 def is_due(step: int, interval: int) -> bool:

@@ -75,8 +75,7 @@ class Measurement:
         nonfinite: the parameters with NaN or infinite elements, worst first.
         is_counted: whether the elements of these were looked at. If not, their norms alone are known, and what has an
             infinite one may be finite: float32 can't hold the squares of what is above 1.8e19.
-        overflowed: whether the gradients are finite, but too large for their norm to be computed in the
-            ordinary way (it was then computed in float64 with scaling, and is right).
+        overflowed: whether the gradients are finite, but too large for float32 to square (float64 gave the norm then).
         max_abs: largest finite magnitude of an element; measured on an incident only, None otherwise.
         update_ratios: by which part of its size the step before has moved each matrix or kernel, NaN for vectors,
             [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
@@ -131,15 +130,18 @@ class Measurement:
     @cached_property
     def by_name(self) -> Mapping[str, float]:
         """Norm of each parameter that has a gradient."""
-        present = np.flatnonzero(self.has_grad)
-        return {self.names[index]: float(self.norms[index]) for index in present}
+        return {self.names[index]: float(self.norms[index]) for index in np.flatnonzero(self.has_grad)}
 
     @cached_property
     def log_norms(self) -> Floats:
         """Natural logarithms of the norms; minus infinity where there is no gradient."""
         with np.errstate(divide="ignore"):
-            logs: Floats = np.log(self.norms)
-        return logs
+            return np.log(self.norms)
+
+    @cached_property
+    def largest_norm(self) -> float:
+        """Largest of the norms; 0 without parameters."""
+        return float(self.norms.max(initial=0.0))
 
     def largest(self, count: int = 5) -> tuple[ParameterReport, ...]:
         """The parameters with the largest gradients, largest first."""
@@ -162,8 +164,7 @@ class Verdict:
         rank: the process that was first; None if that can't be told.
         is_advisory: whether it is worth a warning at most, whatever the detector's action: the step is applied.
         is_note: whether it is only logged, once, whatever the action, and counts as no hit.
-        is_dire: whether nothing is learned as long as it lasts: it is then reported again and again, each time after twice
-            as many steps.
+        is_dire: whether nothing is learned as long as it lasts: it is told of again, each time after twice as many steps.
     """
 
     kind: str
@@ -286,8 +287,7 @@ class Record:
         measurement: the gradients before clipping.
         verdicts: what the detectors found.
         decision: what was done about it.
-        clip_coef: factor in (0, 1] by which clipping changed the global norm; 1 for a skipped step. None where Trainer or
-            module clip later, since what comes of that is not seen.
+        clip_coef: factor in (0, 1] of clipping; 1 for a skipped step. None where Trainer or module clip later, unseen.
         clipped_norm: global norm after clipping; equals the norm before for a skipped step. None as above.
         explosion_limit: the norm above which this step would have been an explosion; infinite without a limit.
         alerts: the reported findings.

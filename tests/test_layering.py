@@ -28,7 +28,7 @@ LAYERS = (
     # looking into a bad step, and going back
     *("forensics", "recovery"),
     # the pipeline, and Lightning around it
-    *("settings", "environment", "saved_state", "pipeline", "guard", "trainer", "callback"),
+    *("settings", "environment", "saved_state", "fast_path", "pipeline", "guard", "trainer", "callback"),
     # tools
     *("testing", "cli"),
 )

@@ -68,7 +68,8 @@ class Buffers:
         self._module = module
         self._given: dict[str, Any] = dict(named_buffers)
         self._tree: list[tuple[Any, list[Any]]] = []
-        self._keys: list[tuple[Any, list[str]]] = []
+        self._holders: list[Any] = []
+        self._keys: list[list[str]] = []
         self._slots: list[_Slot] = []
         self._frozen = FrozenParameters()
         self.follows_steps = follows_steps
@@ -189,7 +190,7 @@ class Buffers:
         for children, before in self._tree:
             if list(children.values()) != before:
                 return True
-        return any(list(buffers.keys()) != keys for buffers, keys in self._keys)
+        return [list(holder.keys()) for holder in self._holders] != self._keys
 
     def _renamed(self) -> dict[_Slot, str]:
         """Buffers that hang under other names by now, and which.
@@ -198,7 +199,7 @@ class Buffers:
         the names themselves; so the old tensors hang there again. It goes by the old ones, if it counts in a buffer.
         """
         renamed: dict[_Slot, str] = {}
-        for holder, keys in self._keys:
+        for holder, keys in zip(self._holders, self._keys, strict=True):
             if list(holder.keys()) == keys:
                 continue
             gone = [slot for slot in self._slots if slot.holder is holder and slot.name not in holder]
@@ -216,12 +217,12 @@ class Buffers:
     def _collect(self) -> None:
         known = {(id(slot.holder), slot.name): slot for slot in self._slots}
         holders: list[Any] = [self._given]
-        self._tree, self._keys = [], []
+        self._tree, self._holders, self._keys = [], [], []
         if self._module is not None:
             modules = list(self._module.modules())
             holders = [module._buffers for module in modules]
             self._tree = [(module._modules, list(module._modules.values())) for module in modules if module._modules]
-            self._keys = [(holder, list(holder.keys())) for holder in holders]
+            self._holders, self._keys = holders, [list(holder.keys()) for holder in holders]
             self._frozen.collect(self._module)
         self._slots = [
             known.get((id(holder), name)) or _Slot(holder, name) for holder in holders for name in list(holder.keys())

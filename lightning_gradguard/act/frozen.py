@@ -42,6 +42,7 @@ class _Slot:
     num_trials: int = 0
     differs: Tensor | None = None
 
+    @torch.no_grad()
     def compare(self) -> None:
         """Note whether it differs from its copy. No sync."""
         assert self.saved is not None
@@ -82,12 +83,17 @@ class FrozenParameters:
         self._module = module
         self._slots = [known.get(id(it)) or _Slot(it) for it in module.parameters() if _is_frozen(it)]
 
-    @torch.no_grad()
     def remember(self) -> None:
         """A step begins. A fraction of a microsecond each, a copy of those that move.
 
         No sync, but for one after a step in which some were compared.
         """
+        if self._slots or self._num_steps % _PERIOD == 0:
+            self._remember()
+        self._num_steps += 1
+
+    @torch.no_grad()
+    def _remember(self) -> None:
         self._end_trial()
         if self._module is not None and self._num_steps % _PERIOD == 0:
             self.collect(self._module)  # some may have been frozen since
@@ -101,9 +107,7 @@ class FrozenParameters:
         if pairs:
             torch._foreach_copy_([saved for saved, _ in pairs], [values for _, values in pairs])
         self._begin_trial()
-        self._num_steps += 1
 
-    @torch.no_grad()
     def look(self) -> None:
         """Note which change within the step. No sync."""
         for slot in self._slots:

@@ -19,7 +19,7 @@ class FusedKernel:
 
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self._optimizer = optimizer
-        self._hook = optimizer.register_step_post_hook(lambda *_: self.clear())
+        self._hook = optimizer.register_step_post_hook(self.clear)
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer | None) -> bool:
@@ -52,7 +52,7 @@ class FusedKernel:
         # Exactly 1.0: Adam subtracts it from its step counter.
         self._optimizer.found_inf = is_bad.float()  # type: ignore[attr-defined]
 
-    def clear(self) -> None:
+    def clear(self, *_: object) -> None:
         """Take both back."""
         vars(self._optimizer).pop("grad_scale", None)
         vars(self._optimizer).pop("found_inf", None)

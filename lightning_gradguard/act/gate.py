@@ -68,6 +68,7 @@ class Gate:
         self._watched = parameters
         self.buffers = buffers
         self.clipper = clipper
+        self._on_host = clipper if isinstance(clipper, FactorClipper) and is_ours(clipper) else None
         # The kernel scales all gradients of the optimizer, also those that are excluded.
         can_fuse = (
             optimizer is not None
@@ -89,6 +90,12 @@ class Gate:
     def clips_unseen(self) -> bool:
         """Whether it can clip before the host knows the norm; also where there is nothing that clips."""
         return self.clipper is None or (isinstance(self.clipper, FactorClipper) and not self.clipper.needs_host)
+
+    @property
+    def clips_on_host(self) -> bool:
+        """Whether it clips by one factor that the host computes from the norm alone; also where nothing clips."""
+        clipper = self._on_host
+        return self.clipper is None or (clipper is not None and clipper.coefficient_on_host(1.0) is not None)
 
     def open(self) -> None:
         """Before a step: take back what an earlier one may have left, as when it ended in an error."""
@@ -123,6 +130,27 @@ class Gate:
         clipped = self._clip_(self.clipper, step, norm)
         self.return_to(history)
         return clipped
+
+    def clip_on_host_(self, gradients: list[Tensor], global_norm: float) -> float:
+        """Let a step through, clipped; the factor. Only where `clips_on_host`, in float32, with a norm that is finite.
+
+        Args:
+            gradients: all of them, dense, on the CPU; changed in place.
+            global_norm: of these.
+        """
+        clipper = self._on_host
+        if clipper is None or clipper.passes(global_norm):
+            return 1.0
+        coef = clipper.coefficient_on_host(global_norm)
+        assert coef is not None
+        clipper.learn(global_norm)
+        if coef < 1.0:
+            factor = torch.scalar_tensor(coef, dtype=torch.float32)
+            if self.kernel is None:
+                torch._foreach_mul_(gradients, factor)
+            else:
+                self.kernel.scale(factor)
+        return coef
 
     def detach(self) -> None:
         """Take the kernel's hook off the optimizer."""

@@ -102,9 +102,7 @@ class ParameterOutliers:
         self._num_found = state.get("num_found", 0)
 
     def _is_one_heavy(self, measurement: Measurement) -> bool:
-        # Methods of the array, which take a fraction of what numpy's functions do.
-        norms = measurement.norms
-        return norms.size > 0 and norms.item(norms.argmax()) >= self._min_share * measurement.global_norm
+        return measurement.layout.names != () and measurement.largest_norm >= self._min_share * measurement.global_norm
 
     def _out_of_line(self, outside: NDArray[np.int64], measurement: Measurement) -> NDArray[np.int64]:
         heavy = outside[measurement.norms[outside] >= self._min_share * measurement.global_norm]

@@ -45,14 +45,14 @@ class HostRandomNotes:
         self._python = _python_generator()
         self._python_words = _words(id(self._python) + _OFFSET) if _has_known_layout(self._python) else None
         self._generator: Any = None
-        self._numpy_words: Any = None
+        self._numpy_words: memoryview | None = None
 
     def note(self) -> HostRandom:
         """As they are now. A microsecond or two."""
         # `getstate` makes 625 integers of them.
         if self._python_words is None:
             return HostRandom(random.getstate(), None, self._note_numpy())
-        return HostRandom(self._python_words.raw, self._python.gauss_next, self._note_numpy())
+        return HostRandom(self._python_words.tobytes(), self._python.gauss_next, self._note_numpy())
 
     def _note_numpy(self) -> Any:
         generator = np.random.get_bit_generator()  # type: ignore[attr-defined]  # missing in its stubs
@@ -61,7 +61,7 @@ class HostRandomNotes:
             self._generator, self._numpy_words = generator, None
             if isinstance(generator, np.random.MT19937):
                 self._numpy_words = _words(generator.ctypes.state_address)
-        seen = b"" if self._numpy_words is None else self._numpy_words.raw
+        seen = b"" if self._numpy_words is None else self._numpy_words.tobytes()
         # With one of a pair of normal values left over, a draw would not show.
         if not seen or seen != self._seen or self._numpy is None or self._numpy[3]:
             # As a tuple, of which the fourth is that one; numpy warns where another generator is asked for such a tuple.
@@ -89,6 +89,6 @@ def _has_known_layout(generator: Any) -> bool:
     return ctypes.string_at(id(generator) + _OFFSET, _NUM_BYTES) == struct.pack(_FORMAT, index, *numbers)
 
 
-def _words(address: int) -> Any:
+def _words(address: int) -> memoryview:
     """The bytes at an address, as they are whenever they are looked at."""
-    return (ctypes.c_char * _NUM_BYTES).from_address(address)
+    return memoryview((ctypes.c_char * _NUM_BYTES).from_address(address))

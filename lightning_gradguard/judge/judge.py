@@ -55,6 +55,10 @@ class SkipThreshold:
     must_be_finite: bool
 
 
+NOTHING_FOUND = Judgement(math.inf, (), Decision())
+"""The step is applied."""
+
+
 class Judge:
     """Runs the detectors over one step after another.
 
@@ -124,17 +128,27 @@ class Judge:
         """Whether a detector wants to know what the coming step does to the weights."""
         return True in [detector.needs_update() for detector in self._asking]
 
-    def defer(self, measurement: Measurement) -> bool:
-        """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
+    @property
+    def can_defer(self) -> bool:
+        """Whether steps may ever be deferred, and no detector asks what they do to the weights."""
+        return self._can_defer and not self._asking
+
+    def can_wait(self) -> bool:
+        """Whether the next step may be deferred, if it turns out to be one that nothing can be found at."""
         if not self._can_defer:
             return False
         if self._deferral is None or len(self._deferred) >= self._deferral.num_steps:
             self._tell(self._take_deferred())
             self._deferral = self._how_far()
-        deferral = self._deferral
+        return self._deferral.num_steps > 0
+
+    def defer(self, measurement: Measurement) -> bool:
+        """Take a step that is applied, and at which nothing can be found; False if it has to be judged at once."""
+        if not self.can_wait():
+            return False
+        assert self._deferral is not None
         if (
-            deferral.num_steps < 1
-            or not measurement.global_norm <= deferral.max_norm
+            not measurement.global_norm <= self._deferral.max_norm
             or measurement.damage is not None
             or measurement.overflowed
             or measurement.loss_scale is not None

@@ -74,7 +74,7 @@ class Gradients:
             values_of = {id(grad): values for _, grad, values in sparse}
             self.tensors = [values_of.get(id(grad), grad) for grad in grads if grad is not None]
         if len(self.tensors) == len(grads):
-            self.present = _all_of(len(grads))
+            self.present = all_of(len(grads))
         else:
             self.present = np.array([grad is not None for grad in grads], dtype=np.bool_)
         # Also where there is no gradient at all, the ranks have to sum on a device that their backend knows.
@@ -230,7 +230,7 @@ class Gradients:
 
 
 @lru_cache(maxsize=64)
-def _all_of(number: int) -> Bools:
+def all_of(number: int) -> Bools:
     """All True, and the same array for the same number: so that it is quickly seen that nothing is new."""
     flags = np.ones(number, dtype=np.bool_)
     flags.flags.writeable = False

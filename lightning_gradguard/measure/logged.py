@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from lightning_gradguard.policy import is_due
+from lightning_gradguard.policy import is_due, next_due
 
 HistogramsOf = Literal["raw", "clipped"]
 """Whether histograms are of the gradients as backward has left them, or as the optimizer gets them."""
@@ -38,6 +38,10 @@ class Logged:
     def weights_are_due(self, step: int) -> bool:
         """Whether learning rate, weights and their update are measured."""
         return self.has_readers and is_due(step, self.interval)
+
+    def next_due(self, step: int) -> int:
+        """The first step after one at which something is due."""
+        return min(next_due(step, self.interval), next_due(step, self.histogram_interval))
 
     def norms_due(self, step: int) -> tuple[float, ...]:
         """What other norms are measured."""

@@ -32,6 +32,7 @@ class WatchedParameters:
         layout: their names and sizes.
         is_uniform: whether all share device and dtype; so do their gradients then.
         is_sharded: whether there are DTensors or shards, also among the excluded ones.
+        are_plain: whether all are tensors of float32 on the CPU, and none is excluded.
         excluded, excluded_layout: the same of those that the filter leaves out.
         unshaped: those of lazy modules, until a forward pass has given them a shape; they have no gradient before.
 
@@ -119,6 +120,8 @@ class WatchedParameters:
         has_shards = any(isinstance(parameter, FlatShard) for parameter in self.tensors)
         self.is_uniform = not has_shards and len({(tensor.device, tensor.dtype) for tensor in self.tensors}) <= 1
         self.is_sharded = is_sharded(self.everything)
+        first = self.tensors[0] if self.tensors and self.is_uniform and not (self.is_sharded or self.excluded) else None
+        self.are_plain = first is not None and first.dtype is torch.float32 and first.device.type == "cpu"
 
 
 def _trained_in(parameter: Parameter) -> torch.Tensor | None:

@@ -53,11 +53,11 @@ class StepMeter:
     """
 
     def __init__(self, parameters: WatchedParameters, scaling: Scaling | None, logged: Logged) -> None:
-        self._parameters = parameters
+        self.parameters = parameters
         self._scaling = scaling
         self._updates = UpdateMeter()
         self._weights = WeightMeter()
-        self._logged = logged
+        self.logged = logged
         self._log_step = 0
         self._histograms = HistogramMeter()
         self._histograms_are_clipped = logged.histograms_of == "clipped"
@@ -109,8 +109,8 @@ class StepMeter:
         meter = self._histograms if with_histogram and gradients.tensors else None
         histogram = None if meter is None or self._histograms_are_clipped else meter.count(gradients)
         self._log_step = position.log_step
-        is_logged = self._logged.weights_are_due(position.log_step)
-        weights = self._weights.read_(self._parameters.tensors) if is_logged else None
+        is_logged = self.logged.weights_are_due(position.log_step)
+        weights = self._weights.read_(self.parameters.tensors) if is_logged else None
         self._weights.forget()
         facts = measure(
             gradients,
@@ -120,47 +120,59 @@ class StepMeter:
             some_are_foreign=self._has_rivals and not owns_losses,
             updates=updates,
             weights=weights,
-            learning_rate=learning_rate(self._parameters.optimizer) if is_logged else None,
-            norm_types=self._logged.norms_due(position.log_step),
+            learning_rate=learning_rate(self.parameters.optimizer) if is_logged else None,
+            norm_types=self.logged.norms_due(position.log_step),
         )
         self._micro_batches.clear()
         clipped_histogram = meter if self._histograms_are_clipped else None
-        return MeasuredStep(position, gradients, facts, self._parameters.layout, clipped_histogram)
+        return MeasuredStep(position, gradients, facts, self.parameters.layout, clipped_histogram)
+
+    @property
+    def only_loss(self) -> Tensor | None:
+        """The loss of the step's only backward pass, as it is; None if there are more, or it is not known."""
+        return self._micro_batches[0].loss if len(self._micro_batches) == 1 else None
+
+    def note_measured(self, position: Position) -> None:
+        """A step has been measured in another way, at which nothing is logged."""
+        self._log_step = position.log_step
+        self._micro_batches.clear()
 
     def forget(self) -> None:
         """The backward passes so far belong to no step."""
         self._micro_batches.clear()
 
-    def start_update_(self) -> None:
-        """Before a step: keep the weights, so that its update can be measured."""
-        self._updates.start_(self._parameters.tensors)
+    def start_(self, *, with_update: bool) -> None:
+        """Before a step that is applied: keep what tells how far it moves the weights, if the next one is logged.
 
-    def start_sample_(self) -> None:
-        """Before a step that is applied: keep what tells how far it moves the weights, if the next one is logged."""
-        if self._logged.weights_are_due(self._log_step + 1):
-            self._weights.start_(self._parameters.tensors)
+        Args:
+            with_update: whether its update is measured for each parameter, too.
+        """
+        if self.logged.weights_are_due(self._log_step + 1):
+            self._weights.start_(self.parameters.tensors)
+        if with_update:
+            self._updates.start_(self.parameters.tensors)
 
     def read_update_(self) -> Tensor | None:
         """After it: how far it has moved each parameter; None if that was not measured, or the parameters are others now."""
-        updates = self._updates.read_(self._parameters.tensors)
-        return None if self._parameters.refresh() else updates
+        updates = self._updates.read_(self.parameters.tensors)
+        return None if self.parameters.refresh() else updates
 
     def histograms(self, counts: Tensor | None, present: Bools) -> Histograms | None:
         """What was counted, once it is on the host; None where nothing was."""
         if counts is None:
             return None
-        return self._histograms.read(counts, present, self._parameters.layout, clipped=self._histograms_are_clipped)
+        return self._histograms.read(counts, present, self.parameters.layout, clipped=self._histograms_are_clipped)
 
     def state_dict(self) -> dict[str, Any]:
         """The update that was measured last, in plain types."""
-        return self._updates.state_dict(self._parameters.tensors)
+        return self._updates.state_dict(self.parameters.tensors)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved state."""
         self._updates.load_state_dict(state)
 
     def _gradients(self) -> Gradients:
-        watched = self._parameters
+        watched = self.parameters
         others = None
         if watched.excluded:
             others = Gradients(watched.excluded, sharded=watched.is_sharded, names=watched.excluded_layout.names)

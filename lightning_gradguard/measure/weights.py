@@ -54,15 +54,12 @@ class WeightMeter:
         if not can_measure(parameters):
             return None
         device = parameters[0].device
-        norm = torch.linalg.vector_norm(torch.stack([to_device(_norm(parameter), device) for parameter in parameters]))
+        norm = torch.linalg.vector_norm(_norms(parameters, device))
         if sampled is not parameters:
             return torch.stack([norm, torch.full_like(norm, math.nan)])
-        moved = torch.stack(
-            [
-                to_device(_norm(_sample(parameter) - old), device) * math.sqrt(parameter.numel() / max(old.numel(), 1))
-                for parameter, old in zip(parameters, before, strict=True)
-            ]
-        )
+        steps = torch._foreach_sub([_sample(parameter) for parameter in parameters], before)
+        shares = [parameter.numel() / max(old.numel(), 1) for parameter, old in zip(parameters, before, strict=True)]
+        moved = _norms(steps, device) * to_device(torch.tensor(shares), device).sqrt()
         return torch.stack([norm, torch.linalg.vector_norm(moved) / norm])
 
 
@@ -87,9 +84,13 @@ def learning_rate(optimizer: torch.optim.Optimizer | None) -> float | None:
     return max(here) if here and len(here) == len(rates) else None
 
 
-def _norm(tensor: Tensor) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(tensor.detach(), dtype=torch.promote_types(tensor.dtype, torch.float32))
-    return norm
+def _norms(tensors: Sequence[Tensor], device: torch.device) -> Tensor:
+    """2-norm of each, float32 or wider [num_tensors]. No sync."""
+    kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
+    if len(kinds) == 1:
+        dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+        return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors], 2.0, dtype=dtype))
+    return torch.stack([to_device(_norms([tensor], tensor.device)[0], device, torch.float64) for tensor in tensors])
 
 
 def _sample(parameter: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ class Fit:
         self._save_gate = SaveGate(trainer, module, partial(_report_refused_save, self.guards))
         self._save_gate.attach()
         self._scaled_clipping = ScaledClipping.watch(trainer)
-        self._skipped = SkippedGradients(trainer)
+        self._skipped = SkippedGradients.where_seen(trainer, module)
         self._raised = self._incidents.follow_exceptions(self.guards, self._step, self.step)
         if options.snapshots is not None:
             self._recovery = Recovery(
@@ -160,9 +160,9 @@ class Fit:
         """Note where we are."""
         assert self.guards is not None
         assert self._incidents is not None
-        assert self._skipped is not None
         self.guards.follow()
-        self._skipped.forget()
+        if self._skipped is not None:
+            self._skipped.forget()
         if self._step.begins:
             self._buffers.remember()
         else:
@@ -188,7 +188,6 @@ class Fit:
         if (index := self.guards.index_of(optimizer)) is None:
             return
         assert self._incidents is not None
-        assert self._skipped is not None
         guard = self.guards[index]
         try:
             guard.decide(self._step.position(index, self.guards))
@@ -196,7 +195,9 @@ class Fit:
             self._step.end()
             self._last_guard = guard
             self._incidents.look_back(optimizer, guard)
-            self._skipped.show(guard.hand_over_taken())
+            taken = guard.hand_over_taken()
+            if self._skipped is not None:
+                self._skipped.show(taken)
         if self._scaled_clipping is not None and guard.outcome is not None:
             self._scaled_clipping.note(guard.outcome.measurement)
         if guard.stopped_by is not None:
@@ -235,8 +236,7 @@ class Fit:
         self.guards.close()
         if self._recovery is not None:
             self._recovery.detach()
-        is_manual = not self._module.automatic_optimization
-        rank_zero_info(summarize(self.totals, self.stopped_by, is_manual=is_manual))
+        rank_zero_info(summarize(self.totals, self.stopped_by, is_manual=not self._module.automatic_optimization))
 
     def take_down(self, *, in_exception: bool = False) -> None:
         """Leave nothing on Trainer, optimizers and callbacks.

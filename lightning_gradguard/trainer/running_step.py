@@ -30,6 +30,7 @@ class RunningStep:
         # Which batch a step sees is not known where the module fetches its own.
         self.knows_batches = not fetches_batches(module)
         self.begins = True
+        self._rank = trainer.global_rank
         self._batch_idx: int | None = None
         self._batches: list[int] = []
         self.has_backward = False
@@ -63,13 +64,14 @@ class RunningStep:
 
     def position(self, index: int, guards: Guards) -> Position:
         """That of the step of an optimizer, by its number."""
+        num_optimizers = len(guards)
         return Position(
             step=guards.num_steps,
             epoch=self._trainer.current_epoch,
             batch_idx=self._batch_idx,
-            batches=tuple(self._batches) if len(guards) == 1 else (),
+            batches=tuple(self._batches) if num_optimizers == 1 else (),
             optimizer=index,
-            num_optimizers=len(guards),
-            rank=self._trainer.global_rank,
+            num_optimizers=num_optimizers,
+            rank=self._rank,
             log_step=log_step(self._trainer),
         )

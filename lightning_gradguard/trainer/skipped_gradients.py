@@ -9,9 +9,19 @@ from torch import Tensor
 
 from lightning_gradguard.act.stand_in import StandIn
 from lightning_gradguard.measure.shards import Parameter
+from lightning_gradguard.trainer.callback_order import callbacks_of
+from lightning_gradguard.trainer.packages import is_of_lightning
 
 if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
+    from lightning.pytorch import LightningModule, Trainer
+
+
+_OF_MODULES = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+_OF_ALL = (
+    *("on_train_batch_end", "on_train_epoch_end", "on_train_end"),
+    *("on_validation_start", "on_validation_epoch_start"),
+)
+"""What is called after the guard has decided, and before the next batch."""
 
 
 class SkippedGradients:
@@ -34,6 +44,13 @@ class SkippedGradients:
             StandIn(plugin, "_after_closure", self._run_hooks),
             StandIn(plugin, "optimizer_step", self._run_step),
         )
+
+    @classmethod
+    def where_seen(cls, trainer: Trainer, module: LightningModule) -> SkippedGradients | None:
+        """Where the module or a callback of the user's has a hook that may look at them; None elsewhere."""
+        hooks: list[tuple[object, str]] = [(module, name) for name in (*_OF_MODULES, *_OF_ALL)]
+        hooks += [(callback, name) for callback in callbacks_of(trainer) for name in _OF_ALL]
+        return cls(trainer) if any(_is_of_user(part, name) for part, name in hooks) else None
 
     def detach(self) -> None:
         """Leave nothing on the plugin, and no gradient of a skipped step."""
@@ -75,3 +92,11 @@ class SkippedGradients:
     def _take_away(self) -> None:
         for parameter, _ in self._taken:
             parameter.grad = None
+
+
+def _is_of_user(part: object, name: str) -> bool:
+    """Whether a hook is neither Lightning's nor the guard's."""
+    if name in vars(part):
+        return True
+    owner = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
+    return owner is not None and not (is_of_lightning(owner) or owner.__module__.startswith("lightning_gradguard."))

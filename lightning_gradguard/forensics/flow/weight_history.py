@@ -128,7 +128,7 @@ class WeightHistory:
             self._close_decays()
         if is_applied:
             rates = [group["lr"] for group in optimizer.param_groups]
-            if any(isinstance(rate, Tensor) for rate in rates):  # it is changed in place
+            if True in [isinstance(rate, Tensor) for rate in rates]:  # it is changed in place
                 rates = [rate.detach().clone() if isinstance(rate, Tensor) else rate for rate in rates]
             self._applied.append(_Applied(self._num_steps, optimizer, rates, measurement))
             self._open_decays.append((optimizer, rates))

@@ -73,8 +73,7 @@ class Diagnosis:
         self._num_noted += 1
         if self._num_noted == 1 and outcome is not None and not is_pending:
             self._is_from_start = outcome.position.step == 0 and outcome.position.log_step == 0
-        batches = self._window.of(optimizer)
-        latest = batches[-1] if batches else None
+        latest = self._window.running()
         if is_pending:
             self._weights.note(optimizer)
             latest, self._undecided[id(optimizer)] = self._undecided.get(id(optimizer)), latest  # type: ignore[assignment]

@@ -102,13 +102,14 @@ class Incidents:
 
     def look_back(self, optimizer: Optimizer, guard: Pipeline) -> None:
         """After a step: note what a later replay needs."""
+        is_pending = guard.is_pending
         if self.investigation is not None:
             if isinstance(optimizer, torch.optim.LBFGS):
                 self._window.reopen()
-            self.investigation.note(optimizer, guard.outcome, is_pending=guard.is_pending)
+            self.investigation.note(optimizer, guard.outcome, is_pending=is_pending)
         if self._time_probe is not None and (alert := self._time_probe.look(optimizer, guard.outcome)) is not None:
             guard.notify(alert)
-        self._window.note_step(optimizer, guard.num_steps - 1, is_pending=guard.is_pending)
+        self._window.note_step(optimizer, guard.num_steps - 1, is_pending=is_pending)
 
     def close(self) -> None:
         """A batch is done: let go of what no step needs any more."""

@@ -86,8 +86,8 @@ class Investigation:
         self.diagnosis.note(optimizer, outcome, is_pending=is_pending)
 
     def time_probe(self, action: Action) -> TimeProbe | None:
-        """What looks whether gradients vanish in time, which no detector can see; None where nothing can be run again."""
-        if self._is_sharded or not can_replay(self._trainer, self._module):
+        """Looks whether gradients vanish in time, which no detector sees; None where nothing recurs, or can be replayed."""
+        if self._is_sharded or not TimeProbe.can_find(self._module) or not can_replay(self._trainer, self._module):
             return None
         return TimeProbe(self._module, self._window, self._replay, action)
 

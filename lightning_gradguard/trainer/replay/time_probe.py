@@ -40,7 +40,7 @@ class TimeProbe:
     """Runs two steps of a module with recurrent layers once more, to follow the gradient back in time.
 
     A recurrent weight is used at each step, so its gradient is in order where only the last steps count: what vanishes in
-    time shows at the inputs alone. Modules without recurrent layers are never run again.
+    time shows at the inputs alone.
 
     Args:
         module: the one that is trained.
@@ -57,7 +57,11 @@ class TimeProbe:
         self._ranks = Ranks.current()
         self._num_steps: dict[int, int] = {}
         self._reaches: set[int] = set()
-        self._has_recurrence = any(isinstance(part, (nn.RNNBase, nn.RNNCellBase)) for part in module.modules())
+
+    @staticmethod
+    def can_find(module: nn.Module) -> bool:
+        """Whether there is anything to look for."""
+        return any(isinstance(part, (nn.RNNBase, nn.RNNCellBase)) for part in module.modules())
 
     def look(self, optimizer: Optimizer, outcome: Outcome | None) -> Alert | None:
         """Count a step, and look into it if it is time to. All ranks count alike; a collective where they look.
@@ -69,7 +73,7 @@ class TimeProbe:
         Returns:
             What fades over time by seven decades at both looks.
         """
-        if not self._has_recurrence or outcome is None:
+        if outcome is None:
             return None
         count = self._num_steps[id(optimizer)] = self._num_steps.get(id(optimizer), 0) + 1
         if count not in LOOKS or id(optimizer) in self._reaches:

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.forensics.host_random import HostRandom, HostRandomNotes
 
+_MAY_HAVE_CUDA = torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
+
 _MAX_BATCHES = 64
 """Micro-batches kept at most; a longer window is replayed in part."""
 
@@ -63,9 +65,9 @@ class Window:
     def open(self, batch: Any, batch_idx: int) -> None:
         """A micro-batch is about to be trained on. Some ten microseconds; no sync."""
         self._serial += 1
-        has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        has_cuda = _MAY_HAVE_CUDA and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         cuda_rng = torch.cuda.get_rng_state() if has_cuda else None
-        rng = torch.get_rng_state()
+        rng = torch.default_generator.get_state()
         random = self._host_random.note()
         self._entries.append(MicroBatch(batch, batch_idx, self._serial, versions_of(batch), rng, cuda_rng, random))
 
@@ -90,7 +92,7 @@ class Window:
 
     def close(self, optimizers: Iterable[Optimizer]) -> None:
         """A micro-batch is done: let go of those that no optimizer needs any more."""
-        done = min((self._stepped.get(id(optimizer), (0, 0))[0] for optimizer in optimizers), default=0)
+        done = min([self._stepped.get(id(optimizer), (0, 0))[0] for optimizer in optimizers], default=0)
         while self._entries and self._entries[0].serial <= done:
             self._entries.popleft()
 

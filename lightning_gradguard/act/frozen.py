@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,9 @@ first, and an average of two that are equal changes nothing."""
 
 _PERIOD = 100
 """Steps after which some are compared once more: an average may set in late."""
+
+_AT_ONCE = ("cpu",)
+"""Where the host learns of a comparison without waiting."""
 
 _BUDGET = 1 << 27
 """Bytes of copies that are compared in one step at most."""
@@ -33,6 +38,7 @@ class _Slot:
         moves: whether it was seen to change within a step.
         num_trials: how often it was compared with a copy.
         differs: whether it did in the running trial, on its device; None: no trial.
+        is_unknown: whether the host has yet to learn of the last trial.
     """
 
     parameter: nn.Parameter
@@ -41,6 +47,7 @@ class _Slot:
     moves: bool = False
     num_trials: int = 0
     differs: Tensor | None = None
+    is_unknown: bool = False
 
     @torch.no_grad()
     def compare(self) -> None:
@@ -48,7 +55,7 @@ class _Slot:
         assert self.saved is not None
         assert self.differs is not None
         now = _values(self.parameter)
-        if now.device.type == "cpu":  # where nothing has to be waited for
+        if now.device.type in _AT_ONCE:
             self.moves = not torch.equal(now, self.saved)
         else:
             self.differs |= (now != self.saved).any()
@@ -60,6 +67,34 @@ class _Slot:
             return self.saved, values
         self.saved = values.clone()
         return None
+
+
+class _Trial(NamedTuple):
+    """What was compared in one step, on its way to the host."""
+
+    slots: list[_Slot]
+    flags: Tensor
+    done: torch.cuda.Event | None
+
+    @classmethod
+    def of(cls, slots: list[_Slot]) -> _Trial:
+        """Queue one copy. No sync."""
+        present = [slot.differs for slot in slots if slot.differs is not None]
+        flags = torch.stack([flag.to(present[0].device) for flag in present])
+        for slot in slots:
+            slot.differs, slot.is_unknown = None, True
+        if not flags.is_cuda:
+            return cls(slots, flags, None)
+        target = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)  # pragma: no cover - needs a GPU
+        target.copy_(flags, non_blocking=True)  # pragma: no cover
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call] # pragma: no cover
+        done.record()  # pragma: no cover
+        return cls(slots, target, done)  # pragma: no cover
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether the host can read it without waiting."""
+        return self.done is None or bool(self.done.query())  # type: ignore[no-untyped-call]
 
 
 @dataclass(eq=False)
@@ -75,6 +110,7 @@ class FrozenParameters:
     _module: nn.Module | None = None
     _slots: list[_Slot] = field(default_factory=list)
     _on_trial: list[_Slot] = field(default_factory=list)
+    _arriving: deque[_Trial] = field(default_factory=deque)
     _num_steps: int = 0
 
     def collect(self, module: nn.Module) -> None:
@@ -84,10 +120,7 @@ class FrozenParameters:
         self._slots = [known.get(id(it)) or _Slot(it) for it in module.parameters() if _is_frozen(it)]
 
     def remember(self) -> None:
-        """A step begins. A fraction of a microsecond each, a copy of those that move.
-
-        No sync, but for one after a step in which some were compared.
-        """
+        """A step begins. A fraction of a microsecond each, a copy of those that move. No sync."""
         if self._slots or self._num_steps % _PERIOD == 0:
             self._remember()
         self._num_steps += 1
@@ -102,7 +135,7 @@ class FrozenParameters:
             slot.mark = _mark(slot.parameter)
             if slot.parameter.requires_grad:  # an optimizer's by now
                 slot.saved = None
-            elif slot.moves and (pair := slot.keep()) is not None:
+            elif (slot.moves or slot.is_unknown) and (pair := slot.keep()) is not None:
                 pairs.append(pair)
         if pairs:
             torch._foreach_copy_([saved for saved, _ in pairs], [values for _, values in pairs])
@@ -126,7 +159,7 @@ class FrozenParameters:
                     yield target, slot.saved
 
     def _begin_trial(self) -> None:
-        resting = [slot for slot in self._slots if not slot.moves and not slot.parameter.requires_grad]
+        resting = [it for it in self._slots if not (it.moves or it.is_unknown or it.parameter.requires_grad)]
         if self._num_steps % _PERIOD:
             resting = [slot for slot in resting if slot.num_trials < _NUM_TRIALS]
         left = _BUDGET
@@ -141,14 +174,17 @@ class FrozenParameters:
                 self._on_trial.append(slot)
 
     def _end_trial(self) -> None:
-        slots, self._on_trial = self._on_trial, []
-        if not slots:
-            return
-        for slot, differs in zip(slots, _to_host([slot.differs for slot in slots]), strict=True):
-            slot.differs = None
-            slot.moves |= differs
-            if not slot.moves:
-                slot.saved = None
+        """Take down what was found, once it has arrived; until then all that was compared is kept."""
+        if self._on_trial:
+            self._arriving.append(_Trial.of(self._on_trial))
+            self._on_trial = []
+        while self._arriving and self._arriving[0].has_arrived:
+            trial = self._arriving.popleft()
+            for slot, differs in zip(trial.slots, trial.flags.tolist(), strict=True):
+                slot.is_unknown = False
+                slot.moves |= differs
+                if not slot.moves:
+                    slot.saved = None
 
 
 def _is_frozen(parameter: nn.Parameter) -> bool:
@@ -175,13 +211,6 @@ def _mark(parameter: nn.Parameter) -> tuple[int, int]:
     """Another one after a change in place, and after an assignment to `.data`, which is not counted as one."""
     whole = type(parameter) is nn.Parameter
     return parameter._version, (parameter if whole else local_part(parameter)).data_ptr()
-
-
-def _to_host(flags: Sequence[Tensor | None]) -> list[bool]:
-    """A sync."""
-    present = [flag for flag in flags if flag is not None]
-    together: list[bool] = torch.stack([flag.to(present[0].device) for flag in present]).tolist()
-    return together
 
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 
 import pytest
 import torch
@@ -226,6 +227,24 @@ def test_frozen_parameter_that_a_step_moves_goes_back(move, is_selected, num_ste
         kept.look()
     kept.select_(torch.tensor(1.0)) if is_selected else kept.restore_()
     assert torch.equal(module["teacher"].weight, before)
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@torch.no_grad()
+def test_frozen_parameter_goes_back_while_its_device_has_yet_to_say_whether_it_moves(delay, monkeypatch):
+    """The host does not wait for a GPU's answer, and keeps what it has asked about until then."""
+    monkeypatch.setattr(frozen, "_AT_ONCE", ())
+    asked = count()
+    monkeypatch.setattr(frozen._Trial, "has_arrived", property(lambda trial: next(asked) >= delay))
+    module = _frozen_pair()
+    kept = Buffers(module=module)
+    for _ in range(12):
+        kept.remember()
+        before = module["teacher"].weight.clone()
+        _uncounted(module["teacher"].weight)
+        kept.look()
+        kept.restore_()
+        assert torch.equal(module["teacher"].weight, before)
 
 
 @torch.no_grad()

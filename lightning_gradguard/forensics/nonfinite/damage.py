@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, autograd, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_gradguard.forensics.nonfinite.drops import Drops
@@ -92,7 +91,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.batch = batch
         self.rows = rows
         self.modules = ModuleStack(root)
-        self._weights = {tuple(it.shape) for it in root.parameters() if not (is_lazy(it) or it.is_nested)}
+        self._weights = {tuple(it.shape) for it in root.parameters() if not (nn.parameter.is_lazy(it) or it.is_nested)}
         self._provenances = ProvenanceTable()
         self._locations: dict[int, SourceLocation] = {}
         self._operators: dict[Any, Operator] = {}

@@ -157,7 +157,12 @@ def _copy(tensor: Tensor) -> Tensor | None:
     live = _local(tensor)
     if live.device.type == "meta" or live.layout is not torch.strided or live.is_nested or live.dtype in _PACKED:
         return None
-    return live.to("cpu", copy=True)
+    try:
+        copy = live.to("cpu", copy=True)
+        _bits(copy)
+    except (NotImplementedError, TypeError):  # of a subclass that has few operators
+        return None
+    return copy
 
 
 def _same(live: Tensor, before: Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from builders import mlp
 from torch import nn
@@ -66,4 +67,20 @@ def test_refresh_after_a_new_group_watches_it():
     optimizer.add_param_group({"params": list(model[0].parameters())})
     assert watched.refresh()
     assert watched.layout.names == ("0.weight", "0.bias", "2.weight", "2.bias")
+    assert not watched.refresh()
+
+
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_refresh_watches_parameters_of_lazy_modules_once_they_have_a_shape(has_optimizer):
+    """Each at its own time."""
+    model = nn.ModuleList([nn.LazyLinear(2), nn.LazyLinear(1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if has_optimizer else None
+    watched = WatchedParameters(model.named_parameters(), optimizer)
+    assert (watched.layout.names, len(watched.everything)) == ((), 4)
+    model[0](torch.ones(1, 3))
+    assert watched.refresh()
+    assert watched.layout.names == ("0.weight", "0.bias")
+    model[1](torch.ones(1, 2))
+    assert watched.refresh()
+    assert watched.layout.names == ("0.weight", "0.bias", "1.weight", "1.bias")
     assert not watched.refresh()

@@ -87,7 +87,7 @@ class _Trial(NamedTuple):
             return cls(slots, flags, None)
         target = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)  # pragma: no cover - needs a GPU
         target.copy_(flags, non_blocking=True)  # pragma: no cover - needs a GPU
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call] # pragma: no cover - needs a GPU
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # pragma: no cover - needs a GPU
         done.record()  # pragma: no cover - needs a GPU
         return cls(slots, target, done)  # pragma: no cover - needs a GPU
 

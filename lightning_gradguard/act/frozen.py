@@ -86,10 +86,10 @@ class _Trial(NamedTuple):
         if not flags.is_cuda:
             return cls(slots, flags, None)
         target = torch.empty(flags.shape, dtype=flags.dtype, pin_memory=True)  # pragma: no cover - needs a GPU
-        target.copy_(flags, non_blocking=True)  # pragma: no cover
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call] # pragma: no cover
-        done.record()  # pragma: no cover
-        return cls(slots, target, done)  # pragma: no cover
+        target.copy_(flags, non_blocking=True)  # pragma: no cover - needs a GPU
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]  # pragma: no cover - needs a GPU
+        done.record()  # pragma: no cover - needs a GPU
+        return cls(slots, target, done)  # pragma: no cover - needs a GPU
 
     @property
     def has_arrived(self) -> bool:

@@ -14,6 +14,7 @@ from lightning_gradguard.errors import GuardWarning
 from lightning_gradguard.record import Measurement
 from lightning_gradguard.trainer.packages import is_of_lightning
 from lightning_gradguard.trainer.precision import scaler_of
+from lightning_gradguard.wording import counted
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
@@ -74,7 +75,7 @@ class ScaledClipping:
         self._limit = limit
         if self._num_alike == _NUM_ALIKE:
             self._warn(
-                f"In {_NUM_ALIKE} steps in a row the norm of the gradients was {limit:g} before the GradScaler's scale, "
+                f"In {counted(_NUM_ALIKE, 'step')} in a row the norm of the gradients was {limit:g} before the GradScaler's scale, "
                 f"{scale:g}, was taken out of them, as if they had been clipped to that while they were still scaled. Such "
                 "a limit holds for the scaled numbers."
             )

@@ -75,9 +75,9 @@ class ScaledClipping:
         self._limit = limit
         if self._num_alike == _NUM_ALIKE:
             self._warn(
-                f"In {counted(_NUM_ALIKE, 'step')} in a row the norm of the gradients was {limit:g} before the GradScaler's scale, "
-                f"{scale:g}, was taken out of them, as if they had been clipped to that while they were still scaled. Such "
-                "a limit holds for the scaled numbers."
+                f"In {counted(_NUM_ALIKE, 'step')} in a row the norm of the gradients was {limit:g} before the GradScaler's "
+                f"scale, {scale:g}, was taken out of them, as if they had been clipped to that while still scaled. "
+                "Such a limit holds for the scaled numbers."
             )
 
     def _look(self, clip: Callable[..., Any], optimizer: Any, *args: Any, **kwargs: Any) -> Any:

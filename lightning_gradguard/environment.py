@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,13 +19,16 @@ from lightning_gradguard.report.reporter import Archive
 class Investigate(Protocol):
     """Says who is to blame for a finding of some kind."""
 
-    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool) -> Culprit | None:
+    def __call__(
+        self, position: Position, measurement: Measurement, kind: str, *, silent: Sequence[str] = (), ends_run: bool
+    ) -> Culprit | None:
         """Asked while the step's gradients are still there, if they ever are.
 
         Args:
             position: where the step stands.
             measurement: of its gradients.
             kind: "nonfinite", "explosion" or "vanishing".
+            silent: names of parameters that the finding is about because their gradient is exactly zero.
             ends_run: whether the finding ends the training, so that it needs an answer more than any other.
         """
 

@@ -79,13 +79,11 @@ class FastPath:
         """Those of all parameters; None if they aren't plain."""
         if not self._parameters.are_plain:
             return None
-        gradients: list[Tensor] = []
-        for parameter in self._parameters.tensors:
-            gradient = parameter.grad
-            if gradient is None or gradient.is_sparse or gradient.requires_grad:
-                return None
-            gradients.append(gradient)
-        return gradients
+        gradients = [parameter.grad for parameter in self._parameters.tensors]
+        present = [gradient for gradient in gradients if gradient is not None]
+        if len(present) < len(gradients) or True in [gradient.is_sparse for gradient in present]:
+            return None
+        return present
 
     def _measure(self, gradients: list[Tensor]) -> Measurement | None:
         """None if there is no loss to go by, or something is not finite."""
@@ -93,7 +91,7 @@ class FastPath:
         if loss is None or not loss.is_cpu or loss.dtype not in _LOSSES:
             return None
         norms = torch.stack(torch._foreach_norm(gradients))
-        if norms.dtype is not torch.float32:  # the gradients' alone
+        if norms.dtype is not torch.float32 or norms.requires_grad:  # gradients of another dtype, or with a graph
             return None
         total_norm, last_loss = torch.linalg.vector_norm(norms).item(), loss.item()
         if not (math.isfinite(total_norm) and math.isfinite(last_loss)):

@@ -293,10 +293,10 @@ class Pipeline:
     def _culprit(self, position: Position, measurement: Measurement, judgement: Judgement) -> Culprit | None:
         """Who is to blame for what is going to be reported."""
         reported = zip(judgement.verdicts, judgement.decision.alerting, strict=True)
-        kinds = [verdict.kind for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
-        if self._investigate is None or not kinds:
+        found = [verdict for verdict, alerting in reported if alerting and verdict.kind in INVESTIGATED]
+        if self._investigate is None or not found:
             return None
-        kind = kinds[0] if measurement.is_finite else "nonfinite"
-        return self._investigate(
-            position, measurement, kind, ends_run=(judgement.decision.action or Action.LOG) >= Action.STOP
-        )
+        kind = found[0].kind if measurement.is_finite else "nonfinite"
+        silent = [report.name for report in found[0].parameters if report.norm == 0.0]
+        ends_run = (judgement.decision.action or Action.LOG) >= Action.STOP
+        return self._investigate(position, measurement, kind, silent=silent, ends_run=ends_run)

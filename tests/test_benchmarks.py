@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NAMES = sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_"))
+NAMES = [*sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py") if not path.stem.startswith("_")), "packages"]
 pytestmark = pytest.mark.slow
 
 

@@ -43,6 +43,36 @@ def test_inject_on_a_rank_that_does_not_exist_is_refused():
         list(_gradients(model, 2))
 
 
+class _Recurrent(torch.nn.Module):
+    """Its own parameter, and a tuple and a mapping for an output, as an RNN or a variational autoencoder has."""
+
+    def __init__(self):
+        super().__init__()
+        self.start = torch.nn.Parameter(torch.zeros(4))
+        self.cell = torch.nn.GRU(3, 4)
+
+    def forward(self, x):
+        output, hidden = self.cell(x[None], self.start.expand(1, len(x), 4).contiguous())
+        return "name", {"output": output, "hidden": hidden}
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+@pytest.mark.parametrize("parameter", ["start", "cell.weight_ih_l0"])
+def test_inject_into_a_module_that_returns_more_than_a_tensor_damages_one_pass(parameter, replaced):
+    """Its parameter's gradient; where another tensor has come into the parameter's place, that of what it returns."""
+    model = _Recurrent()
+    found = []
+    with inject(model, "nan", step=1, parameter=parameter):
+        if replaced:  # as sharding does, once the context has been entered
+            owner = model if parameter == "start" else model.cell
+            setattr(owner, parameter.split(".")[-1], torch.nn.Parameter(model.get_parameter(parameter).detach().clone()))
+        for _ in range(3):
+            model.zero_grad()
+            (model(torch.ones(2, 3))[1]["output"]).sum().backward()
+            found.append(bool(model.get_parameter(parameter).grad.isnan().any()))
+    assert found == [False, True, False]
+
+
 def test_inject_ends_with_the_context_and_leaves_no_hook():
     """Also when the training in it fails."""
     model = mlp(3, 4, 1)

@@ -113,7 +113,8 @@ def _train(training: Training, kind: Kind, symptom: str, label: str, seed: int) 
         training.after(step)
         grads = {key: value.grad.clone() for key, value in network.named_parameters() if value.grad is not None}
         record = guard.step()
-        alerted = any(alert.kind == symptom for alert in record.alerts) if kind.fault else step == FORCED_AT
+        of_symptom = [alert for alert in record.alerts if alert.kind == symptom]
+        alerted = bool(of_symptom) if kind.fault else step == FORCED_AT
         overdue = step == kind.onset + WITHOUT_ALERT or not math.isfinite(record.measurement.global_norm)
         if (alerted or overdue) and step >= kind.onset - 1 and (alerted or found is None):
             scene = _Scene(training, batch, healthy, grads, random_state)
@@ -122,6 +123,7 @@ def _train(training: Training, kind: Kind, symptom: str, label: str, seed: int) 
                 usual=norms.usual(record.measurement),
                 weight_growths=weights.weight_growths(optimizer),
                 is_from_start=True,
+                silent=tuple(it.name for alert in of_symptom for it in alert.parameters if it.norm == 0.0),
             )
             causes = (vanishing_causes if symptom == "vanishing" else explosion_causes)(evidence)
             found = Outcome(kind.name, seed, symptom, label, causes, alerted, step, evidence)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.act.frozen import FrozenParameters
 
@@ -42,9 +43,10 @@ class Buffers:
     """Remembers all buffers before a step, and puts them back: values, and the tensors where others were assigned.
 
     Skipping an optimizer's step undoes nothing of what the forward pass did: one bad batch would stay in the running
-    statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. What was
-    registered during a bad step stays. Of any layout and dtype; a buffer that shares its memory is put back as a whole.
-    The module's frozen parameters are treated in the same way where the forward pass changes them (`FrozenParameters`).
+    statistics of a BatchNorm for good. Values are written in place, so that whoever holds a buffer sees them. Names that
+    were registered during a bad step stay; where as many went, those buffers hang under the new names. Of any layout and
+    dtype; a buffer that shares its memory is put back as a whole. The module's frozen parameters are treated in the same way
+    where the forward pass changes them (`FrozenParameters`).
 
     Memory: a copy of each buffer, but for those of 256 MiB and more that were never seen to change. Time: a copy of
     each buffer of up to 2^20 elements a step, of larger ones after a change.
@@ -94,7 +96,7 @@ class Buffers:
             now = slot.now
             is_same = now is slot.live
             slot.live = now
-            if now is None or (is_same and _is_untouched(slot, now)):
+            if now is None or is_lazy(now) or (is_same and _is_untouched(slot, now)):
                 continue
             if not is_same and slot.saved is None and _num_bytes(now) >= _HUGE:
                 slot.version = now._version
@@ -118,18 +120,23 @@ class Buffers:
         """Put back tensors and values, in place. No sync."""
         targets: list[Tensor] = []
         sources: list[Tensor] = []
+        renamed = self._renamed()
         for slot in self._slots:
-            if slot.now is not slot.live:
+            if slot in renamed:
+                slot.holder[renamed[slot]] = slot.live
+            if slot.now is not slot.live and (slot not in renamed or self._counts(slot.holder)):
                 slot.holder[slot.name] = slot.live
             if slot.live is None or slot.saved is None:
                 continue
             # Not counted as a change in place: a graph that is still to be run backward may hold the buffer.
             target = _distinct(slot.live.data)
-            if _is_plain(target) and target.shape == slot.saved.shape:
+            if not _is_plain(target):
+                _write_back(slot, target)
+            elif target.shape == slot.saved.shape:
                 targets.append(target)
                 sources.append(slot.saved)
-            else:
-                _write_back(slot, target)
+            else:  # it was resized in place
+                slot.holder[slot.name] = slot.saved.clone()
         for target, saved in self._frozen.pairs():
             targets.append(target)
             sources.append(saved)
@@ -185,6 +192,28 @@ class Buffers:
                 return True
         return [list(holder.keys()) for holder in self._holders] != self._keys
 
+    def _renamed(self) -> dict[_Slot, str]:
+        """Buffers that hang under other names by now, and which.
+
+        As of a module whose names count its steps. It goes by the new names, if an attribute of its own has counted on, or
+        the names themselves; so the old tensors hang there again. It goes by the old ones, if it counts in a buffer.
+        """
+        renamed: dict[_Slot, str] = {}
+        for holder, keys in zip(self._holders, self._keys, strict=True):
+            if list(holder.keys()) == keys:
+                continue
+            gone = [slot for slot in self._slots if slot.holder is holder and slot.name not in holder]
+            new = [name for name in list(holder.keys()) if name not in keys]
+            pairs = list(zip(gone, new, strict=False))
+            if len(gone) == len(new) and all(_is_like(slot.live, holder[name]) for slot, name in pairs):
+                renamed |= dict(pairs)
+        return renamed
+
+    def _counts(self, holder: MutableMapping[str, Any]) -> bool:
+        """Whether a counter is among them, which goes back."""
+        values = [slot.live for slot in self._slots if slot.holder is holder and slot.live is not None]
+        return any(value.numel() == 1 and not value.is_floating_point() for value in values)
+
     def _collect(self) -> None:
         known = {(id(slot.holder), slot.name): slot for slot in self._slots}
         holders: list[Any] = [self._given]
@@ -208,6 +237,12 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether it is dense, of a dtype with arithmetic, and no subclass: what one kernel copies together."""
     is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_quantized and not tensor.is_nested
     return is_dense and not tensor.is_conj() and not tensor.is_neg()
+
+
+def _is_like(before: Tensor | None, now: Tensor | None) -> bool:
+    if before is None or now is None:
+        return before is now
+    return _is_plain(before) and _is_plain(now) and (before.shape, before.dtype) == (now.shape, now.dtype)
 
 
 def _distinct(tensor: Tensor) -> Tensor:
@@ -237,5 +272,5 @@ def _write_back(slot: _Slot, target: Tensor) -> None:
     assert slot.saved is not None
     try:
         target.copy_(slot.saved)
-    except (RuntimeError, NotImplementedError):  # another shape by now, or a layout that can't be written to
+    except (RuntimeError, NotImplementedError):  # a layout that can't be written to
         slot.holder[slot.name] = slot.saved.clone()

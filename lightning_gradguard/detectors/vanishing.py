@@ -215,10 +215,13 @@ class Vanishing(Detector):
             value=0.0,
             limit=math.ulp(0.0),
             message=(
-                f"the gradient of `{unused[0]}`{others} has been exactly zero since the first of "
+                f"the weight gradient of `{unused[0]}`{others} has been exactly zero since the first of "
                 f"{counted(self._num_seen, 'step')}"
             ),
-            remedy="If this branch is meant to learn, look whether its output reaches the loss; else freeze or remove it.",
+            remedy=(
+                "If this branch is meant to learn, look whether its output reaches the loss and whether its input is all "
+                "zeros; else freeze or remove it."
+            ),
             parameters=depth.reports(unused),
             is_note=True,
         )
@@ -254,7 +257,7 @@ class Vanishing(Detector):
             message = f"the weight gradient of `{dead[-1]}`{others} has been exactly zero for {for_steps}"
             remedy = (
                 "Look behind this module for units that never fire (dead ReLU), a `detach()`, or a branch whose output "
-                "is not used."
+                "is not used, and before it for an input of zeros."
             )
         else:
             value, limit = 10.0 ** (depth.decades[0] - depth.decades[-1]), self._min_ratio

@@ -80,6 +80,7 @@ class RawLoop:
         measurement: Measurement,
         kind: str,
         *,
+        silent: Sequence[str] = (),  # noqa: ARG002 - of findings that are not looked into here
         ends_run: bool = False,
     ) -> Culprit | None:
         """Who is to blame for a step; None if it can't be told. What ends the run is always looked into."""

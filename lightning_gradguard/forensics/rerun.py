@@ -119,6 +119,7 @@ def _measure(module: nn.Module, bundle: Bundle, kind: str) -> Rerun:
         usual=usual_of(bundle.healthy_norms),
         weight_growths=bundle.weights_have_moved(),
         is_from_start=bundle.is_from_start,
+        silent=tuple(parameter["name"] for parameter in bundle.alert["parameters"] if parameter["norm"] == 0.0),
     )
     causes = vanishing_causes(evidence) if kind == "vanishing" else explosion_causes(evidence)
     return Rerun(losses, norm, culprit_of_cause(causes, flow, rank=0, error=None, tolerance=0.0))

@@ -47,6 +47,10 @@ class State:
             for undo in reversed(self._undo):
                 undo()
 
+    def holds(self, value: object) -> bool:
+        """Whether it is the module, or was found in it."""
+        return id(value) in self._seen
+
     def _keep(self, value: Any, name: str) -> None:  # noqa: C901 - one case a kind
         if isinstance(value, _NEVER) or id(value) in self._seen:
             return
@@ -153,7 +157,12 @@ def _copy(tensor: Tensor) -> Tensor | None:
     live = _local(tensor)
     if live.device.type == "meta" or live.layout is not torch.strided or live.is_nested or live.dtype in _PACKED:
         return None
-    return live.to("cpu", copy=True)
+    try:
+        copy = live.to("cpu", copy=True)
+        _bits(copy)
+    except (NotImplementedError, TypeError):  # of a subclass that has few operators
+        return None
+    return copy
 
 
 def _same(live: Tensor, before: Tensor) -> bool:
@@ -224,10 +233,21 @@ def unchanged(module: nn.Module) -> Iterator[State]:
     """Begin without gradients; put everything about a module, and the global random state, back when the context ends."""
     rng = RandomState()
     state = State(module)
+    _running.append(state)
     try:
         for parameter in module.parameters():
             parameter.grad = None
         yield state
     finally:
+        _running.remove(state)
         state.restore()
         rng.restore()
+
+
+_running: list[State] = []
+"""Of all contexts that have been entered. A list for all threads: on a GPU, hooks in a backward pass run in another one."""
+
+
+def is_run_again(module: nn.Module) -> bool:
+    """Whether what runs now of a module is no step of its training, but to be put back."""
+    return any(state.holds(module) for state in _running)

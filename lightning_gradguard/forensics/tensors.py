@@ -79,7 +79,14 @@ _SIMPLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def range_of(tensor: Tensor) -> Range | None:
-    """Smallest and largest value; None for what has no floating-point values. One sync."""
+    """Smallest and largest value; None for what has no floating-point values, or does not show them. One sync."""
+    try:
+        return _range_of(tensor)
+    except (NotImplementedError, TypeError):  # of packed numbers, of subclasses that have few operators
+        return None
+
+
+def _range_of(tensor: Tensor) -> Range | None:
     is_simple = (
         type(tensor) is Tensor and tensor.dtype in _SIMPLE and not tensor.requires_grad and tensor.device.type == "cpu"
     )

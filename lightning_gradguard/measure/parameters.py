@@ -6,6 +6,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.layout import Layout, clean_name
 from lightning_gradguard.measure.distributed import is_sharded
@@ -33,6 +34,7 @@ class WatchedParameters:
         is_sharded: whether there are DTensors or shards, also among the excluded ones.
         are_plain: whether all are tensors of float32 on the CPU, and none is excluded.
         excluded, excluded_layout: the same of those that the filter leaves out.
+        unshaped: those of lazy modules, until a forward pass has given them a shape; they have no gradient before.
 
     Raises:
         ValueError: if nothing is left to watch, or a pattern matches nothing.
@@ -66,7 +68,7 @@ class WatchedParameters:
     @property
     def everything(self) -> list[Parameter]:
         """All parameters of the optimizer, excluded ones included."""
-        return [*self.tensors, *self.excluded]
+        return [*self.tensors, *self.excluded, *self.unshaped]
 
     @property
     def model_names(self) -> list[str]:
@@ -85,7 +87,9 @@ class WatchedParameters:
         """
         now = self._in_groups()
         dtypes = [parameter.dtype for parameter in now]
-        if len(now) == len(self._grouped) and all(map(operator.is_, now, self._grouped)) and dtypes == self._dtypes:
+        is_same = len(now) == len(self._grouped) and all(map(operator.is_, now, self._grouped)) and dtypes == self._dtypes
+        has_shapes = self.unshaped and not all(map(_is_unshaped, self.unshaped))
+        if is_same and not has_shapes:
             return False
         before = self.layout
         if self._look_again is not None:
@@ -109,6 +113,8 @@ class WatchedParameters:
             # Parameters that the model doesn't list are trained all the same, so they are watched under a made-up name.
             unnamed: list[tuple[str, Parameter]] = [entry for key, entry in inside.items() if key not in known]
             named = model_order + unnamed
+        self.unshaped: list[Parameter] = [parameter for _, parameter in named if _is_unshaped(parameter)]
+        named = [pair for pair in named if not _is_unshaped(pair[1])] if self.unshaped else named
         kept = [pair for pair in named if self.only.keeps(pair[0])]
         left_out = [] if self.only.keeps_all else [pair for pair in named if not self.only.keeps(pair[0])]
         self.tensors, self.layout = _split(kept)
@@ -133,9 +139,19 @@ def _trained_in(parameter: Parameter) -> torch.Tensor | None:
     return parameter.owner if isinstance(parameter, FlatShard) else parameter
 
 
+def _is_unshaped(parameter: Parameter) -> bool:
+    return isinstance(parameter, torch.Tensor) and is_lazy(parameter)
+
+
 def _split(named: list[tuple[str, Parameter]]) -> tuple[list[Parameter], Layout]:
     tensors = [parameter for _, parameter in named]
-    return tensors, Layout.of((name for name, _ in named), (tuple(parameter.shape) for parameter in tensors))
+    return tensors, Layout.of((name for name, _ in named), map(_shape, tensors))
+
+
+def _shape(parameter: Parameter) -> tuple[int, ...]:
+    if isinstance(parameter, torch.Tensor) and parameter.is_nested:  # of several shapes
+        return (parameter.numel(),)
+    return tuple(parameter.shape)
 
 
 def _check(entry: object) -> tuple[str, Parameter]:

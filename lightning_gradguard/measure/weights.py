@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.measure.distributed import is_sharded
 from lightning_gradguard.measure.gradients import to_device
@@ -64,11 +65,16 @@ class WeightMeter:
 
 def can_measure(parameters: Sequence[Parameter]) -> TypeGuard[Sequence[Tensor]]:
     """Whether these are dense weights that this rank holds as a whole."""
-    plain = all(
-        isinstance(it, Tensor) and it.layout is torch.strided and it.is_floating_point() and it.dtype.itemsize > 1
-        for it in parameters
-    )
+    plain = all(isinstance(it, Tensor) and has_norm(it) for it in parameters)
     return bool(parameters) and plain and not is_sharded(list(parameters))
+
+
+def has_norm(tensor: Tensor) -> bool:
+    """Whether torch has a norm of it, in floating-point numbers."""
+    # Subclasses that are not trained are mostly packed numbers, which have few operators.
+    is_known = type(tensor) in (Tensor, nn.Parameter) or (tensor.requires_grad and not is_lazy(tensor))
+    is_dense = is_known and tensor.layout is torch.strided and not tensor.is_nested
+    return is_dense and tensor.is_floating_point() and tensor.dtype.itemsize > 1
 
 
 def learning_rate(optimizer: torch.optim.Optimizer | None) -> float | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.measure.distributed import local_part
 
@@ -20,21 +21,29 @@ def find_nonfinite(named: Iterable[tuple[str, Tensor]], *, may_be_infinite: bool
     The extremes of a tensor are NaN where an element is; unlike a sum they can't overflow.
 
     Args:
-        named: tensors by name; those of whole numbers, and empty ones, are passed over.
+        named: tensors by name; those of whole numbers, empty ones, and those of lazy modules that have no values yet, are
+            passed over.
         may_be_infinite: whether infinities are in order, as in the buffer of an attention mask.
     """
-    local = [(name, _readable(local_part(tensor.detach()))) for name, tensor in named]
-    floats = [(name, tensor) for name, tensor in local if tensor is not None and tensor.numel()]
-    if not floats:
-        return []
+    pairs = [(name, _extremes(tensor)) for name, tensor in named if not is_lazy(tensor)]
+    found = [(name, *extremes) for name, extremes in pairs if extremes is not None]
     by_device: dict[torch.device, list[Tensor]] = {}
-    for _, tensor in floats:
-        by_device.setdefault(tensor.device, []).extend(extreme.double() for extreme in tensor.aminmax())
+    for _, low, high in found:
+        by_device.setdefault(low.device, []).extend((low.double(), high.double()))
     values = {device: iter(torch.stack(extremes).tolist()) for device, extremes in by_device.items()}
-    pairs = [(name, next(values[tensor.device]), next(values[tensor.device])) for name, tensor in floats]
+    read = [(name, next(values[low.device]), next(values[low.device])) for name, low, _ in found]
     if may_be_infinite:
-        return [name for name, low, _ in pairs if math.isnan(low)]
-    return [name for name, low, high in pairs if not (math.isfinite(low) and math.isfinite(high))]
+        return [name for name, low, _ in read if math.isnan(low)]
+    return [name for name, low, high in read if not (math.isfinite(low) and math.isfinite(high))]
+
+
+def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Least and largest element; None where there is no NaN among them, or where torch can't tell."""
+    try:
+        readable = _readable(local_part(tensor.detach()))
+        return None if readable is None or not readable.numel() else readable.aminmax()
+    except (NotImplementedError, TypeError):  # of numbers that are packed, of subclasses without the operator
+        return None
 
 
 def _readable(tensor: Tensor) -> Tensor | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_gradguard.measure.distributed import local_part
 
@@ -100,6 +101,8 @@ def put_back(saved: Any, live: Any) -> Any:
 def num_bytes(tree: Any) -> int:
     """Bytes of all tensors in nested dicts, lists and tuples, as far as this rank holds them."""
     if isinstance(tree, Tensor):
+        if is_lazy(tree):
+            return 0
         local = local_part(tree)
         return local.numel() * local.element_size() if _is_dense(local) else 0
     if isinstance(tree, HostTensor):

@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lightning_gradguard.forensics.nonfinite.layout import leaves_of
+from lightning_gradguard.forensics.state import is_run_again
 from lightning_gradguard.layout import clean_name
 from lightning_gradguard.measure.distributed import Ranks
 from lightning_gradguard.policy import require_float, require_int
@@ -36,7 +38,7 @@ def inject(
         model: the module that is trained.
         fault: "nan" or "inf" puts one such element into the gradient; "explosion" multiplies it by `factor`.
         step: backward pass in which it happens, counting from 0 those that reach the parameter. With `n` micro-batches a
-            step, those of optimizer step `s` are `n * s` to `n * s + n - 1`.
+            step, those of optimizer step `s` are `n * s` to `n * s + n - 1`. Those of a guard's replays don't count.
         parameter: name of the parameter; None: the first that is trained.
         rank: the process on which it happens; None: all.
         factor: for "explosion", > 0.
@@ -60,13 +62,18 @@ def inject(
     if rank is not None:
         require_int("rank", rank, at_least=0, remedy="For all ranks pass None.")
     name, target = _find(model, parameter)
-    damage = _Damage(fault, step, rank, factor)
     owner, _, leaf = name.rpartition(".")
+    damage = _Damage(fault, step, rank, factor, model.get_submodule(owner))
 
-    def on_output(module: nn.Module, args: object, output: Tensor) -> None:  # noqa: ARG001
+    def on_output(module: nn.Module, args: object, output: object) -> None:  # noqa: ARG001
         # `fit` shards after this function was called, so only now it shows whether the parameter is still the one trained.
-        if output.requires_grad and not (getattr(module, leaf) is target and _takes_hooks(target)):
-            output.register_hook(damage)  # type: ignore[no-untyped-call]
+        if getattr(module, leaf) is target and _takes_hooks(target):
+            return
+        # One tensor of all that it returns: each call of the hook counts as a backward pass.
+        for _, tensor in leaves_of(output):
+            if tensor.requires_grad:
+                tensor.register_hook(damage)  # type: ignore[no-untyped-call]
+                return
 
     handles = [model.get_submodule(owner).register_forward_hook(on_output)]
     if _takes_hooks(target):
@@ -81,17 +88,20 @@ def inject(
 class _Damage:
     """The hook: counts backward passes and damages the gradient of one."""
 
-    def __init__(self, fault: FaultName, step: int, rank: int | None, factor: float) -> None:
+    def __init__(self, fault: FaultName, step: int, rank: int | None, factor: float, owner: nn.Module) -> None:
         self._fault = fault
         self._step = step
         self._rank = rank
         self._factor = factor
+        self._owner = owner
         self._num_seen = 0
 
     def __call__(self, grad: Tensor) -> Tensor:
         size = Ranks.current().size
         if self._rank is not None and self._rank >= size:  # how many there are may not have been known before
             raise ValueError(f"`rank` must be one of the {size} that there are, got {self._rank}. The first is 0.")
+        if is_run_again(self._owner):
+            return grad
         is_now = self._num_seen == self._step
         self._num_seen += 1
         if not is_now or self._rank not in (None, Ranks.current().rank):

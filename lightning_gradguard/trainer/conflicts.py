@@ -59,8 +59,8 @@ def refuse_second_clipping(trainer: Trainer, module: LightningModule) -> None:
         raise ConflictError(
             f"`gradient_clip_val` must be unset where GradGuard clips, got {trainer.gradient_clip_val!r}: gradients would "
             "be clipped twice. Remove `gradient_clip_val` from the Trainer, or `clip` from GradGuard. Where a package sets "
-            "it, pass None through that package's arguments for its Trainer; gluonts takes "
-            "`trainer_kwargs={'gradient_clip_val': None}`."
+            "it, pass None through that package's arguments for its Trainer; gluonts, and `optimize_hyperparameters` of "
+            "pytorch-forecasting, take `trainer_kwargs={'gradient_clip_val': None}`."
         )
     owner = overrides_clipping(module)
     if owner is not None:

@@ -168,11 +168,10 @@ class Fit:
         else:
             self._buffers.look()
         self._step.begin_batch(batch_idx)
-        if not self._step.knows_batches:
-            return
-        if self._quarantine is not None:
-            self._quarantine.begin_batch(batch_idx)
-        self._incidents.open(batch, batch_idx)
+        if self._step.knows_batches:
+            if self._quarantine is not None:
+                self._quarantine.begin_batch(batch_idx)
+            self._incidents.open(batch, batch_idx)
 
     def before_backward(self, loss: Tensor) -> None:
         """Note the loss; from the second micro-batch on, measure what the ones before have left."""
@@ -198,6 +197,8 @@ class Fit:
             taken = guard.hand_over_taken()
             if self._skipped is not None:
                 self._skipped.show(taken)
+        if self._scaled_clipping is not None and guard.outcome is not None:
+            self._scaled_clipping.note(guard.outcome.measurement)
         if guard.stopped_by is not None:
             request_stop(self._trainer)
         guard.leave()
@@ -272,8 +273,7 @@ class Fit:
             self._buffers,
             scaler_of(self._trainer),
             self._engine.scaling,
-            # Healthy steps are cheap where nobody wants to be told of each.
-            listener=self._note if self._listens else None,
+            listener=self._note if self._listens else None,  # healthy steps are cheap without
             can_defer=True,
             clips_later=clips_later(self._trainer, self._module),
             investigate=incidents.investigation,

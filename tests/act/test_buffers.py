@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from itertools import count
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_gradguard.act import buffers
+from lightning_gradguard.act import buffers, frozen
 from lightning_gradguard.act.buffers import Buffers
 
 
@@ -57,13 +58,27 @@ def test_restore_buffer_set_to_none_and_one_that_was_none():
     assert module.unset is None
 
 
-def test_restore_buffer_of_another_shape_by_now_is_replaced():
-    """Nothing can be written into it."""
-    module = Holder(torch.arange(3.0))
+@pytest.mark.parametrize("before", [torch.arange(3.0), torch.ones(1)], ids=["other", "one that could be repeated"])
+def test_restore_buffer_of_another_shape_by_now_is_replaced(before):
+    """Nothing can be written into it. Observers of quantisation begin with one element, and resize it."""
+    module = Holder(before.clone())
     kept = Buffers(module=module)
     module.buffer.resize_(7)
     kept.restore_()
-    assert module.buffer.tolist() == [0.0, 1.0, 2.0]
+    assert torch.equal(module.buffer, before)
+
+
+def test_buffers_of_lazy_modules_are_kept_from_the_first_step_on_that_they_have_a_shape_in():
+    """Before it there is nothing to copy."""
+    module = nn.LazyBatchNorm1d(affine=False)
+    kept = Buffers(module=module)
+    module(torch.randn(4, 2))
+    kept.restore_()
+    kept.remember()
+    mean = module.running_mean.clone()
+    module(torch.randn(4, 2))
+    kept.restore_()
+    assert torch.equal(module.running_mean, mean)
 
 
 @pytest.mark.parametrize(
@@ -141,6 +156,46 @@ def test_remember_follows_a_buffer_that_takes_anothers_place():
     assert module.other.item() == 0.0
 
 
+class _Renaming(nn.Module):
+    """Keeps an average under a name that counts; `where` says what it goes by."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.number = where, 0
+        self.register_buffer("mean_0", torch.zeros(2))
+        if where == "buffer":
+            self.register_buffer("count", torch.tensor(0))
+
+    def forward(self, x):
+        if self.where == "name":
+            (name,) = self._buffers
+            number = int(name[5:])
+        else:
+            number = int(self.count) if self.where == "buffer" else self.number
+        self.register_buffer(f"mean_{number + 1}", getattr(self, f"mean_{number}") + x)
+        delattr(self, f"mean_{number}")
+        self.number += 1
+        if self.where == "buffer":
+            self.count += 1
+        return getattr(self, f"mean_{number + 1}")
+
+
+@pytest.mark.parametrize("where", ["attribute", "buffer", "name"])
+def test_restore_buffer_that_has_another_name_by_now_goes_on_from_its_value(where):
+    """Whichever name the module asks for next."""
+    module = _Renaming(where)
+    kept = Buffers(module=module)
+    for x in (1.0, 2.0):
+        kept.remember()
+        module(x)
+    kept.remember()
+    module(math.nan)
+    kept.restore_()
+    kept.remember()
+    assert module(4.0).tolist() == [7.0, 7.0]
+    assert len(module._buffers) == (2 if where == "buffer" else 1)
+
+
 def _in_place(parameter):
     parameter.add_(1.0)
 
@@ -149,21 +204,82 @@ def _assigned(parameter):
     parameter.data = parameter.data + 1.0
 
 
-@pytest.mark.parametrize("move", [_in_place, _assigned])
+def _uncounted(parameter):
+    parameter.data.add_(1.0)
+
+
+def _frozen_pair():
+    return nn.ModuleDict({"teacher": nn.Linear(2, 2), "base": nn.Linear(2, 2)}).requires_grad_(False)
+
+
+@pytest.mark.parametrize("move", [_in_place, _assigned, _uncounted])
 @pytest.mark.parametrize("is_selected", [False, True])
+@pytest.mark.parametrize("num_steps", [1, 20])
 @torch.no_grad()
-def test_frozen_parameter_that_a_step_moves_goes_back(move, is_selected):
-    """A teacher, from the second step on; one that never moves is not copied."""
-    module = nn.ModuleDict({"teacher": nn.Linear(2, 2), "base": nn.Linear(2, 2)}).requires_grad_(False)
+def test_frozen_parameter_that_a_step_moves_goes_back(move, is_selected, num_steps):
+    """A teacher, from the first step on; also where no version counter shows it."""
+    module = _frozen_pair()
     kept = Buffers(module=module)
-    for _ in range(2):
+    for _ in range(num_steps):
         kept.remember()
         before = module["teacher"].weight.clone()
         move(module["teacher"].weight)
         kept.look()
     kept.select_(torch.tensor(1.0)) if is_selected else kept.restore_()
     assert torch.equal(module["teacher"].weight, before)
-    assert len(list(kept._frozen.pairs())) == 1
+
+
+@pytest.mark.parametrize("delay", [0, 3])
+@torch.no_grad()
+def test_frozen_parameter_goes_back_while_its_device_has_yet_to_say_whether_it_moves(delay, monkeypatch):
+    """The host does not wait for a GPU's answer, and keeps what it has asked about until then."""
+    monkeypatch.setattr(frozen, "_AT_ONCE", ())
+    asked = count()
+    monkeypatch.setattr(frozen._Trial, "has_arrived", property(lambda trial: next(asked) >= delay))
+    module = _frozen_pair()
+    kept = Buffers(module=module)
+    for _ in range(12):
+        kept.remember()
+        before = module["teacher"].weight.clone()
+        _uncounted(module["teacher"].weight)
+        kept.look()
+        kept.restore_()
+        assert torch.equal(module["teacher"].weight, before)
+
+
+@torch.no_grad()
+def test_frozen_parameters_that_never_move_are_not_copied_for_long(monkeypatch):
+    """Nor many at a time."""
+    monkeypatch.setattr(frozen, "_BUDGET", 4 * 6)
+    module = _frozen_pair()
+    module["teacher"].bias.fill_(math.nan)
+    kept = Buffers(module=module)
+    sizes = []
+    for _ in range(60):
+        kept.remember()
+        module["base"].bias.data.add_(1.0)
+        kept.look()
+        sizes.append(sum(saved.numel() for _, saved in kept._frozen.pairs()))
+    assert max(sizes) == 2 + 6  # one that moves, and a portion of the others
+    assert sizes[-1] == 2
+
+
+@torch.no_grad()
+def test_frozen_parameter_that_sets_out_late_is_seen(monkeypatch):
+    """After a hundred steps at the latest; also one that was trained before."""
+    monkeypatch.setattr(frozen, "_PERIOD", 20)
+    module = _frozen_pair()
+    module["base"].requires_grad_(True)
+    kept = Buffers(module=module)
+    for step in range(61):
+        kept.remember()
+        module["base"].requires_grad_(False)
+        before = [it.clone() for it in module.parameters()]
+        for parameter in module.parameters() if step > 15 else []:
+            parameter.data.add_(1.0)
+        kept.look()
+    kept.restore_()
+    assert all(map(torch.equal, module.parameters(), before))
 
 
 @torch.no_grad()
@@ -171,7 +287,7 @@ def test_frozen_parameter_that_moves_between_steps_or_is_trained_by_now_is_left_
     """There is nothing to put back, and what an optimizer has done must stay."""
     module = nn.Linear(2, 2).requires_grad_(False)
     kept = Buffers(module=module)
-    for _ in range(3):
+    for _ in range(20):
         kept.remember()
         kept.look()
         module.weight.add_(1.0)

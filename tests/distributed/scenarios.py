@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning_package import DDPStrategy, LightningEnvironment, LightningModule, ModelParallelStrategy, Trainer
+from skip_scenarios import SKIPS
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -229,6 +230,7 @@ TWO_RANKS: dict[str, Callable[[], Any]] = {
     "ddp-accumulation": lambda: faulty("ddp", "gradient", accumulate_grad_batches=3),
     **{f"loss-{mode}": functools.partial(faulty, mode, "loss") for mode in ("ddp", "fsdp2", "tp")},
     "batchnorm": lambda: faulty("ddp", "gradient", norm=True),
+    **SKIPS,
     "clip-none": lambda: clipped(None),
     "clip-2": lambda: clipped(ClipNorm(0.1)),
     "clip-1": lambda: clipped(ClipNorm(0.1, norm_type=1.0)),

@@ -64,6 +64,29 @@ def test_ddp_nan_batch_repairs_the_running_statistics_on_all_ranks(played):
         assert rank["buffers_are_finite"]
 
 
+_MOVING = {"center", "nested", "sparse", "expanded", "share.seen", "teacher.weight", "other.weight"}
+
+
+@pytest.mark.parametrize(
+    ("scenario", "bad", "rate"),
+    [
+        ("skip-ddp", 4, 0.01 * 0.9**8),
+        ("skip-ddp-first", 0, 0.01 * 0.9**3),
+        ("skip-fsdp2", 4, 0.01 * 0.9**8),
+        ("skip-ddp-window", 10, 0.01 * 0.9**12),
+        ("skip-fsdp2-window", 10, 0.01 * 0.9**12),
+    ],
+)
+def test_skipped_step_leaves_all_as_it_was_on_each_rank(scenario, bad, rate, played):
+    """Buffers of all kinds, teachers, weights, the optimizer's state, though one rank alone was bad; the next goes on."""
+    for rank in played(scenario):
+        assert rank["num_skipped"] == 1
+        assert rank["changed"][bad] == []
+        assert set(rank["changed"][bad + 1]) >= _MOVING
+        assert all("body.weight" in changed for step, changed in enumerate(rank["changed"]) if step != bad)
+        assert rank["rate"] == pytest.approx(rate)
+
+
 def test_norm_over_uneven_empty_and_plain_shards_is_the_whole_ones(played):
     """Five rows on two ranks, one row on two ranks, a tensor that both hold."""
     for rank in played("clip-none"):

@@ -91,3 +91,19 @@ def test_gradients_of_a_dtype_of_their_own_are_not_uniform():
     watched = WatchedParameters(model.named_parameters())
     assert not watched.is_uniform
     assert not watched.are_plain
+
+
+@pytest.mark.parametrize("has_optimizer", [True, False])
+def test_refresh_watches_parameters_of_lazy_modules_once_they_have_a_shape(has_optimizer):
+    """Each at its own time."""
+    model = nn.ModuleList([nn.LazyLinear(2), nn.LazyLinear(1)])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1) if has_optimizer else None
+    watched = WatchedParameters(model.named_parameters(), optimizer)
+    assert (watched.layout.names, len(watched.everything)) == ((), 4)
+    model[0](torch.ones(1, 3))
+    assert watched.refresh()
+    assert watched.layout.names == ("0.weight", "0.bias")
+    model[1](torch.ones(1, 2))
+    assert watched.refresh()
+    assert watched.layout.names == ("0.weight", "0.bias", "1.weight", "1.bias")
+    assert not watched.refresh()

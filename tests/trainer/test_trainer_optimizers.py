@@ -216,3 +216,30 @@ def test_optimizer_that_the_trainer_does_not_know_is_guarded_when_it_steps(tmp_p
     fit(tmp_path, net, guard)
     assert (guard.num_steps, guard.num_skipped) == (12, 1)
     assert net.head.weight.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*[Uu]ninitialized parameters")
+@pytest.mark.parametrize("arguments", [{"clip": 1e9}, {"nonfinite": "rollback", "include": ["body.*"]}])
+def test_lazy_modules_train_as_without_a_guard_and_are_guarded(arguments, tmp_path):
+    """Parameters and buffers have no shape before the first forward pass."""
+
+    class Lazy(Net):
+        def __init__(self, faults=None):
+            super().__init__(faults)
+            self.norm = nn.LazyBatchNorm1d(affine=False)
+            self.body, self.head = nn.LazyLinear(8), nn.LazyLinear(1)
+
+        def training_step(self, batch, batch_idx):
+            number, x, y = batch
+            return super().training_step((number, self.norm(x), y), batch_idx)
+
+    guarded, plain = seeded(Lazy), seeded(Lazy)
+    torch.manual_seed(1)
+    fit(tmp_path, guarded, GradGuard(**arguments), batches=make_batches(6))
+    torch.manual_seed(1)
+    fit(tmp_path, plain, batches=make_batches(6))
+    assert same(weights_of(guarded), weights_of(plain))
+    guard = GradGuard(**arguments)
+    fit(tmp_path, Lazy({4: "nan"}), guard, batches=make_batches(6))
+    assert guard.num_skipped == 1
+    assert guard.alerts[0].parameters[0]["name"].startswith("body")

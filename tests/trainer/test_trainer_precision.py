@@ -9,7 +9,7 @@ import torch
 from lightning_package import MixedPrecision
 from toys import Net, Snapshots, fit, make_batches, same, seeded, weights_of
 
-from lightning_gradguard import GradGuard, GradientWarning
+from lightning_gradguard import GradGuard, GradientWarning, GuardWarning
 
 SCALE = 2.0**10
 
@@ -109,24 +109,57 @@ def test_float64_training_is_measured_in_float64(tmp_path):
     assert same(weights_of(guarded), weights_of(plain))
 
 
-def test_fp16_clipping_by_the_module_before_unscaling_is_pointed_out_once(tmp_path):
+class _Clips(Net):
+    """By its own method, or by torch's function."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        self.clip(optimizer)
+        optimizer.step()
+
+    def clip(self, optimizer):
+        self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
+
+
+class _ClipsByFunction(_Clips):
+    def clip(self, optimizer):
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+
+class _ClipsAfterBackward(Net):
+    def on_after_backward(self):
+        torch.nn.utils.clip_grad_norm_(self.parameters(), 0.5)
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (_Clips, "still multiplied by the GradScaler's scale, 1024"),
+        (_ClipsByFunction, "was 0.5 before the GradScaler's scale, 1024"),
+        (_ClipsAfterBackward, "was 0.5 before the GradScaler's scale, 1024"),
+    ],
+)
+def test_fp16_clipping_by_the_module_before_unscaling_is_pointed_out_once(module, message, tmp_path):
     """Its limit holds for numbers that are a thousand times as large."""
-
-    class Clips(Net):
-        automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            optimizer = self.optimizers()
-            optimizer.zero_grad()
-            self.manual_backward(super().training_step(batch, batch_idx))
-            self.clip_gradients(optimizer, gradient_clip_val=0.5, gradient_clip_algorithm="norm")
-            optimizer.step()
-
     norms = []
     guard = GradGuard(sinks=[lambda record: norms.append(record.measurement.global_norm)])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        fit(tmp_path, Clips(), guard, plugins=[_fp16()], batches=make_batches(3))
-    about = [str(each.message) for each in caught if "still multiplied by the GradScaler's scale, 1024" in str(each.message)]
+        fit(tmp_path, module(), guard, plugins=[_fp16()], batches=make_batches(7))
+    about = [str(each.message) for each in caught if "the scaled numbers" in str(each.message)]
     assert len(about) == 1
+    assert message in about[0]
     assert max(norms) == pytest.approx(0.5 / SCALE, rel=0.01)
+
+
+def test_fp16_clipping_of_unscaled_gradients_is_not_pointed_out(tmp_path):
+    """The Trainer's own, and none at all."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for settings in ({"gradient_clip_val": 0.01}, {}):
+            fit(tmp_path, Net(), GradGuard(), plugins=[_fp16()], batches=make_batches(7), **settings)
+    assert not [each for each in caught if each.category is GuardWarning]

@@ -80,6 +80,18 @@ def test_lbfgs_bad_evaluation_inside_a_step_leaves_weights_and_state_from_before
     assert not same(snapshots.weights[5], snapshots.weights[4])
 
 
+@pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+def test_injected_fault_comes_in_the_step_that_was_asked_for_also_after_replays(tmp_path):
+    """The backward passes of the replays of step 2 are no steps; step 7 alone is damaged, and no replay."""
+    module, guard, snapshots = Net({2: "nan"}), GradGuard(), Snapshots()
+    with inject(module, "nan", step=7):
+        fit(tmp_path, module, guard, snapshots)
+    assert guard.num_skipped == 2
+    assert same(snapshots.weights[7], snapshots.weights[6])
+    assert [alert.step for alert in guard.alerts] == [2, 7]
+    assert [alert.culprit.phase for alert in guard.alerts] == ["forward", "backward"]
+
+
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
 @pytest.mark.parametrize("window", [1, 3])
 @pytest.mark.parametrize("scaled", [False, True])

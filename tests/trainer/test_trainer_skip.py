@@ -11,7 +11,7 @@ from lightning_package import Callback, ModelCheckpoint
 from torch import nn
 from toys import FEATURES, Net, Snapshots, fit, make_batches, make_trainer, same
 
-from lightning_gradguard import GradGuard, GradientWarning
+from lightning_gradguard import Explosion, GradGuard, GradientWarning
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
 
@@ -43,6 +43,36 @@ class Normalised(Net):
         return copy.deepcopy({**self.state_dict(), **{f"{k}.{n}": v for k, s in states.items() for n, v in s.items()}})
 
 
+class Taught(Normalised):
+    """A frozen teacher beside, an average of the network."""
+
+    def __init__(self, faults=None, **arguments):
+        super().__init__(faults, **arguments)
+        self.teacher = copy.deepcopy(self.body).requires_grad_(False)
+
+    def training_step(self, batch, batch_idx):
+        for old, new in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
+            old.data = 0.9 * old.data + 0.1 * (new.detach() + 1.0)
+        return super().training_step(batch, batch_idx)
+
+
+class Packed(torch.Tensor):
+    """Stands for real numbers and answers to few operators, as weights that are quantised for LoRA."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.clone, torch.ops.aten._to_copy):
+            return cls(func(args[0].values))
+        raise NotImplementedError(func)
+
+
 def equal(a, b):
     """Whether two of these are the same to the bit."""
     return a.keys() == b.keys() and all(torch.equal(a[key].to_dense(), b[key].to_dense()) for key in a)
@@ -58,13 +88,24 @@ def test_skipped_step_leaves_all_buffers_as_they_were(fault, tmp_path):
     assert not equal(net.after[6], net.after[5])
 
 
-def test_step_skipped_as_an_explosion_leaves_running_statistics_as_they_were(tmp_path):
-    """One batch x 1e4 would leave a variance of 1e7."""
-    net = Normalised(scale=[30])
-    guard = GradGuard(explosion="skip")
-    fit(tmp_path, net, guard, batches=make_batches(32))
-    assert [alert.step for alert in guard.alerts if alert.action == "skip"] == [30]
-    assert equal(net.after[30], net.after[29])
+@pytest.mark.parametrize("accumulate", [1, 2, 4])
+def test_step_skipped_as_an_explosion_leaves_all_as_it_was(accumulate, tmp_path):
+    """One batch x 1e4 would leave a variance of 1e7. Schedulers go on."""
+
+    class Scheduled(Taught):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            return [optimizer], [{"scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9), "interval": "step"}]
+
+    first = 8 * accumulate
+    net = Scheduled(scale=[first + accumulate // 2])
+    guard = GradGuard(explosion=Explosion("skip", warmup_steps=6))
+    fit(tmp_path, net, guard, batches=make_batches(first + 2 * accumulate), accumulate_grad_batches=accumulate)
+    assert [alert.step for alert in guard.alerts if alert.action == "skip"] == [8]
+    last = first + accumulate - 1
+    assert equal(net.after[last], net.after[first - 1])
+    assert not any(torch.equal(net.after[-1][key], net.after[last][key]) for key in ("body.weight", "teacher.weight"))
+    assert net.trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.01 * 0.9**10)
 
 
 @pytest.mark.parametrize("bad", [6, 7])
@@ -153,17 +194,6 @@ def test_second_step_of_a_batch_that_is_skipped_keeps_what_the_first_has_done(tm
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_teacher_that_the_skipped_step_has_moved_goes_back(accumulate, tmp_path):
     """As those of MoCo and BYOL, which `training_step` averages; also by assignment to `.data`."""
-
-    class Taught(Normalised):
-        def __init__(self, faults):
-            super().__init__(faults)
-            self.teacher = copy.deepcopy(self.body).requires_grad_(False)
-
-        def training_step(self, batch, batch_idx):
-            for old, new in zip(self.teacher.parameters(), self.body.parameters(), strict=True):
-                old.data = 0.9 * old.data + 0.1 * (new.detach() + 1.0)
-            return super().training_step(batch, batch_idx)
-
     net = Taught({5: "nan"})
     fit(tmp_path, net, GradGuard(), batches=make_batches(8), accumulate_grad_batches=accumulate)
     assert equal(net.after[5], net.after[5 - accumulate])
@@ -180,14 +210,22 @@ def test_teacher_that_the_skipped_step_has_moved_goes_back(accumulate, tmp_path)
         ),
         lambda: torch.quantize_per_channel(torch.ones(2, 2), torch.ones(2), torch.zeros(2), 0, torch.qint8),
         lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
+        lambda: torch.eye(2).to_sparse(),
+        lambda: torch.ones(2).to(torch.float8_e4m3fn),
+        lambda: Packed(torch.ones(2, 2, dtype=torch.int8)),
     ],
-    ids=["conj", "negated", "quantised", "float zero points", "nested"],
+    ids=["conj", "negated", "quantised", "float zero points", "nested", "sparse", "fp8", "packed"],
 )
+@pytest.mark.parametrize("is_parameter", [False, True])
 @pytest.mark.filterwarnings("ignore:.*nested tensors", "ignore:.*quantized")
-def test_module_with_odd_buffers_trains_and_its_bad_step_is_replayed(make, tmp_path):
+def test_module_with_odd_buffers_or_frozen_parameters_trains_and_its_bad_step_is_replayed(make, is_parameter, tmp_path):
     """Each of these ended the training, the process, or the search for the culprit."""
     net = Normalised({5: "nan_loss"})
-    net.register_buffer("odd", make(), persistent=False)
+    if is_parameter:
+        net.odd = nn.Parameter(make(), requires_grad=False)
+        net.everything = lambda: {name: value.clone() for name, value in net.state_dict().items() if name != "odd"}
+    else:
+        net.register_buffer("odd", make(), persistent=False)
     guard = GradGuard()
     fit(tmp_path, net, guard, batches=make_batches(7))
     assert guard.num_skipped == 1

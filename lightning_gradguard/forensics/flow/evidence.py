@@ -47,6 +47,7 @@ class Evidence:
         measured: gradient norm of the step itself; None where it can't be compared with a replay's.
         norm_under_number: that of the healthy batch, if the step is told that it has the number of its own batch.
         lost_at: the module that the alert says the gradient is lost at; "" if it says none.
+        silent: names of parameters that the alert is about because their gradient is exactly zero.
         num_ranks: processes that share the batch; all norms here are of one rank's part, but those of `usual`.
     """
 
@@ -64,6 +65,7 @@ class Evidence:
     measured: float | None = None
     norm_under_number: float | None = None
     lost_at: str = ""
+    silent: tuple[str, ...] = ()
     num_ranks: int = 1
 
     def growth_of(self, name: str | None) -> WeightGrowth | None:
@@ -83,7 +85,7 @@ class Cause:
     """Why gradients vanish or explode.
 
     Attributes:
-        name: "activation", "batch", "cut", "dead", "decay", "foreign", "init", "loss", "normalisation", "rate",
+        name: "activation", "batch", "cut", "dead", "decay", "foreign", "init", "input", "loss", "normalisation", "rate",
             "recurrence", "sample", "saturation", "step" or "weights".
         phase: "data", "weights", "forward" or "backward".
         message: one sentence, with figures.

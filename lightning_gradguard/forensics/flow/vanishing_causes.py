@@ -19,22 +19,45 @@ _GATED = "Start with the bias of its {} gate at 1 or above, or use attention or 
 
 def vanishing_causes(evidence: Evidence) -> tuple[Cause, ...]:
     """All causes that fit, the surest first; none where the gradient reaches all layers in a size that can be felt."""
-    cut_off = _first_without_gradient(evidence.flow)
-    if cut_off is not None:
-        found = _zero_weights(evidence, cut_off) or _dead(evidence, cut_off) or _flat(evidence, cut_off)
-        if found is not None:
-            return (found,)
-    last = _last_without_gradient(evidence.flow)
-    if last is not None and (found := _flat(evidence, last)) is not None:
+    found = _zero_input(evidence) or _of_no_gradient(evidence)
+    if found is not None:
         return (found,)
-    tiny = _tiny_loss(evidence)
-    if tiny is not None:
-        return (tiny,)
-    if cut_off is not None and not _has_underflowed(evidence.flow):
-        return (_cut(cut_off),)
+    if evidence.silent and not _has_underflowed(evidence.flow):
+        return ()  # what only makes gradients smaller is not why they are exactly zero
     in_time = _recurrent(evidence)
     by_depth = fading_by_depth(evidence)
     return tuple(cause for cause in (in_time, by_depth) if cause is not None)
+
+
+def _of_no_gradient(evidence: Evidence) -> Cause | None:
+    """Why no gradient arrives at a layer, or hardly one at any."""
+    cut_off, last = _first_without_gradient(evidence.flow), _last_without_gradient(evidence.flow)
+    found = None
+    if cut_off is not None:
+        found = _zero_weights(evidence, cut_off) or _dead(evidence, cut_off) or _flat(evidence, cut_off)
+    if found is None and last is not None:
+        found = _flat(evidence, last)
+    if found is None:
+        found = _tiny_loss(evidence)
+    return _cut(cut_off) if found is None and cut_off is not None and not _has_underflowed(evidence.flow) else found
+
+
+def _zero_input(evidence: Evidence) -> Cause | None:
+    """Weights whose gradient is zero although one arrives at their layer's output, since nothing goes into it."""
+    layers = [layer for layer in evidence.flow.of("weights") if layer.weight in evidence.silent]
+    if not layers or not all(layer.input_rms == 0.0 and layer.grad_norm for layer in layers):
+        return None
+    layer = layers[0]
+    others = len({it.weight for it in layers}) - 1
+    return Cause(
+        "input",
+        "forward",
+        f"all that goes into {layer.name} is zero, and a weight's gradient is its input times the gradient at the output, "
+        f"which has a norm of {layer.grad_norm:.2g} there" + (f"; so it is with {others} more" if others else ""),
+        "Look at what makes this input: features that are never given, a mask, units that give zero. If the part is not in "
+        "use, leave it out, or freeze it by `requires_grad=False`.",
+        layer.module,
+    )
 
 
 def _first_without_gradient(flow: Flow) -> Layer | None:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_gradguard.forensics.flow.updates import AppliedStep, decay_factor, last_update, reach
 from lightning_gradguard.forensics.flow.weight_samples import WeightSamples
+from lightning_gradguard.measure.weights import has_norm
 from lightning_gradguard.record import Measurement
 
 INTERVAL = 16
@@ -265,5 +266,8 @@ def _grad_norm(measurement: Measurement | None, name: str) -> float | None:
 
 
 def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    values = [getattr(tensor, "_local_tensor", tensor).detach() for tensor in tensors]
-    return list(torch._foreach_norm(values)) if values else []
+    """NaN for those that torch has no norm of, which nobody trains."""
+    values = [getattr(tensor, "_local_tensor", tensor) for tensor in tensors]
+    dense = {index: value.detach() for index, value in enumerate(values) if has_norm(value)}
+    norms = dict(zip(dense, torch._foreach_norm([*dense.values()]), strict=True)) if dense else {}
+    return [norms[index] if index in norms else torch.tensor(math.nan) for index in range(len(values))]

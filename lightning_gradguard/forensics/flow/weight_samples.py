@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_gradguard.measure.weights import has_norm
+
 _SAMPLE = 128
 """Elements of each matrix that are compared from step to step."""
 
@@ -86,7 +88,7 @@ def _memory_of(tensor: Tensor) -> memoryview:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary one whose storage has no gaps."""
-    if tensor.layout is not torch.strided or type(tensor) not in (Tensor, torch.nn.Parameter):
+    if not has_norm(tensor) or type(tensor) not in (Tensor, torch.nn.Parameter):
         return False
     if not tensor.untyped_storage().nbytes():  # freed for the time being
         return False

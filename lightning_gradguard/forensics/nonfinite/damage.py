@@ -91,7 +91,7 @@ class Damage(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.batch = batch
         self.rows = rows
         self.modules = ModuleStack(root)
-        self._weights = {tuple(parameter.shape) for parameter in root.parameters()}
+        self._weights = {tuple(it.shape) for it in root.parameters() if not (nn.parameter.is_lazy(it) or it.is_nested)}
         self._provenances = ProvenanceTable()
         self._locations: dict[int, SourceLocation] = {}
         self._operators: dict[Any, Operator] = {}

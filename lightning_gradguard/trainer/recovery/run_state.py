@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_gradguard.measure.shards import FlatShard
@@ -118,7 +119,8 @@ class RunState:
         masters = self._engine.master_weights
         parameters = dict(module.named_parameters())
         own = {name: it for name, it in parameters.items() if masters is None or not masters.covers(it)}
-        return {**own, **dict(module.named_buffers())}
+        # What a lazy module has not given a shape yet has no values.
+        return {name: it for name, it in {**own, **dict(module.named_buffers())}.items() if not is_lazy(it)}
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> list[Tensor]:
         """What an optimizer steps, by which its state goes."""

@@ -68,14 +68,13 @@ class SaveGate:
             for stand_in in self._stand_ins:
                 stand_in.remove()
 
-    def _look_first(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _look_first(self, save: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         filepath = kwargs.get("filepath", args[0] if args else None)
         weights_only = kwargs.get("weights_only", args[1] if len(args) > 1 else None)
         damaged = self._damaged(weights_only=bool(weights_only))
         if self._trainer.strategy.reduce_boolean_decision(not damaged, all=True):
             self._was_refused = False
-            save(*args, **kwargs)
-            return
+            return save(*args, **kwargs)
         if not self._was_refused:
             more = f" and {len(damaged) - _MAX_NAMES} more" if len(damaged) > _MAX_NAMES else ""
             names = ", ".join(f"`{name}`" for name in damaged[:_MAX_NAMES]) or "what another rank holds"
@@ -83,15 +82,17 @@ class SaveGate:
         self._was_refused = True
         if self._is_in_hook:
             raise _RefusedError
+        return None
 
-    def _run(self, callback: Callback, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _run(self, callback: Callback, hook: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         before = {name: _copy(value) for name, value in vars(callback).items()}
         self._is_in_hook = True
         try:
-            hook(*args, **kwargs)
+            return hook(*args, **kwargs)
         except _RefusedError:
             vars(callback).clear()
             vars(callback).update(before)
+            return None
         except BaseException:
             # Nobody after this one is told of the exception that it was being told of.
             self._ends_with = callback if self._ends_with is not None else None

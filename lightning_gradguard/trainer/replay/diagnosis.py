@@ -112,7 +112,7 @@ class Diagnosis:
         return self._is_from_start or self._num_noted == 0
 
     def look(
-        self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str
+        self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str, silent: Sequence[str] = ()
     ) -> tuple[Culprit | None, float]:
         """Why a step vanished or exploded, in this rank's part, and the gradient norm of that.
 
@@ -121,6 +121,7 @@ class Diagnosis:
             position: where it is.
             measurement: of its gradients.
             kind: "vanishing" or "explosion".
+            silent: names of parameters that the finding is about because their gradient is exactly zero.
         """
         held = position.step if self._window.is_held(position.step) else None
         batches = self._window.of(optimizer, held)
@@ -139,6 +140,7 @@ class Diagnosis:
             changed=changed,
             measured=None if changed is None else measurement.global_norm,
             lost_at=lost_at(measurement),
+            silent=tuple(silent),
             num_ranks=self._num_ranks,
         )
         if kind == "explosion":

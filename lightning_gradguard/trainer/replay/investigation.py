@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,7 +100,9 @@ class Investigation:
         """Let go of all batches."""
         self.diagnosis.clear()
 
-    def __call__(self, position: Position, measurement: Measurement, kind: str, *, ends_run: bool = False) -> Culprit | None:
+    def __call__(
+        self, position: Position, measurement: Measurement, kind: str, *, silent: Sequence[str] = (), ends_run: bool = False
+    ) -> Culprit | None:
         """Who is to blame for a step; None if it can't be told. Its gradients should still be there, to compare with.
 
         What ends the run is looked into however many steps have been before, and is said to agree or not with those. Where
@@ -112,19 +115,20 @@ class Investigation:
         if (is_spent and not ends_run) or not can_replay(self._trainer, self._module):
             return None
         self.num_done += 1
-        culprit = self._find(position, measurement, kind)
+        culprit = self._find(position, measurement, kind, silent)
         if ends_run:
             return self._earlier.final(position.optimizer, kind, culprit)
         self._earlier.note(position.optimizer, kind, position.step, culprit)
         return culprit
 
-    def _find(self, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
+    def _find(self, position: Position, measurement: Measurement, kind: str, silent: Sequence[str]) -> Culprit | None:
         optimizer = self._trainer.optimizers[position.optimizer]
         if (name := self._used_up(optimizer, position)) is not None:
             _warn_of(f"`{name}` is an iterator, which the step has used up; a list could be replayed")
             return None
         if kind != "nonfinite":
-            return None if self._is_sharded else self._diagnose(optimizer, position, measurement, kind)
+            ask = partial(self.diagnosis.look, optimizer, position, measurement, kind, silent)
+            return None if self._is_sharded else self._diagnose(ask)
         looked, failure = _Look(), None
         try:
             looked = self._look(optimizer, position, measurement)
@@ -139,11 +143,11 @@ class Investigation:
         batches = self._window.of(optimizer, position.step) if self._ranks.size == 1 else []
         return next((name for it in batches for name in iterators_in(it.batch)), None)
 
-    def _diagnose(self, optimizer: Optimizer, position: Position, measurement: Measurement, kind: str) -> Culprit | None:
+    def _diagnose(self, ask: Callable[[], tuple[Culprit | None, float]]) -> Culprit | None:
         """Why a step vanished or exploded: with several ranks as the one says that has the largest gradients."""
         found: tuple[Culprit | None, float] = (None, 0.0)
         try:
-            found = self.diagnosis.look(optimizer, position, measurement, kind)
+            found = ask()
         except Exception as error:  # noqa: BLE001 - training goes on as if nothing had been tried
             _warn(error)
         everyone = [found] * self._ranks.size

@@ -188,6 +188,21 @@ def test_gradient_that_underflows_is_no_cut():
     assert "cut" not in names(vanishing_causes(Evidence(99, Flow(tuple(layers)), 1.0)))
 
 
+@pytest.mark.parametrize(("input_rms", "silent", "expected"), [
+    (0.0, ("net.1.weight",), ["input"]),  # and the gradient arrives at its output
+    (0.5, ("net.1.weight",), []),  # why is not known; a fade is no reason
+    (0.0, (), ["init"]),  # the alert is about the fade
+    (0.0, ("net.0.weight", "net.1.weight"), []),  # not of all that it is about
+])  # fmt: skip
+def test_gradients_of_exactly_zero_are_not_laid_on_a_fade(input_rms, silent, expected):
+    """Small weights make gradients smaller, and zeros make them zero."""
+    layers = chain(1e-8, 1e-6, 1e-4, 1e-2, 1.0, gain=0.05)
+    layers[1].input_rms = input_rms
+    growths = tuple(WeightGrowth(f"net.{index}.weight", 0.1, None, 0, start=0.1) for index in range(5))
+    evidence = Evidence(99, Flow(tuple(layers)), 1.0, weight_growths=growths, is_from_start=True, silent=silent)
+    assert names(vanishing_causes(evidence)) == expected
+
+
 @pytest.mark.parametrize(("slope", "expected"), [(0.0, "saturation"), (0.2, "cut")])
 def test_gradient_that_a_flat_activation_takes_is_no_cut(slope, expected):
     """Where all outputs of a tanh are 1 to the last bit."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 
 import pytest
 import torch
-from lightning_package import Callback, ModelCheckpoint
+from lightning_package import Callback, ModelCheckpoint, Trainer
 from toys import Net, ResumableBatches, fit, make_batches, make_trainer, same, weights_of
 
 from lightning_gradguard import GradGuard
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_gradguard.GradientWarning")
+QUIET = {"enable_progress_bar": False, "enable_model_summary": False}
 BLIND = {"nonfinite": None, "vanishing": None}
 
 
@@ -82,6 +84,31 @@ def test_checkpoint_by_hand_is_refused_without_an_error(tmp_path):
     fit(tmp_path, Net(), Saves(), guard)
     assert [path.name for path in tmp_path.glob("*.ckpt")] == ["weights.ckpt"]
     assert "`optimizer 0: exp_avg of parameter 0`" in guard.alerts[0].message
+
+
+def test_save_checkpoint_of_the_users_own_is_called_and_its_answer_comes_back(tmp_path):
+    """Of an older signature, wrapped on the Trainer, and there afterwards."""
+    calls, answers = [], []
+
+    class Older(Trainer):
+        def save_checkpoint(self, filepath, weights_only=False, storage_options=None):  # noqa: FBT002 - as it was
+            calls.append(str(filepath))
+            return super().save_checkpoint(filepath, weights_only, storage_options) or "saved"
+
+    def tagged(save, tag, *args, **kwargs):
+        return tag, save(*args, **kwargs)
+
+    class Saves(Callback):
+        def on_train_end(self, trainer, pl_module):
+            answers.append(trainer.save_checkpoint(tmp_path / "end.ckpt"))
+
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}")
+    trainer = Older(accelerator="cpu", max_epochs=1, logger=False, callbacks=[Saves(), GradGuard(), checkpoint], **QUIET)
+    trainer.save_checkpoint = wrapper = functools.partial(tagged, trainer.save_checkpoint, "tag")
+    trainer.fit(Net(), make_batches(4))
+    assert trainer.save_checkpoint is wrapper
+    assert answers == [("tag", "saved")]
+    assert calls == [str(tmp_path / f"{name}.ckpt") for name in ("step=2", "step=4", "end")]
 
 
 @pytest.mark.skipif(

@@ -13,6 +13,7 @@ from toys import FEATURES, fit, make_batches, read_alerts, same, weights_of
 
 from lightning_gradguard import Explosion, GradGuard, GradientError, GradientWarning, NonFinite
 from lightning_gradguard.forensics.bundle import Bundle
+from lightning_gradguard.forensics.rerun import rerun
 
 
 class Regression(LightningModule):
@@ -180,3 +181,35 @@ def test_forced_alert_on_a_healthy_run_has_no_cause(tmp_path):
     alerts = trained(tmp_path, module, guard)
     assert alerts
     assert all(alert.culprit is None for alert in alerts)
+
+
+class Unfed(LightningModule):
+    """Four layers in a row, beside a branch for features that nobody gives, as forecasting models have for static ones."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.static = nn.Sequential(nn.Linear(4, 16), nn.ELU(), nn.Linear(16, 16))
+        self.net = nn.Sequential(*(nn.Linear(FEATURES if not index else 16, 16) for index in range(4)))
+        self.head = nn.Linear(16, 1)
+        with torch.no_grad():
+            for layer in self.net[:3]:
+                layer.weight *= 0.01  # so that the gradient fades, too, elsewhere
+
+    def training_step(self, batch, batch_idx):
+        _, x, y = batch
+        return (self.head(self.net(x) + self.static(x.new_zeros(len(x), 4))) - y).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=1e-3)
+
+
+def test_weights_of_zero_gradient_are_laid_on_the_zeros_that_go_into_their_layer(tmp_path):
+    """A gradient arrives at its output, and its bias learns; other layers' small weights have nothing to do with it."""
+    guard = GradGuard(explosion=None)
+    fit(tmp_path, Unfed(), guard, batches=make_batches(21))
+    (alert,) = [alert for alert in guard.alerts if alert.step == 19]
+    assert "the weight gradient of `static.0` has been exactly zero" in alert.message
+    (bundle,) = tmp_path.rglob("*.bundle.pt")
+    for culprit in (alert.culprit, rerun(Unfed(), Bundle.load(bundle)).culprit):
+        assert (culprit.cause, culprit.module) == ("input", "static.0")

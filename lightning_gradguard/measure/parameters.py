@@ -83,7 +83,7 @@ class WatchedParameters:
     def refresh(self) -> bool:
         """Look whether the optimizer has other parameters by now, or of other dtypes, as `module.to` makes; True if it has.
 
-        Some 60 ns a parameter.
+        Some 70 ns a parameter.
         """
         now = self._in_groups()
         dtypes = [parameter.dtype for parameter in now]

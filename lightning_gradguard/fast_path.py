@@ -91,7 +91,7 @@ class FastPath:
         if loss is None or not loss.is_cpu or loss.dtype not in _LOSSES:
             return None
         norms = torch.stack(torch._foreach_norm(gradients))
-        if norms.dtype is not torch.float32 or norms.requires_grad:  # the module has been cast since, or there is a graph
+        if norms.dtype is not torch.float32 or norms.requires_grad:  # gradients of another dtype, or with a graph
             return None
         total_norm, last_loss = torch.linalg.vector_norm(norms).item(), loss.item()
         if not (math.isfinite(total_norm) and math.isfinite(last_loss)):

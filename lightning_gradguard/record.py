@@ -81,7 +81,7 @@ class Measurement:
             [num_parameters]; None unless a detector has asked for it, see `UpdateRatio`.
         learning_rate: the largest of the optimizer's groups; None at steps that are not logged, and where it is not known.
         weight_norm: 2-norm of all weights before this step; None at steps that are not logged, and where they are sharded.
-        update_ratio: norm of their last change over that, estimated from a sample; None as there, and after a skipped step.
+        update_ratio: norm of their last change over that, from a sample; None as there, and after a skip or a resume.
         other_norms: by type, 1 or infinity, that norm of each parameter, at steps that are logged; see `log_norm_types`.
     """
 

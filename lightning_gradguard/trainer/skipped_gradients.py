@@ -16,12 +16,18 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-_OF_MODULES = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
-_OF_ALL = (
-    *("on_train_batch_end", "on_train_epoch_end", "on_train_end"),
-    *("on_validation_start", "on_validation_epoch_start"),
+_EARLIER = (
+    *("on_fit_start", "on_sanity_check", "on_train_start", "on_load_checkpoint"),
+    *("on_before_backward", "on_after_backward", "on_before_zero_grad"),
+    *("on_test", "on_predict"),
 )
-"""What is called after the guard has decided, and before the next batch."""
+"""Hooks that are called before the guard decides, or once the next batch has begun; of all others any may look."""
+
+_OTHERS = (
+    *("configure_gradient_clipping", "optimizer_step", "lr_scheduler_step"),
+    *("transfer_batch_to_device", "teardown"),
+)
+"""What is called later, too, though its name does not say that it is a hook."""
 
 
 class SkippedGradients:
@@ -47,10 +53,9 @@ class SkippedGradients:
 
     @classmethod
     def where_seen(cls, trainer: Trainer, module: LightningModule) -> SkippedGradients | None:
-        """Where the module or a callback of the user's has a hook that may look at them; None elsewhere."""
-        hooks: list[tuple[object, str]] = [(module, name) for name in (*_OF_MODULES, *_OF_ALL)]
-        hooks += [(callback, name) for callback in callbacks_of(trainer) for name in _OF_ALL]
-        return cls(trainer) if any(_is_of_user(part, name) for part, name in hooks) else None
+        """Where module, strategy or a callback of the user's has a hook that may look at them; None elsewhere."""
+        parts = (module, trainer.strategy, *callbacks_of(trainer))
+        return cls(trainer) if any(_may_look(part) for part in parts) else None
 
     def detach(self) -> None:
         """Leave nothing on the plugin, and no gradient of a skipped step."""
@@ -94,9 +99,13 @@ class SkippedGradients:
             parameter.grad = None
 
 
-def _is_of_user(part: object, name: str) -> bool:
-    """Whether a hook is neither Lightning's nor the guard's."""
-    if name in vars(part):
-        return True
-    owner = next((cls for cls in type(part).__mro__ if name in vars(cls)), None)
-    return owner is not None and not (is_of_lightning(owner) or owner.__module__.startswith("lightning_gradguard."))
+def _may_look(part: object) -> bool:
+    """Whether a hook of it that comes later is neither Lightning's nor the guard's."""
+    owners = [cls for cls in type(part).__mro__ if not is_of_lightning(cls) and not _is_ours(cls)]
+    hooks = [name for owner in owners for name in vars(owner)]
+    hooks += [name for name, value in vars(part).items() if not isinstance(value, StandIn)]
+    return any(name in _OTHERS or (name.startswith("on_") and not name.startswith(_EARLIER)) for name in hooks)
+
+
+def _is_ours(cls: type) -> bool:
+    return cls.__module__.startswith("lightning_gradguard.")

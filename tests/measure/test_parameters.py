@@ -70,6 +70,29 @@ def test_refresh_after_a_new_group_watches_it():
     assert not watched.refresh()
 
 
+def test_refresh_after_a_cast_looks_at_each_dtype_again():
+    """Part of a module is cast in the middle of training: the parameters are the same objects."""
+    model = mlp(3, 4, 2)
+    watched = WatchedParameters(model.named_parameters(), torch.optim.SGD(model.parameters(), lr=0.1))
+    assert watched.is_uniform
+    assert watched.are_plain
+    model[2].to(torch.bfloat16)
+    assert watched.refresh()
+    assert not watched.is_uniform
+    assert not watched.are_plain
+    assert not watched.refresh()
+
+
+@pytest.mark.skipif(not hasattr(torch.Tensor, "grad_dtype"), reason="a parameter's gradient has its dtype up to torch 2.8")
+def test_gradients_of_a_dtype_of_their_own_are_not_uniform():
+    """Their norm in bfloat16 would be wrong by a thousandth."""
+    model = mlp(3, 2)
+    model[0].bias.grad_dtype = torch.bfloat16
+    watched = WatchedParameters(model.named_parameters())
+    assert not watched.is_uniform
+    assert not watched.are_plain
+
+
 @pytest.mark.parametrize("has_optimizer", [True, False])
 def test_refresh_watches_parameters_of_lazy_modules_once_they_have_a_shape(has_optimizer):
     """Each at its own time."""

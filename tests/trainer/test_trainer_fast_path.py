@@ -76,6 +76,44 @@ class Cast(Net):
             self.optimizers().optimizer.state.clear()
 
 
+class CastInPart(Net):
+    """One layer is in bfloat16 from step 30 on."""
+
+    def __init__(self, faults=None):
+        super().__init__(faults, "sgd")
+        self.head = nn.Sequential(self.head)
+        self.head.register_forward_pre_hook(lambda head, args: args[0].to(head[0].weight.dtype))
+        self.head.register_forward_hook(lambda head, args, output: output.float())
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 30:
+            self.head.bfloat16()
+            self.optimizers().optimizer.state.clear()
+
+
+class OtherGradients(Net):
+    """Gradients are in bfloat16 from step 30 on, where torch allows that."""
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05, foreach=False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 30:
+            self.zero_grad()
+            for parameter in self.parameters():
+                parameter.grad_dtype = torch.bfloat16
+
+
+class Shares(Net):
+    """Its weights get larger storage, and move to memory that processes share."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 30:
+            self.head.weight.untyped_storage().resize_(4096)
+        elif batch_idx == 40:
+            self.share_memory()
+
+
 class Penalised(Net):
     """Gradients have a graph."""
 
@@ -115,6 +153,9 @@ CASES = {
     "frozen": (Frozen, {"clip": 1.0}, {}),
     "grows": (Grows, {"clip": 1.0}, {}),
     "cast": (Cast, {"clip": 1.0}, {}),
+    "cast in part": (CastInPart, {"clip": 1.0}, {}),
+    "other gradients": (OtherGradients, {"clip": 1.0}, {}),
+    "shares": (Shares, {"clip": 1.0}, {}),
     "excluded": (Net, {"clip": 1.0, "exclude": ["*bias"]}, {}),
     "penalised": (Penalised, {"clip": 1.0}, {}),
     "twice": (Twice, {"clip": 1.0}, {}),

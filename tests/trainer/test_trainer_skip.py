@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from lightning_package import Callback, ModelCheckpoint
 from torch import nn
 from toys import FEATURES, Net, Snapshots, fit, make_batches, make_trainer, same
 
@@ -292,6 +293,46 @@ def test_hooks_that_read_gradients_find_those_of_a_skipped_step(hook, tmp_path):
     damaged = [any(map(math.isnan, norms)) for norms in module.seen]
     assert damaged == ([False] * 3 + [True] + [False] * 4 if hook == "on_train_batch_end" else [False, True, False, False])
     assert not {"_after_closure", "optimizer_step"} & set(vars(trainer.precision_plugin))
+
+
+class _Scheduled(_Reading):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_scheduler_step(self, scheduler, metric):
+        self._read()
+
+
+def test_only_hook_that_reads_gradients_finds_those_of_a_skipped_step(tmp_path):
+    """Also where the module has no other, and there are no callbacks of the user's."""
+    module = _Scheduled("lr_scheduler_step", {3: "nan"})
+    fit(tmp_path, module, GradGuard(), batches=make_batches(6))
+    assert [any(map(math.isnan, norms)) for norms in module.seen] == [number == 3 for number in range(6)]
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_epoch_start", "on_save_checkpoint", "on_fit_end"])
+def test_any_later_hook_of_a_callback_finds_gradients_of_a_skipped_step(hook, tmp_path):
+    """Lightning's checkpoint reads none itself, but has others told of it."""
+    seen, callback = [], Callback()
+    setattr(callback, hook, lambda _, module, *rest: seen.append([it.grad is not None for it in module.parameters()]))
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=2)
+    fit(tmp_path, Net({1: "nan"}), GradGuard(), callback, checkpoint, batches=make_batches(2), max_epochs=2)
+    assert all(seen[-1])
+
+
+def test_without_such_hooks_nothing_stands_in_for_methods_of_the_plugin(tmp_path):
+    """Also beside a checkpoint, for whose hook the guard stands in."""
+
+    class Looking(Net):
+        def training_step(self, batch, batch_idx):
+            found.update(vars(self.trainer.precision_plugin))
+            return super().training_step(batch, batch_idx)
+
+    found = {}
+    fit(tmp_path, Looking(), GradGuard(), ModelCheckpoint(tmp_path), batches=make_batches(2))
+    assert not {"_after_closure", "optimizer_step"} & set(found)
 
 
 def test_gradients_of_a_skipped_step_are_not_added_to(tmp_path):

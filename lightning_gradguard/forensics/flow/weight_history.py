@@ -133,7 +133,7 @@ class WeightHistory:
             self._applied.append(_Applied(self._num_steps, optimizer, rates, measurement))
             self._open_decays.append((optimizer, rates))
             samples = self._samples.get(id(optimizer))
-            if samples is None or (is_due and not samples.is_of(optimizer)):
+            if samples is None or not samples.is_in_place or (is_due and not samples.is_of(optimizer)):
                 samples = self._samples[id(optimizer)] = WeightSamples(self._named, optimizer)
             samples.take()
         self._num_steps += 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import operator
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,10 +28,16 @@ class WeightSamples:
         self._addresses = [parameter.data_ptr() for parameter in self._parameters]
         self._copies = [torch.empty_like(view, memory_format=torch.contiguous_format) for view in self._views]
         # Where numpy knows device and dtype, plain memory is copied, in a fraction of the time that a kernel takes.
+        # It is torch's, which may free it: `is_in_place` has to be asked each time before it is read.
         self._memory: list[tuple[memoryview, memoryview]] = []
         if _can_share(self._views):
             pairs = zip(self._copies, self._views, strict=True)
             self._memory = [(_memory_of(copy), _memory_of(view)) for copy, view in pairs]
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the memory of the samples is still there: a storage that is shared or resized gets other memory."""
+        return [view.data_ptr() for view in self._views] == self._addresses
 
     def is_of(self, optimizer: Optimizer) -> bool:
         """Whether the optimizer has the same parameters in the same place in memory as then."""
@@ -45,7 +52,7 @@ class WeightSamples:
         return tensor.detach().as_strided((count,), (tensor.numel() // count,), tensor.storage_offset())
 
     def take(self) -> None:
-        """Copy the elements as they are now."""
+        """Copy the elements as they are now; only where `is_in_place`."""
         for copy, view in self._memory:
             copy[:] = view
         if self._views and not self._memory:
@@ -70,13 +77,20 @@ def _can_share(views: Sequence[Tensor]) -> bool:
 
 
 def _memory_of(tensor: Tensor) -> memoryview:
-    array: Any = tensor.numpy()
-    return memoryview(array)
+    """The elements as they are whenever they are looked at; it does not keep them alive."""
+    # `Tensor.numpy` would, but no storage that numpy has seen can ever be resized again.
+    size = tensor.element_size()
+    (count,), (stride,) = tensor.shape, tensor.stride()
+    memory = memoryview((ctypes.c_char * (((count - 1) * stride + 1) * size)).from_address(tensor.data_ptr()))
+    dtype = np.float32 if tensor.dtype is torch.float32 else np.float64
+    return memoryview(np.ndarray((count,), dtype, memory, strides=(stride * size,)))
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is an ordinary one whose storage has no gaps."""
     if not has_norm(tensor) or type(tensor) not in (Tensor, torch.nn.Parameter):
+        return False
+    if not tensor.untyped_storage().nbytes():  # freed for the time being
         return False
     span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return 0 < tensor.numel() == span

@@ -201,6 +201,24 @@ def test_weight_that_is_sparse_or_has_gaps_is_not_compared(make):
     assert samples.compare(weight) is None
 
 
+def test_memory_that_is_shared_later_is_not_read_where_it_was():
+    """Sending a model to another process moves its weights; where they were, memory is free."""
+    run = Run()
+    run.step()
+    run.layer.share_memory()
+    run.step(scale=1e-3)
+    assert run.growth().update == pytest.approx(0.1 * float(run.layer.weight.grad.norm()), rel=1e-3)
+
+
+def test_storage_can_be_resized_as_before():
+    """What numpy has seen could not."""
+    run = Run()
+    run.step()
+    run.layer.weight.untyped_storage().resize_(4096)
+    run.step()
+    assert run.growth().update > 0.0
+
+
 def test_group_added_later_is_followed_from_then_on():
     """Its decay since the beginning is not known."""
     run = Run()

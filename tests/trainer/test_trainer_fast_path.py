@@ -76,21 +76,6 @@ class Cast(Net):
             self.optimizers().optimizer.state.clear()
 
 
-class CastInPart(Net):
-    """One layer is in bfloat16 from step 30 on."""
-
-    def __init__(self, faults=None):
-        super().__init__(faults, "sgd")
-        self.head = nn.Sequential(self.head)
-        self.head.register_forward_pre_hook(lambda head, args: args[0].to(head[0].weight.dtype))
-        self.head.register_forward_hook(lambda head, args, output: output.float())
-
-    def on_train_batch_start(self, batch, batch_idx):
-        if batch_idx == 30:
-            self.head.bfloat16()
-            self.optimizers().optimizer.state.clear()
-
-
 class OtherGradients(Net):
     """Gradients are in bfloat16 from step 30 on, where torch allows that."""
 
@@ -153,7 +138,6 @@ CASES = {
     "frozen": (Frozen, {"clip": 1.0}, {}),
     "grows": (Grows, {"clip": 1.0}, {}),
     "cast": (Cast, {"clip": 1.0}, {}),
-    "cast in part": (CastInPart, {"clip": 1.0}, {}),
     "other gradients": (OtherGradients, {"clip": 1.0}, {}),
     "shares": (Shares, {"clip": 1.0}, {}),
     "excluded": (Net, {"clip": 1.0, "exclude": ["*bias"]}, {}),

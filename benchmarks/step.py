@@ -10,7 +10,7 @@ import logging
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import cycle
 from typing import Any
 
@@ -83,11 +83,35 @@ class PausingTrainer:
             self._fit.switch()
 
 
+def pausing_trainers(
+    settings: Mapping[str, dict[str, Any]], workload: Workload, optimizer: str, *, accelerator: str, folder: str, quick: bool
+) -> dict[str, PausingTrainer]:
+    """A Trainer for each of some settings, with the same weights and batches."""
+    batches = workload.batches()
+    trainers = {}
+    for index, (name, setting) in enumerate(settings.items()):
+        torch.manual_seed(0)
+        trainer = Trainer(
+            accelerator=accelerator,
+            devices=1,
+            max_steps=10**9,
+            max_epochs=-1,
+            limit_val_batches=0,
+            logger=TensorBoardLogger(folder, version=index),
+            log_every_n_steps=LOG_EVERY,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            **setting,
+        )
+        trainers[name] = PausingTrainer(trainer, Training(workload.model(quick), optimizer), batches)
+    return trainers
+
+
 def compare(
     workload: Workload, optimizer: str, accelerator: str, *, quick: bool, cpu_time: bool = False
 ) -> tuple[Timings, str]:
     """Time a step of each variant; how many of the guard's steps were clipped, too."""
-    batches = workload.batches()
     guard = GradGuard(clip=MAX_NORM, histogram_every_n_steps=HISTOGRAM_EVERY)
     settings: dict[str, dict[str, Any]] = {
         PLAIN: {},
@@ -95,23 +119,7 @@ def compare(
         GUARD: {"callbacks": [guard]},
     }
     with tempfile.TemporaryDirectory() as folder:
-        trainers = {}
-        for index, (name, setting) in enumerate(settings.items()):
-            torch.manual_seed(0)
-            trainer = Trainer(
-                accelerator=accelerator,
-                devices=1,
-                max_steps=10**9,
-                max_epochs=-1,
-                limit_val_batches=0,
-                logger=TensorBoardLogger(folder, version=index),
-                log_every_n_steps=LOG_EVERY,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                **setting,
-            )
-            trainers[name] = PausingTrainer(trainer, Training(workload.model(quick), optimizer), batches)
+        trainers = pausing_trainers(settings, workload, optimizer, accelerator=accelerator, folder=folder, quick=quick)
         timings = interleave(
             {name: Variant(trainer.step) for name, trainer in trainers.items()},
             rounds=3 if quick else ROUNDS,

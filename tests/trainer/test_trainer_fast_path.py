@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from lightning_package import ModelCheckpoint
 from torch import nn
-from toys import FEATURES, Net, fit, make_batches, same, seeded, weights_of
+from toys import FEATURES, Net, ResumableBatches, fit, make_batches, make_trainer, same, seeded, weights_of
 
 from lightning_gradguard import Explosion, GradGuard
 from lightning_gradguard.clippers import AutoClip, ClipNorm, ClipValue
@@ -180,3 +183,24 @@ def test_plain_steps_on_the_fast_path_lead_to_the_same_training(case, tmp_path, 
     assert same(found[4], expected[4])
     num_plain = sum(outcome is not None for outcome in outcomes)
     assert num_plain == 0 if case in NEVER else num_plain > 10
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory")
+@pytest.mark.parametrize("saved_at", [24, 31, 46])
+def test_training_resumed_while_steps_wait_for_their_judgement_goes_on_as_one_that_ran_through(saved_at, tmp_path):
+    """Detectors are told of up to sixteen steps together; a checkpoint in between changes nothing, nor does the resume."""
+
+    def run(ckpt_path=None):
+        guard = GradGuard(clip=1.0, explosion=Explosion("skip", stop_after=None), max_replays=0, log_every_n_steps=50)
+        module = seeded(lambda: Net({40: "huge"}))
+        checkpoint = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1, every_n_train_steps=saved_at)
+        trainer = make_trainer(tmp_path, guard, checkpoint, enable_checkpointing=True, max_epochs=1)
+        with pytest.warns(GradientWarning) if saved_at < 40 or ckpt_path is None else nullcontext():
+            trainer.fit(module, ResumableBatches(make_batches(60).batches), ckpt_path=ckpt_path)
+        return weights_of(module), guard.state_dict()
+
+    through = run()
+    resumed = run(tmp_path / f"step={saved_at}.ckpt")
+
+    assert same(resumed, through)
+    assert resumed[1]["guards"][0]["totals"]["num_skipped"] == 1

@@ -23,7 +23,7 @@ def findings_of(group: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
     path = folder / f"{group}.json"
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
-            of_ranks = [look_at_all(group)] if group == "single" else on_ranks(2, look_at_all, group)
+            of_ranks = [look_at_all(group)] if group.startswith("single") else on_ranks(2, look_at_all, group)
             path.write_text(json.dumps(of_ranks))
     of_ranks = json.loads(path.read_text())
     return {name: [found[name] for found in of_ranks] for name in of_ranks[0]}
